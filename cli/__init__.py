@@ -1,0 +1,1 @@
+"""The command line: one command a file, thin; each parses, calls one function of `pipelines`, prints."""

@@ -1,0 +1,68 @@
+"""The `kdcache` group. Commands are imported when they are called, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import click
+
+COMMANDS: dict[str, str] = {
+    "quickstart": "Real data end to end in a few minutes: pack, teacher, extract, students, verify.",
+    "pack": "Turn a folder of images into WebDataset shards.",
+    "extract": "Stage one: run a teacher over seeded views and commit its targets to a cache.",
+    "train": "Stage two: train students against a cache, with no teacher in memory.",
+    "inspect": "Show what is in a cache.",
+    "verify": "Prove that a cache is what it claims to be.",
+}
+"""Command → its line in `kdcache --help`, in the order of a user's day; each lives in the module of its name."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _print_version(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        click.echo(f"kdcache {version('kdcache')}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version and exit.")
+def main() -> None:
+    """Run a vision teacher once, distil it into any number of students.
+
+    \b
+      kdcache extract 'imagenet/train-{0000..1023}.tar' cache --teacher vit_large_patch16_224
+      kdcache train cache --student resnet50 --method kd
+
+    Exit codes: 0 done and sound, 1 ran and found or hit a problem, 2 usage.
+    """
+
+
+def run_command(action: Callable[[], Any]) -> Any:
+    """Run a pipeline and turn its errors into exit codes: UsageError 2, every other KDCacheError 1."""
+    from kdcache.errors import KDCacheError, UsageError
+
+    try:
+        return action()
+    except UsageError as error:
+        raise click.UsageError(str(error)) from error
+    except KDCacheError as error:
+        raise click.ClickException(str(error)) from error

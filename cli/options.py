@@ -1,0 +1,40 @@
+"""Options that several commands share, and how they print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import click
+import yaml
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else goes to stderr.")
+device_option = click.option("--device", default=None, metavar="D", help="Torch device. Default: cuda if there is one, else mps, else cpu.")
+workers_option = click.option("-j", "--workers", type=click.IntRange(0), default=None, metavar="W", help="Decoding processes; 0 decodes in this one. Default: one a core, at most 8.")
+
+
+def print_json(body: Mapping[str, Any]) -> None:
+    """The one JSON object on stdout."""
+    click.echo(json.dumps(body, indent=1))
+
+
+def parse_settings(settings: Sequence[str], *, option: str) -> dict[str, Any]:
+    """['a=1', 'b=[2, 3]'] as a dict, each value read as YAML (and 1e-3 as the number it is)."""
+    result: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or not name:
+            raise click.UsageError(f"{option} {setting!r}: expected NAME=VALUE")
+        try:
+            result[name] = float(text)
+            if "." not in text and "e" not in text.lower() and "n" not in text.lower():
+                result[name] = int(text)
+        except ValueError:
+            try:
+                result[name] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise click.UsageError(f"{option} {setting!r}: the value is not YAML: {error}") from error
+    return result

@@ -1,0 +1,32 @@
+"""kdcache: run a vision teacher once, distil it into any number of students.
+
+    tar shards ─▶ seeded views ─▶ teacher ─▶ encode ─▶ CACHE ON DISK ─▶ decode ─▶ student + method ─▶ checkpoint
+
+This package holds values and functions; `pipelines` the two stages; `cli` the commands. Names below are imported on first
+use, so that `import kdcache` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import losses, methods
+    from .cache import Cache, open_cache
+    from .errors import KDCacheError
+
+__all__ = ["Cache", "KDCacheError", "__version__", "losses", "methods", "open_cache"]
+
+_HOMES = {"Cache": ".cache", "open_cache": ".cache", "KDCacheError": ".errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("kdcache")
+    if name in ("losses", "methods"):
+        return import_module(f".{name}", __name__)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module 'kdcache' has no attribute {name!r}")

@@ -1,0 +1,477 @@
+"""Reading a cache: `open_cache`, then rows of targets, view params and keys by (shard, key, view). Used by train, inspect, verify.
+
+Opening checks every document (through the index where there is one) and what they say of each other; chunks are checked
+when they are read. Nothing here needs the teacher.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .arrays import ArrayReader, ArraySpec, ByteLRU
+from .errors import CacheError, CorruptError, DriftError, MissingError, UsageError
+from .format import (
+    CacheIdentity,
+    Digest,
+    Document,
+    Group,
+    TargetIdentity,
+    TargetsIdentity,
+    TeacherIdentity,
+    ViewRange,
+    ViewsIdentity,
+    calibration_path,
+    digest_of_pixels,
+)
+from .images import decode_image
+from .index import Index, load_documents, read_table, root_of
+from .layout import ROW_ARRAYS, arrays_to_keys, key_bytes_spec, params_spec, pixels_spec, row_spec, target_specs
+from .plan import ViewPlan, blake2b_128
+from .shards import ShardFiles, ShardSource, resolve_shards
+from .store import Store, open_store
+from .views import ViewParams, pixel_digest, render
+
+if TYPE_CHECKING:
+    from .encodings import Encoding
+
+INDEX_CACHE_BYTES = 128 << 20
+"""Shard indexes kept in memory, per process."""
+_MAX_CALIBRATION_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a cache, shard after shard in name order: what index-driven training draws from."""
+
+    shards: tuple[str, ...]
+    shard: np.ndarray[Any, np.dtype[np.int32]]
+    """(N,) index into `shards`."""
+    row: np.ndarray[Any, np.dtype[np.int32]]
+    """(N,) row within its shard."""
+    offset: np.ndarray[Any, np.dtype[np.int64]]
+    """(N,) first byte of the image in its tar."""
+    size: np.ndarray[Any, np.dtype[np.int64]]
+    """(N,) bytes of the image."""
+    label: np.ndarray[Any, np.dtype[np.int64]]
+    """(N,) label, -1 where the tar has none."""
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+@dataclass
+class TeacherLayer:
+    """One teacher of a cache: its card, its targets' cards, its records by shard."""
+
+    name: str
+    document: Document[TeacherIdentity]
+    targets: dict[str, Document[TargetIdentity]] = field(default_factory=dict)
+    records: dict[str, list[Document[TargetsIdentity]]] = field(default_factory=dict)
+
+    def segments(self, shard: str, target: str) -> list[Document[TargetsIdentity]]:
+        """The records of this shard that hold the target."""
+        return [record for record in self.records.get(shard, []) if target in record.identity.targets]
+
+
+class Cache:
+    """An open cache. Cheap to pickle: workers get the documents, and open files of their own."""
+
+    def __init__(self, store: Store, documents: Mapping[str, Document[Any]], index: Index | None, *, sources: Mapping[str, ShardSource]) -> None:
+        self.store = store
+        self.documents = dict(documents)
+        self._index = index
+        self._given_sources = dict(sources)
+        self._readers: ByteLRU[tuple[str, str], ArrayReader] = ByteLRU(INDEX_CACHE_BYTES)
+        self._files = ShardFiles()
+        self._keys: dict[str, list[str]] = {}
+        self._row_numbers: dict[str, dict[str, int]] = {}
+        self.document: Document[CacheIdentity] = documents["cache.json"]
+        self.views: dict[str, list[Document[ViewsIdentity]]] = {}
+        self.teachers: dict[str, TeacherLayer] = {}
+        self._sort_documents()
+        self._check_documents()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {"store": self.store, "documents": self.documents, "index": self._index, "sources": self._given_sources}
+        if "rows" in self.__dict__:
+            state["rows"] = self.rows
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["store"], state["documents"], state["index"], sources=state["sources"])  # type: ignore[misc]
+        if "rows" in state:
+            self.__dict__["rows"] = state["rows"]
+
+    def _sort_documents(self) -> None:
+        for path, document in sorted(self.documents.items()):
+            parts = path.split("/")
+            if document.kind == "views":
+                self.views.setdefault(document.identity.shard, []).append(document)
+            elif document.kind == "teacher":
+                self.teachers[parts[1]] = TeacherLayer(parts[1], document)
+        for path, document in sorted(self.documents.items()):
+            parts = path.split("/")
+            if document.kind in ("target", "targets"):
+                layer = self.teachers.get(parts[1])
+                if layer is None:
+                    raise CorruptError(f"{self.store.url}/{path} belongs to a teacher without a teacher.json; run 'kdcache verify' on the cache")
+                if document.kind == "target":
+                    layer.targets[document.identity.name] = document
+                else:
+                    layer.records.setdefault(document.identity.shard, []).append(document)
+        for records in self.views.values():
+            records.sort(key=lambda record: record.identity.views.start)
+
+    def _check_documents(self) -> None:
+        """What documents say of each other. Raises CorruptError."""
+        for problem in document_problems(self):
+            raise CorruptError(f"{self.store.url}: {problem[1]}; run 'kdcache verify' on the cache")
+
+    # --- what it is ---
+
+    @property
+    def plan(self) -> ViewPlan:
+        return self.document.identity.plan
+
+    @property
+    def fingerprint(self) -> Digest:
+        return self.plan.fingerprint
+
+    @cached_property
+    def root(self) -> Digest:
+        """The digest that names the whole content: equal caches have equal roots."""
+        return root_of(self.documents)
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the shards that have views, sorted."""
+        return sorted(self.views)
+
+    @property
+    def num_rows(self) -> int:
+        """Samples that have a row, over all shards; not times views."""
+        return sum(records[0].identity.rows for records in self.views.values())
+
+    @property
+    def num_views(self) -> int:
+        """Views that every shard has, counted from 0."""
+        return min((_contiguous([record.identity.views for record in records]) for records in self.views.values()), default=0)
+
+    @property
+    def all_shards(self) -> list[str]:
+        """Shards that the cache was begun with or has, sorted: done or not."""
+        remembered = [str(entry["name"]) for entry in self.document.provenance.get("shards", [])]
+        return sorted({*remembered, *self.views})
+
+    def target_views(self, teacher: str, target: str) -> int:
+        """Views of a target that every shard has, counted from 0."""
+        layer = self.layer(teacher)
+        if target not in layer.targets:
+            raise self._missing_target(teacher, target)
+        return min((_contiguous([r.identity.views for r in layer.segments(shard, target)]) for shard in self.views), default=0)
+
+    def layer(self, teacher: str | None) -> TeacherLayer:
+        """The teacher called `teacher`, or the only one. Raises UsageError that lists the names."""
+        names = ", ".join(sorted(self.teachers)) or "none yet"
+        if teacher is None:
+            if len(self.teachers) != 1:
+                raise UsageError(f"{self.store.url}: the cache has {len(self.teachers)} teachers ({names}); pass --teacher NAME")
+            return next(iter(self.teachers.values()))
+        if teacher not in self.teachers:
+            raise UsageError(f"{self.store.url}: no teacher {teacher!r}; the cache has: {names}")
+        return self.teachers[teacher]
+
+    def _missing_target(self, teacher: str, target: str) -> MissingError:
+        known = ", ".join(sorted(self.teachers[teacher].targets)) or "none"
+        return MissingError(
+            f"{self.store.url}: teacher {teacher!r} has no target {target!r}, it has: {known};"
+            f" run 'kdcache extract SHARDS {self.store.url} --teacher ... --name {teacher} --target {target}' to add it"
+        )
+
+    # --- rows ---
+
+    @cached_property
+    def tables(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Shard → int64 (samples, 4): offset, size, label, skip in tar order; from the index, or from the views groups."""
+        tables: dict[str, np.ndarray[Any, Any]] = {}
+        if self._index is not None:
+            tables = {shard: table for shard, table in read_table(self.store, self._index).items() if shard in self.views}
+        for shard, records in self.views.items():
+            if shard not in tables or len(tables[shard]) != records[0].identity.samples:
+                tables[shard] = self.table_from_group(records[0].identity)
+        return tables
+
+    def table_from_group(self, record: ViewsIdentity) -> np.ndarray[Any, Any]:
+        """A shard's part of the numeric table, from its views group."""
+        table = np.zeros((record.samples, 4), np.int64)
+        skipped = [skip.index for skip in record.skipped]
+        if any(index >= record.samples for index in skipped) or len(set(skipped)) != len(skipped):
+            raise CorruptError(f"{self.store.url}: shard {record.shard}: skipped samples {skipped[:5]} do not fit {record.samples} samples")
+        table[skipped] = (0, 0, -1, 1)
+        kept = table[:, 3] == 0
+        for column, name in enumerate(("image/offset", "image/size", "labels")):
+            table[kept, column] = self._views_reader(record, name).read(0, np.arange(record.rows))
+        return table
+
+    @cached_property
+    def rows(self) -> Rows:
+        """All rows, shard after shard in name order."""
+        shards = tuple(self.shards)
+        tables = [self.tables[shard][self.tables[shard][:, 3] == 0] for shard in shards]
+        counts = [len(table) for table in tables]
+        stacked = np.concatenate(tables) if tables else np.zeros((0, 4), np.int64)
+        return Rows(
+            shards=shards,
+            shard=np.repeat(np.arange(len(shards), dtype=np.int32), counts),
+            row=np.concatenate([np.arange(count, dtype=np.int32) for count in counts]) if counts else np.zeros(0, np.int32),
+            offset=stacked[:, 0],
+            size=stacked[:, 1],
+            label=stacked[:, 2],
+        )
+
+    def keys(self, shard: str) -> list[str]:
+        """The shard's sample keys in row order."""
+        if shard not in self._keys:
+            record = self.views_record(shard, 0)
+            ends = self._views_reader(record, "keys/ends").read(0, np.arange(record.rows))
+            total = int(ends[-1]) if len(ends) else 0
+            if (np.diff(ends, prepend=0) < 0).any() or total > 1 << 30:
+                raise CorruptError(f"{self.store.url}: shard {shard}: key ends are not increasing")
+            data = self._reader("views", record.group, key_bytes_spec(total), total).read(0, np.arange(total))
+            self._keys[shard] = arrays_to_keys(data, ends)
+        return self._keys[shard]
+
+    def row_of(self, shard: str, key: str) -> int:
+        """The row of a key. Raises MissingError, saying why if the sample was skipped."""
+        if shard not in self._row_numbers:
+            self._row_numbers[shard] = {name: row for row, name in enumerate(self.keys(shard))}
+        row = self._row_numbers[shard].get(key)
+        if row is not None:
+            return row
+        for skip in self.views_record(shard, 0).skipped:
+            if skip.key == key:
+                raise MissingError(f"shard {shard}: key {key!r} was skipped when the cache was made: {skip.reason}")
+        near = ", ".join(repr(name) for name in self.keys(shard)[:3])
+        raise MissingError(f"shard {shard}: no key {key!r}; the shard has {len(self.keys(shard))} keys, the first are {near}")
+
+    def views_record(self, shard: str, view: int) -> ViewsIdentity:
+        """The views record that holds this view of the shard. Raises MissingError."""
+        records = self.views.get(shard)
+        if not records:
+            raise MissingError(f"{self.store.url}: no shard {shard!r}; it has {len(self.views)} shards, from {self.shards[:1]} on")
+        for record in records:
+            if view in record.identity.views:
+                return record.identity
+        have = [f"{r.identity.views.start} to {r.identity.views.stop - 1}" for r in records]
+        raise MissingError(f"shard {shard}: no view {view}; it has views {', '.join(have)}; run 'kdcache extract' with more --views to add it")
+
+    # --- arrays ---
+
+    def _reader(self, layer: str, group: Group, spec: ArraySpec, rows: int) -> ArrayReader:
+        path = f"{layer}/{group.name}"
+
+        def make() -> ArrayReader:
+            shard_file = group.files.get(spec.shard_path)
+            return ArrayReader(self.store, path, spec, rows, shard_size=shard_file.size if shard_file else 0)
+
+        return self._readers.get_or((path, spec.name), make, lambda reader: reader.index_bytes)
+
+    def _views_reader(self, record: ViewsIdentity, name: str) -> ArrayReader:
+        views = len(record.views)
+        if name in ROW_ARRAYS:
+            spec = row_spec(name, record.samples)
+        else:
+            spec = params_spec(views, record.samples) if name == "params" else pixels_spec(views, record.samples)
+        return self._reader("views", record.group, spec, record.rows)
+
+    def read_params(self, shard: str, view: int, rows: Sequence[int]) -> list[ViewParams]:
+        """The stored params of rows of one view."""
+        record = self.views_record(shard, view)
+        stored = self._views_reader(record, "params").read(view - record.views.start, rows)
+        return [ViewParams.from_row(row, self.plan) for row in stored]
+
+    def read_pixel_digests(self, shard: str, view: int, rows: Sequence[int]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """uint64 (len(rows),): the stored pixel digests of one view."""
+        record = self.views_record(shard, view)
+        return self._views_reader(record, "pixels").read(view - record.views.start, rows)
+
+    def read_components(self, teacher: str, target: str, shard: str, view: int, rows: Sequence[int]) -> dict[str, np.ndarray[Any, Any]]:
+        """The encoded components of rows of one view of a target: component → (len(rows), *shape). Raises MissingError."""
+        layer = self.layer(teacher)
+        if target not in layer.targets:
+            raise self._missing_target(teacher, target)
+        card = layer.targets[target].identity
+        for document in layer.segments(shard, target):
+            record = document.identity
+            if view in record.views:
+                specs = target_specs({target: card}, len(record.views), record.samples)
+                prefix = len(target) + 1
+                return {
+                    name[prefix:]: self._reader(f"teachers/{teacher}", record.group, spec, record.rows).read(view - record.views.start, rows)
+                    for name, spec in specs.items()
+                }
+        raise MissingError(
+            f"shard {shard}: teacher {teacher!r} has no {target!r} for view {view}; run 'kdcache extract' again with the same arguments to finish the cache"
+        )
+
+    def encoding(self, teacher: str, target: str) -> Encoding:
+        """The encoding of a target, with its calibration. Raises CorruptError if the calibration file was changed."""
+        from .encodings import TargetShape, build_encoding
+
+        card = self.layer(teacher).targets[target].identity
+        shape = TargetShape(
+            num_classes=card.num_classes or 0, grid=card.grid or (0, 0), channels=card.channels or 0, prefix_tokens=card.prefix_tokens or 0
+        )
+        encoding = build_encoding(card.kind, card.encoding, shape)
+        if card.calibration is not None:
+            encoding.load_calibration(read_calibration(self.store, teacher, card))
+        return encoding
+
+    # --- single rows, for people ---
+
+    def read(self, shard: str, key: str, view: int = 0, teacher: str | None = None) -> dict[str, Any]:
+        """One row: {"label": int, "params": ViewParams, "logits": (K,), "features@NODE": (tokens, C), …}, decoded to float32 numpy.
+
+        Prefix tokens (cls, registers) come apart, as "features@NODE.prefix": (prefix tokens, C). teacher: its name, or None for
+        the only one; a cache without teachers gives label and params. Raises MissingError for a row, view or target that is not there.
+        """
+        import torch
+
+        row = self.row_of(shard, key)
+        result: dict[str, Any] = {
+            "label": int(self._views_reader(self.views_record(shard, view), "labels").read(0, [row])[0]),
+            "params": self.read_params(shard, view, [row])[0],
+        }
+        if teacher is None and not self.teachers:
+            return result
+        layer = self.layer(teacher)
+        for target in layer.targets:
+            if not any(view in record.identity.views for record in layer.segments(shard, target)):
+                continue
+            components = self.read_components(layer.name, target, shard, view, [row])
+            value = self.encoding(layer.name, target).decode({name: torch.from_numpy(array) for name, array in components.items()})
+            for part, tensor in value.items():
+                result[f"{target}.prefix" if part == "prefix" else target] = tensor[0].numpy()
+        return result
+
+    def view(self, shard: str, key: str, view: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The view as the teacher saw it: uint8 (H, W, 3), rendered from the tar. Raises DriftError if its pixels are others."""
+        row = self.row_of(shard, key)
+        kept = self.tables[shard][self.tables[shard][:, 3] == 0]
+        pixels = self.render_row(shard, key, view, row, int(kept[row, 0]), int(kept[row, 1]))
+        stored = int(self.read_pixel_digests(shard, view, [row])[0])
+        if pixel_digest(pixels) != stored:
+            raise pixel_drift(shard, key, view, expected=stored, found=pixel_digest(pixels))
+        return pixels
+
+    def render_row(self, shard: str, key: str, view: int, row: int, offset: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Render a view from its stored params and the image bytes in its tar, unchecked."""
+        data = self._files.read(self.source(shard), key, offset, size)
+        try:
+            image = decode_image(data)
+        except ValueError as error:
+            raise DriftError(f"shard {shard}: key {key!r}: the image can't be decoded now ({error}), it could when the cache was made; the tar was changed") from error
+        return render(image, self.read_params(shard, view, [row])[0])
+
+    def source(self, shard: str) -> ShardSource:
+        """Where the shard's tar lies: as given on opening, else as remembered."""
+        if shard in self._given_sources:
+            return self._given_sources[shard]
+        if self._given_sources:
+            raise UsageError(f"shard {shard}: not among the {len(self._given_sources)} tars given with --data")
+        documents = self.views.get(shard) or []
+        if not documents:
+            raise MissingError(f"{self.store.url}: no shard {shard!r}")
+        return ShardSource(shard, str(documents[-1].provenance.get("source", {}).get("path", "")))
+
+
+def _contiguous(ranges: Sequence[ViewRange]) -> int:
+    """How many views from 0 on the ranges cover without a gap."""
+    count = 0
+    for views in sorted(ranges, key=lambda views: views.start):
+        if views.start <= count:
+            count = max(count, views.stop)
+    return count
+
+
+def pixel_drift(shard: str, key: str, view: int, *, expected: int, found: int) -> DriftError:
+    """The error for a view whose pixels are not those that the teacher saw."""
+    return DriftError(
+        f"shard {shard}: key {key!r}, view {view}: expected pixels with digest {expected:016x}, found {found:016x}; the image or the"
+        f" decoder is not the one that the teacher saw: run 'kdcache verify CACHE --views all', then install the recorded Pillow version"
+    )
+
+
+def read_calibration(store: Store, teacher: str, card: TargetIdentity) -> dict[str, Any]:
+    """The calibration tensors of a target. Raises CorruptError if the file is not the one its card names."""
+    import safetensors.torch
+
+    assert card.calibration is not None
+    path = calibration_path(teacher, card.name)
+    data = store.get(path, max_size=_MAX_CALIBRATION_BYTES)
+    if blake2b_128(data) != card.calibration.digest:
+        raise CorruptError(f"{store.url}/{path}: bytes were changed: expected digest {card.calibration.digest}, found {blake2b_128(data)}")
+    tensors: dict[str, Any] = safetensors.torch.load(data)
+    return tensors
+
+
+def document_problems(cache: Cache) -> list[tuple[str, str, str]]:
+    """What documents say of each other and do not agree on: (kind of problem, text, shard). Empty for a sound cache."""
+    problems: list[tuple[str, str, str]] = []
+    for shard, records in cache.views.items():
+        first = records[0].identity
+        for document in records:
+            record = document.identity
+            if record.plan != cache.fingerprint:
+                problems.append(("plan", f"shard {shard}: its views are of plan {record.plan}, the cache's plan is {cache.fingerprint}", shard))
+            if (record.member_table, record.samples, record.rows, record.skipped) != (first.member_table, first.samples, first.rows, first.skipped):
+                problems.append(("plan", f"shard {shard}: two views records are of different tars or skip different samples", shard))
+    for name, layer in cache.teachers.items():
+        for shard, targets_records in layer.records.items():
+            for targets_document in targets_records:
+                problems += [("teacher", text, shard) for text in _targets_problems(cache, name, layer, targets_document.identity)]
+    return problems
+
+
+def _targets_problems(cache: Cache, name: str, layer: TeacherLayer, record: TargetsIdentity) -> list[str]:
+    shard = record.shard
+    problems: list[str] = []
+    if record.teacher != layer.document.identity_digest:
+        problems.append(f"shard {shard}: a record of teacher {name!r} was made by a teacher with identity {record.teacher}, expected {layer.document.identity_digest}")
+    for target, digest in record.targets.items():
+        card = layer.targets.get(target)
+        if card is None or card.identity_digest != digest:
+            problems.append(f"shard {shard}: teacher {name!r}, target {target!r}: the record names a card that is not there")
+    try:
+        views = [cache.views_record(shard, view) for view in range(record.views.start, record.views.stop)]
+    except CacheError as error:
+        return [*problems, f"shard {shard}: teacher {name!r} has targets of views that are not there: {error}"]
+    pixels = {view: one.pixels_by_view[view - one.views.start] for view, one in enumerate(views, start=record.views.start)}
+    if (record.rows, record.samples, record.member_table) != (views[0].rows, views[0].samples, views[0].member_table) or record.pixels != digest_of_pixels(pixels):
+        problems.append(f"shard {shard}: teacher {name!r} saw other rows or pixels than the views record holds")
+    return problems
+
+
+def open_cache(path: str | os.PathLike[str], *, data: str | os.PathLike[str] | Sequence[str] | None = None) -> Cache:
+    """Open a cache for reading and check every document in it.
+
+    data: SHARDS, where the tars lie now; None for where they lay when the cache was made. Raises NotACacheError,
+    FormatVersionError or CorruptError.
+    """
+    store = open_store(path)
+    documents, index = load_documents(store)
+    sources = {source.name: source for source in resolve_shards(data)} if data is not None else {}
+    cache = Cache(store, documents, index, sources=sources)
+    for name, layer in cache.teachers.items():
+        for document in layer.targets.values():
+            if document.identity.calibration is not None:
+                calibration = calibration_path(name, document.identity.name)
+                if blake2b_128(store.get(calibration, max_size=_MAX_CALIBRATION_BYTES)) != document.identity.calibration.digest:
+                    raise CorruptError(f"{store.url}/{calibration}: bytes were changed; expected digest {document.identity.calibration.digest}")
+    return cache

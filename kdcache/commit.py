@@ -1,0 +1,182 @@
+"""Writing a cache: groups are spooled, digested and published, then a record makes them exist. Used by extract only.
+
+The order that makes a kill harmless: spool under a name unique to this attempt, fsync, publish under a name that holds the
+content's digest, create the record if it is absent. No record, no segment; what no record names is garbage.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .arrays import GROUP_METADATA, ArraySpec, DigestingFile, ShardWriter, encode_chunk, write_array
+from .errors import CorruptError
+from .format import (
+    DigestField,
+    Document,
+    FrozenModel,
+    Group,
+    digest_of_files,
+    dump_document,
+    parse_document,
+)
+from .layout import group_folders
+from .store import Store
+
+MAX_DOCUMENT_BYTES = 64 << 20
+
+_PROVENANCE_PACKAGES = ("kdcache", "numpy", "pillow", "numcodecs", "torch", "timm")
+
+
+class ChunkPool:
+    """Encodes chunks on a few threads and appends them in the order they were given, holding a bounded number of bytes.
+
+    An error on a thread is raised by the next `submit` or `flush`.
+    """
+
+    def __init__(self, *, num_threads: int, max_bytes: int) -> None:
+        self._encoders = ThreadPoolExecutor(num_threads, thread_name_prefix="kdcache-encode")
+        self._appender = ThreadPoolExecutor(1, thread_name_prefix="kdcache-append")
+        self._pending: deque[tuple[Future[None], int]] = deque()
+        self._bytes = 0
+        self._max_bytes = max_bytes
+
+    def submit(self, writer: ShardWriter, rows: np.ndarray[Any, Any]) -> None:
+        """Encode `rows` and append them to `writer`. The array must not be changed afterwards."""
+        encoded = self._encoders.submit(encode_chunk, writer.spec, rows)
+        appended = self._appender.submit(lambda: writer.append(encoded.result()))
+        self._pending.append((appended, rows.nbytes))
+        self._bytes += rows.nbytes
+        while self._bytes > self._max_bytes and len(self._pending) > 1:
+            self._wait_for_oldest()
+
+    def _wait_for_oldest(self) -> None:
+        future, size = self._pending.popleft()
+        self._bytes -= size
+        future.result()
+
+    def flush(self) -> None:
+        """Return when everything submitted is appended."""
+        while self._pending:
+            self._wait_for_oldest()
+
+    def close(self) -> None:
+        """Stop the threads; what is queued and not begun is dropped."""
+        self._encoders.shutdown(wait=True, cancel_futures=True)
+        self._appender.shutdown(wait=True, cancel_futures=True)
+
+
+class GroupWriter:
+    """One zarr group being spooled: takes items in row-major, view-minor order and cuts them into chunks."""
+
+    def __init__(self, folder: Path, specs: Mapping[str, ArraySpec], pool: ChunkPool, *, num_views: int) -> None:
+        self._folder, self._pool, self._num_views = folder, pool, num_views
+        self._writers = {name: ShardWriter(folder, spec) for name, spec in specs.items()}
+        self._blocks: dict[str, np.ndarray[Any, Any]] = {}
+        self._filled = dict.fromkeys(specs, 0)
+        self.num_items = 0
+        self._extra: dict[str, DigestField] = {}
+
+    def append(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """arrays: array name → (n, *inner), the same n for all; item i is row i // views, view i % views."""
+        sizes = {len(values) for values in arrays.values()}
+        assert len(sizes) == 1 and arrays.keys() == self._writers.keys(), (sizes, arrays.keys())
+        for name, values in arrays.items():
+            self._append_array(name, values)
+        self.num_items += sizes.pop()
+
+    def _append_array(self, name: str, values: np.ndarray[Any, Any]) -> None:
+        spec = self._writers[name].spec
+        capacity = spec.chunk_rows * self._num_views
+        start = 0
+        while start < len(values):
+            if name not in self._blocks:
+                self._blocks[name] = np.empty((capacity, *spec.inner), spec.dtype)
+                self._filled[name] = 0
+            filled = self._filled[name]
+            count = min(capacity - filled, len(values) - start)
+            self._blocks[name][filled : filled + count] = values[start : start + count]
+            self._filled[name] += count
+            start += count
+            if self._filled[name] == capacity:
+                self._emit(name)
+
+    def _emit(self, name: str) -> None:
+        block, filled = self._blocks.pop(name), self._filled[name]
+        by_view = block[:filled].reshape(-1, self._num_views, *self._writers[name].spec.inner)
+        for view in range(self._num_views):
+            self._pool.submit(self._writers[name], np.ascontiguousarray(by_view[:, view]))
+
+    def add_array(self, spec: ArraySpec, values: np.ndarray[Any, Any]) -> None:
+        """Write one more whole array without a views axis."""
+        self._extra |= write_array(self._folder, spec, values)
+
+    def close(self) -> dict[str, DigestField]:
+        """Finish every array; path in the group → size and digest."""
+        for name in list(self._blocks):
+            self._emit(name)
+        self._pool.flush()
+        rows = self.num_items // self._num_views
+        files = dict(self._extra)
+        for writer in self._writers.values():
+            files |= writer.close(rows)
+        names = [*self._writers, *(path.rpartition("/c/")[0] or path.removesuffix("/zarr.json") for path in self._extra)]
+        for folder in group_folders(names):
+            path = f"{folder}/zarr.json" if folder else "zarr.json"
+            file = DigestingFile(self._folder / path)
+            file.write(GROUP_METADATA)
+            files[path] = file.close()
+        return files
+
+    def abandon(self) -> None:
+        """Close the files without finishing them."""
+        for writer in self._writers.values():
+            writer.abandon()
+
+
+def publish_group(store: Store, folder: Path, files: Mapping[str, DigestField], *, layer: str, stem: str) -> Group:
+    """Move a spooled group to `<layer>/<stem>.<digest12>.zarr`. An identical group that is there already is kept."""
+    digest = digest_of_files(files)
+    group = Group(name=f"{stem}.{digest[:12]}.zarr", digest=digest, files=dict(files))
+    for path, field in files.items():
+        target = f"{layer}/{group.name}/{path}"
+        if not store.put_new(target, folder / path) and store.size(target) != field.size:
+            raise CorruptError(f"{store.url}: {target} exists with {store.size(target)} bytes, expected {field.size}; delete it and run the command again")
+    return group
+
+
+def unpublish_group(store: Store, group: Group, *, layer: str) -> None:
+    """Remove a group that lost the race for its record."""
+    for path in group.files:
+        store.delete(f"{layer}/{group.name}/{path}")
+
+
+IdentityT = TypeVar("IdentityT", bound=FrozenModel)
+
+
+def create_document(
+    store: Store, path: str, identity: IdentityT, *, measured: Mapping[str, Any] | None = None, provenance: Mapping[str, Any] | None = None
+) -> tuple[Document[IdentityT], bool]:
+    """Create a document if it is absent; the one that is there now, and whether this call made it."""
+    data = dump_document(identity, measured=measured, provenance={**environment(), **(provenance or {})})
+    created = store.put_new(path, data)
+    if not created:
+        data = store.get(path, max_size=MAX_DOCUMENT_BYTES)
+    return parse_document(data, type(identity), where=f"{store.url}/{path}"), created
+
+
+def environment() -> dict[str, Any]:
+    """Provenance that every document carries: versions and machine, never compared."""
+    return {
+        "packages": {name: version(name) for name in _PROVENANCE_PACKAGES},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "host": platform.node(),
+    }

@@ -1,0 +1,92 @@
+"""The encoding interface: everything that extract, train and the reader ask of one.
+
+A *value* is what the teacher gave for a batch: a dict of float tensors. `logits` → {"logits": (B, K)}; `features` →
+{"grid": (B, T, C)} with the grid row-major, and {"prefix": (B, P, C)} where the model has cls or register tokens.
+*Components* are what is stored: a dict of tensors whose dtypes and per-row shapes `components()` states.
+
+`encode` runs on the teacher's device, `decode` on the student's; both are pure, and `decode(encode(x))` is finite float32
+for every finite x. Torch has no uint16, so a component of that type is given and taken as int16 bits. An encoding that
+needs statistics gets them from `calibrate`, which sees a few hundred views once; they are stored beside the target's card
+and become part of its identity. `kdcache.testing.check_encoding` holds the checks that every encoding must pass.
+
+Legend: B batch, T grid tokens, P prefix tokens, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..format import Component
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetShape:
+    """Shape of one view's value: `num_classes` for logits; `grid`, `channels` and `prefix_tokens` for features."""
+
+    num_classes: int = 0
+    grid: tuple[int, int] = (0, 0)
+    channels: int = 0
+    prefix_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Grid tokens, T."""
+        return self.grid[0] * self.grid[1]
+
+
+class Encoding(ABC):
+    """One way to store one kind of target. Holds the shape and, after `load_calibration`, its statistics."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for help texts: what is stored, what it costs."""
+    needs_calibration: ClassVar[bool] = False
+
+    def __init__(self, shape: TargetShape) -> None:
+        self.shape = shape
+
+    @abstractmethod
+    def components(self) -> dict[str, Component]:
+        """Component name → zarr dtype and shape of one view of one row."""
+
+    @abstractmethod
+    def encode(self, value: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Components of a batch, on the value's device."""
+
+    @abstractmethod
+    def decode(self, components: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """float32 value of a batch, on the components' device; exact under autocast."""
+
+    def load_calibration(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the statistics that `calibrate` of this kind gave."""
+        self.calibration = {name: tensor.float() for name, tensor in tensors.items()}
+
+    def statistic(self, name: str, device: torch.device) -> Tensor:
+        """A calibration tensor on `device`, moved once."""
+        tensor = self.calibration[name]
+        if tensor.device != device:
+            tensor = self.calibration[name] = tensor.to(device)
+        return tensor
+
+
+def calibrate_features(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Channel statistics over calibration views: {"grid_mean", "grid_std"} (C,), {"prefix_mean", "prefix_std"} (P, C), float32.
+
+    values: {"grid": (B, T, C)[, "prefix": (B, P, C)]}. A channel that hardly varies gets a floor, so that z-scores stay finite.
+    """
+    tensors: dict[str, Tensor] = {}
+    for part, value in values.items():
+        dims = (0, 1) if part == "grid" else (0,)
+        wide = value.double().cpu()
+        mean = wide.mean(dim=dims)
+        std = wide.std(dim=dims, correction=0)
+        floor = max(1e-6 * float(wide.square().mean().sqrt()), 1e-12)
+        tensors[f"{part}_mean"] = mean.float()
+        tensors[f"{part}_std"] = std.clamp_min(floor).float()
+    return tensors

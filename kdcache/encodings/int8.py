@@ -1,0 +1,57 @@
+"""`features:int8`, the default for features: calibrated z-score per channel, then one scale a token, then 8 bits.
+
+The z-score takes the outlier channels out, the token scale the massive tokens: relative error .007 with and without them,
+where per-tensor int8 loses .63 and per-token .21 after standardising (research: storage §1). That is the noise of a bf16
+teacher; about 7 bits a value are left after compression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..format import Component
+from .base import Encoding
+
+_SMALLEST_SCALE = 2.0**-24
+"""Smallest positive float16: a token whose z-scores are all (almost) zero."""
+_LARGEST_SCALE = 65504.0
+
+
+class Int8Features(Encoding):
+    """value = mean_C + std_C * (code * scale_token). Components per part: `<part>` int8 and `<part>_scale` float16."""
+
+    name: ClassVar[str] = "int8"
+    summary: ClassVar[str] = "per-channel z-score and a scale a token, relative error .007; about 7 bits a value"
+    needs_calibration: ClassVar[bool] = True
+
+    def components(self) -> dict[str, Component]:
+        counts = {"grid": self.shape.num_tokens, "prefix": self.shape.prefix_tokens}
+        result: dict[str, Component] = {}
+        for part, count in counts.items():
+            if count:
+                result[part] = Component(dtype="int8", shape=(count, self.shape.channels))
+                result[f"{part}_scale"] = Component(dtype="float16", shape=(count,))
+        return result
+
+    def encode(self, value: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        components: dict[str, Tensor] = {}
+        for part, tokens in value.items():
+            z_BTC = (tokens.float() - self.statistic(f"{part}_mean", tokens.device)) / self.statistic(f"{part}_std", tokens.device)
+            scale_BT = (z_BTC.abs().amax(dim=2) / 127).clamp(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16)
+            # quantised with the scale as stored, so that its rounding costs nothing
+            components[part] = (z_BTC / scale_BT.float().unsqueeze(2)).round_().clamp_(-127, 127).to(torch.int8)
+            components[f"{part}_scale"] = scale_BT
+        return components
+
+    def decode(self, components: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        value: dict[str, Tensor] = {}
+        for part in ("grid", "prefix"):
+            if part in components:
+                codes_BTC = components[part]
+                z_BTC = codes_BTC.float() * components[f"{part}_scale"].float().unsqueeze(2)
+                value[part] = z_BTC * self.statistic(f"{part}_std", codes_BTC.device) + self.statistic(f"{part}_mean", codes_BTC.device)
+        return value

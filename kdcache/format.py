@@ -1,0 +1,411 @@
+"""Format v1, the JSON half: the documents that make a cache, their digests and names. `FORMAT.md` is the normative text.
+
+Flow: extract writes these documents (`kdcache.commit`), every reader parses them (`kdcache.cache`), verify proves them.
+Each document carries two digests: `identity_digest` of what it *is* (which its parent holds, up to the root), and
+`file_digest` of every byte of the file. A document is trusted only through `parse_document`, which checks both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from .errors import CorruptError, FormatVersionError, UsageError
+from .plan import FrozenModel, ViewPlan, blake2b_128, canonical_json, explain_validation_error
+
+FORMAT_VERSION = 1
+
+Digest = str
+"""32 lower-case hex digits: BLAKE2b-128."""
+
+_DIGEST_PATTERN = r"^[0-9a-f]{32}$"
+_PREFIX = b'{\n "file_digest": "'
+ZERO_DIGEST = "0" * 32
+_ZERO_DIGEST = ZERO_DIGEST.encode()
+
+
+class DigestField(FrozenModel):
+    """Size in bytes and BLAKE2b-128 of one file."""
+
+    size: int = Field(ge=0)
+    digest: Digest = Field(pattern=_DIGEST_PATTERN)
+
+
+class Group(FrozenModel):
+    """A zarr group as a record names it: its folder, and every file in it."""
+
+    name: str = Field(min_length=1, max_length=400)
+    digest: Digest = Field(pattern=_DIGEST_PATTERN)
+    """BLAKE2b-128 of the canonical JSON of `files`; its first 12 digits stand in the folder's name."""
+    files: dict[str, DigestField]
+    """Path inside the group → size and digest."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Group:
+        for path in self.files:
+            if path.startswith("/") or ".." in path.split("/") or "\\" in path:
+                raise ValueError(f"file path {path!r} leaves the group")
+        if "/" in self.name or self.name in {".", ".."}:
+            raise ValueError(f"group name {self.name!r} is not a plain name")
+        return self
+
+
+def digest_of_files(files: Mapping[str, DigestField]) -> Digest:
+    """The digest of a group: of the canonical JSON of its file table."""
+    return blake2b_128(canonical_json({path: field.to_json() for path, field in files.items()}))
+
+
+class Skipped(FrozenModel):
+    """A sample that has no row, and why. Both stages skip the same ones."""
+
+    key: str
+    index: int = Field(ge=0)
+    """Position among the samples of the tar."""
+    reason: str
+
+
+class ViewRange(FrozenModel):
+    """Views start <= v < stop."""
+
+    start: int = Field(ge=0)
+    stop: int = Field(gt=0, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _check(self) -> ViewRange:
+        if self.start >= self.stop:
+            raise ValueError(f"an empty range of views: start {self.start}, stop {self.stop}")
+        return self
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __contains__(self, view: object) -> bool:
+        return isinstance(view, int) and self.start <= view < self.stop
+
+
+class CacheIdentity(FrozenModel):
+    """Identity of `cache.json`."""
+
+    plan: ViewPlan
+
+
+class ViewsIdentity(FrozenModel):
+    """Identity of a views record: one segment of one shard of the views layer."""
+
+    shard: str
+    views: ViewRange
+    plan: Digest = Field(pattern=_DIGEST_PATTERN)
+    """Fingerprint of the view plan."""
+    member_table: Digest = Field(pattern=_DIGEST_PATTERN)
+    """Digest of (name, offset, size) of the tar's members."""
+    samples: int = Field(ge=0)
+    """Samples in the tar: rows + skipped."""
+    rows: int = Field(ge=0)
+    skipped: tuple[Skipped, ...]
+    cut: str | None = None
+    """Where and how the tar was cut short, if it was."""
+    pixels_by_view: tuple[Digest, ...]
+    """For each view of the range, BLAKE2b-128 of its `rows` little-endian uint64 pixel digests."""
+    group: Group
+
+    @model_validator(mode="after")
+    def _check(self) -> ViewsIdentity:
+        if self.rows + len(self.skipped) != self.samples:
+            raise ValueError(f"rows {self.rows} + skipped {len(self.skipped)} is not samples {self.samples}")
+        if len(self.pixels_by_view) != len(self.views):
+            raise ValueError(f"{len(self.pixels_by_view)} pixel digests for {len(self.views)} views")
+        return self
+
+
+class Preprocessing(FrozenModel):
+    """How a teacher turns a uint8 view into its input: resize to `input_size`, divide by 255, subtract mean, divide by std."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    input_size: int = Field(ge=1)
+    """Side of the square input, pixels; views of another size are resized on the device (bicubic, antialiased)."""
+
+
+class TeacherIdentity(FrozenModel):
+    """Identity of `teacher.json`."""
+
+    model: str
+    """timm architecture name, e.g. ``vit_large_patch16_224``."""
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    """Constructor arguments beside the architecture's own."""
+    weights: Digest = Field(pattern=_DIGEST_PATTERN)
+    """BLAKE2b-128 over the sorted state dict: name, dtype, shape and little-endian bytes of each tensor."""
+    num_classes: int = Field(ge=0)
+    """0: the teacher has no head, hence no logits."""
+    preprocessing: Preprocessing
+    precision: Literal["fp32", "bf16", "fp16"]
+    """fp32, or autocast to this type."""
+
+
+class Component(FrozenModel):
+    """One array of a target: zarr data type and shape of one view of one row."""
+
+    dtype: Literal["uint8", "int8", "uint16", "int16", "int32", "float16", "float32"]
+    shape: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Component:
+        if any(side < 1 for side in self.shape) or len(self.shape) > 4:
+            raise ValueError(f"component shape {self.shape} must have up to 4 sides of at least 1")
+        return self
+
+
+class TargetIdentity(FrozenModel):
+    """Identity of a target card, `teachers/<name>/targets/<target>.json`."""
+
+    name: str
+    kind: Literal["logits", "features"]
+    node: str | None = None
+    """Absolute node name for features, e.g. ``blocks.22`` or ``norm``."""
+    encoding: str
+    num_classes: int | None = None
+    channels: int | None = None
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the token grid."""
+    prefix_tokens: int | None = None
+    components: dict[str, Component]
+    calibration: DigestField | None = None
+    """The safetensors file beside the card, where the target has one."""
+
+
+class TargetsIdentity(FrozenModel):
+    """Identity of a teacher's record: one segment (targets × views) of one shard."""
+
+    shard: str
+    views: ViewRange
+    targets: dict[str, Digest]
+    """Target name → identity digest of its card."""
+    teacher: Digest = Field(pattern=_DIGEST_PATTERN)
+    """Identity digest of teacher.json."""
+    member_table: Digest = Field(pattern=_DIGEST_PATTERN)
+    samples: int = Field(ge=0)
+    """Samples in the tar, skipped ones included; bounds the rows of a chunk."""
+    rows: int = Field(ge=0)
+    pixels: Digest = Field(pattern=_DIGEST_PATTERN)
+    """What the teacher saw: `digest_of_pixels` of this segment's views."""
+    group: Group
+
+
+def digest_of_pixels(pixels_by_view: Mapping[int, Digest]) -> Digest:
+    """One digest for the pixels of some views of a shard: of the canonical JSON of `view → column digest`."""
+    return blake2b_128(canonical_json({str(view): digest for view, digest in pixels_by_view.items()}))
+
+
+IdentityT = TypeVar("IdentityT", bound=FrozenModel)
+
+_KINDS: dict[str, type[FrozenModel]] = {
+    "cache": CacheIdentity,
+    "views": ViewsIdentity,
+    "teacher": TeacherIdentity,
+    "target": TargetIdentity,
+    "targets": TargetsIdentity,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document(Generic[IdentityT]):
+    """A parsed document: identity is compared, measured and provenance are not."""
+
+    kind: str
+    identity: IdentityT
+    measured: dict[str, Any]
+    """Fidelity, accuracy: properties of what was stored, not part of what it is."""
+    provenance: dict[str, Any]
+    """Versions, device, times, places: who made it, never compared."""
+    file_digest: Digest
+
+    @property
+    def identity_digest(self) -> Digest:
+        return digest_of_identity(self.identity)
+
+
+def digest_of_identity(identity: FrozenModel) -> Digest:
+    """BLAKE2b-128 of the canonical JSON of an identity."""
+    return blake2b_128(canonical_json(identity.to_json()))
+
+
+def dump_document(
+    identity: FrozenModel, *, measured: Mapping[str, Any] | None = None, provenance: Mapping[str, Any] | None = None
+) -> bytes:
+    """The bytes of a document. `file_digest` comes first, at a fixed place, and covers every other byte of the file."""
+    kind = next(name for name, model in _KINDS.items() if type(identity) is model)
+    body = {
+        "file_digest": ZERO_DIGEST,
+        "format": "kdcache",
+        "version": FORMAT_VERSION,
+        "kind": kind,
+        "identity_digest": digest_of_identity(identity),
+        "identity": identity.to_json(),
+        "measured": dict(measured or {}),
+        "provenance": dict(provenance or {}),
+    }
+    return seal_json(body)
+
+
+def seal_json(body: Mapping[str, Any]) -> bytes:
+    """The bytes of a JSON object whose first key is a `file_digest` of zeros, with the digest filled in."""
+    data = json.dumps(body, indent=1, ensure_ascii=True, allow_nan=False).encode("ascii") + b"\n"
+    return data.replace(_ZERO_DIGEST, blake2b_128(data).encode(), 1)
+
+
+def body_of(document: Document[Any]) -> dict[str, Any]:
+    """The JSON object that a document was parsed from."""
+    return {
+        "file_digest": document.file_digest,
+        "format": "kdcache",
+        "version": FORMAT_VERSION,
+        "kind": document.kind,
+        "identity_digest": document.identity_digest,
+        "identity": document.identity.to_json(),
+        "measured": document.measured,
+        "provenance": document.provenance,
+    }
+
+
+def file_digest_holds(data: bytes) -> bool:
+    """Whether `data` is as it was written: its digest, taken with the digits of `file_digest` as zeros, is `file_digest`."""
+    start = len(_PREFIX)
+    if not data.startswith(_PREFIX):
+        return False
+    found = data[start : start + 32]
+    return blake2b_128(data[:start] + _ZERO_DIGEST + data[start + 32 :]).encode() == found
+
+
+def parse_json_object(data: bytes, *, where: str) -> dict[str, Any]:
+    """`data` as a JSON object. Raises CorruptError naming `where`."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{where}: expected a JSON object, found bytes that don't parse ({error}); {REPAIR}") from error
+    if not isinstance(body, dict):
+        raise CorruptError(f"{where}: expected a JSON object, found {type(body).__name__}; {REPAIR}")
+    return body
+
+
+def check_version(body: Mapping[str, Any], *, where: str) -> None:
+    """Raises FormatVersionError for a format version other than ours, CorruptError where there is none."""
+    version = body.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or body.get("format") != "kdcache":
+        raise CorruptError(f"{where}: expected \"format\": \"kdcache\" and a version number, found {body.get('format')!r} and {version!r}; {REPAIR}")
+    if version != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{where}: format version {version}, this kdcache reads version {FORMAT_VERSION}; install the kdcache that wrote it"
+        )
+
+
+REPAIR = "run 'kdcache verify' to see what else is damaged, delete the damaged segment's record and run 'kdcache extract' again"
+
+
+def parse_document(data: bytes, identity_type: type[IdentityT], *, where: str) -> Document[IdentityT]:
+    """Parse and prove a document.
+
+    where: path shown in errors. Raises FormatVersionError for another version, CorruptError for anything that is not
+    exactly what `dump_document` wrote.
+    """
+    return document_from_body(parse_sealed_json(data, where=where), identity_type, where=where)
+
+
+def parse_sealed_json(data: bytes, *, where: str) -> dict[str, Any]:
+    """A JSON object of ours whose version and `file_digest` hold. Raises FormatVersionError or CorruptError."""
+    body = parse_json_object(data, where=where)
+    check_version(body, where=where)
+    if not file_digest_holds(data):
+        raise CorruptError(
+            f"{where}: bytes were changed: file_digest says {body.get('file_digest')!r}, the content does not match it; {REPAIR}"
+        )
+    return body
+
+
+def document_from_body(body: Mapping[str, Any], identity_type: type[IdentityT], *, where: str) -> Document[IdentityT]:
+    """A document from its parsed JSON, as the index keeps it. Raises CorruptError."""
+    kind = next(name for name, model in _KINDS.items() if model is identity_type)
+    if body.get("kind") != kind:
+        raise CorruptError(f"{where}: expected a document of kind {kind!r}, found {body.get('kind')!r}; {REPAIR}")
+    try:
+        identity = identity_type.model_validate(body.get("identity"))
+    except ValidationError as error:
+        raise CorruptError(f"{where}: the identity does not fit the format: {explain_validation_error(error)}") from error
+    measured, provenance = body.get("measured"), body.get("provenance")
+    if not isinstance(measured, dict) or not isinstance(provenance, dict):
+        raise CorruptError(f"{where}: 'measured' and 'provenance' must be objects; {REPAIR}")
+    if body.get("identity_digest") != digest_of_identity(identity):
+        raise CorruptError(f"{where}: identity_digest does not match the identity; {REPAIR}")
+    return Document(kind=kind, identity=identity, measured=measured, provenance=provenance, file_digest=str(body.get("file_digest")))
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+
+def name_on_disk(shard: str) -> str:
+    """The shard's name as it stands in file names: characters outside [A-Za-z0-9._-] percent-encoded, also a leading dot."""
+    quoted = urllib.parse.quote(shard.encode("utf-8", "surrogateescape"), safe="._-")
+    quoted = quoted.replace("~", "%7E")
+    return "%2E" + quoted[1:] if quoted.startswith(".") else quoted
+
+
+def segment_id(description: Mapping[str, Any]) -> str:
+    """12 hex digits: the digest of what one run adds to one shard of one layer."""
+    return blake2b_128(canonical_json(dict(description)))[:12]
+
+
+def views_segment_id(views: ViewRange) -> str:
+    """Segment id in the views layer."""
+    return segment_id({"views": [views.start, views.stop]})
+
+
+def targets_segment_id(targets: Mapping[str, Digest], views: ViewRange) -> str:
+    """Segment id in a teacher's layer: targets with their cards' digests × views."""
+    return segment_id({"targets": dict(targets), "views": [views.start, views.stop]})
+
+
+TEACHER_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+
+
+def check_teacher_name(name: str) -> str:
+    """`name` if it can be a folder's name. Raises UsageError."""
+    if not TEACHER_NAME.match(name):
+        raise UsageError(f"teacher name {name!r}: expected letters, digits, '.', '_' and '-', starting with a letter or digit; pass --name")
+    return name
+
+
+def views_record_path(shard: str, views: ViewRange) -> str:
+    return f"views/{name_on_disk(shard)}.{views_segment_id(views)}.json"
+
+
+def targets_record_path(teacher: str, shard: str, targets: Mapping[str, Digest], views: ViewRange) -> str:
+    return f"teachers/{teacher}/{name_on_disk(shard)}.{targets_segment_id(targets, views)}.json"
+
+
+def teacher_path(teacher: str) -> str:
+    return f"teachers/{teacher}/teacher.json"
+
+
+def target_path(teacher: str, target: str) -> str:
+    return f"teachers/{teacher}/targets/{target}.json"
+
+
+def calibration_path(teacher: str, target: str) -> str:
+    return f"teachers/{teacher}/targets/{target}.calibration.safetensors"
+
+
+def root_digest(
+    *, cache: Digest, views: Mapping[str, Digest], teachers: Mapping[str, Mapping[str, Any]]
+) -> Digest:
+    """The one digest that names a cache's whole content.
+
+    cache: identity digest of cache.json. views: record path → identity digest. teachers: name → {"teacher": digest,
+    "targets": {target: digest}, "records": {record path: digest}}.
+    """
+    return blake2b_128(canonical_json({"cache": cache, "views": dict(views), "teachers": {k: dict(v) for k, v in teachers.items()}}))

@@ -1,0 +1,206 @@
+"""The derived index: all documents in one file, and one numeric table for all samples. Written by extract, read on opening.
+
+It holds nothing that is not elsewhere: opening a finished cache costs a few reads instead of one for each shard. Documents
+that the index lacks are read one by one; entries whose document is gone are dropped, because a record is what makes a
+segment exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import CacheError, CorruptError, MissingError, NotACacheError
+from .format import (
+    FORMAT_VERSION,
+    ZERO_DIGEST,
+    CacheIdentity,
+    Document,
+    FrozenModel,
+    TargetIdentity,
+    TargetsIdentity,
+    TeacherIdentity,
+    ViewsIdentity,
+    body_of,
+    document_from_body,
+    parse_document,
+    parse_sealed_json,
+    root_digest,
+    seal_json,
+)
+from .plan import blake2b_128
+from .store import Store
+
+MAX_INDEX_BYTES = 4 << 30
+MAX_DOCUMENT_BYTES = 64 << 20
+
+TABLE_COLUMNS = ("offset", "size", "label", "skip")
+"""Of the int64 table: image bytes in the tar, label (-1: none), 1 for a sample that has no row."""
+
+
+def identity_type_of(path: str) -> type[FrozenModel] | None:
+    """What kind of document lies at a path of the cache, or None for a file that is no document."""
+    parts = path.split("/")
+    if path == "cache.json":
+        return CacheIdentity
+    if not path.endswith(".json"):
+        return None
+    if parts[0] == "views" and len(parts) == 2:
+        return ViewsIdentity
+    if parts[0] == "teachers" and len(parts) == 3:
+        return TeacherIdentity if parts[2] == "teacher.json" else TargetsIdentity
+    if parts[0] == "teachers" and len(parts) == 4 and parts[2] == "targets":
+        return TargetIdentity
+    return None
+
+
+def document_paths(store: Store) -> Iterator[str]:
+    """Every document there is, by listing folders only; cache.json first."""
+    yield "cache.json"
+    folders = ["views/"]
+    for path, _ in store.list("teachers/", deep=False):
+        if path.endswith("/"):
+            folders += [path, f"{path}targets/"]
+    for folder in folders:
+        for path, _ in store.list(folder, deep=False):
+            if identity_type_of(path) is not None:
+                yield path
+
+
+def read_document(store: Store, path: str) -> Document[Any]:
+    """Read and prove one document."""
+    identity_type = identity_type_of(path)
+    assert identity_type is not None, path
+    return parse_document(store.get(path, max_size=MAX_DOCUMENT_BYTES), identity_type, where=f"{store.url}/{path}")
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an index file says."""
+
+    path: str
+    root: str
+    documents: dict[str, Document[Any]]
+    table_path: str
+    table_digest: str
+    table_shards: dict[str, tuple[int, int]]
+    """Shard → its samples' first and last + 1 place in the table."""
+
+
+def index_paths(store: Store) -> list[str]:
+    """The index files that lie in the cache: one, or more after a kill or a race."""
+    return sorted(path for path, _ in store.list("index/", deep=False) if path.endswith(".json"))
+
+
+def read_index(store: Store, path: str) -> Index:
+    """Parse and prove one index file. Raises CorruptError."""
+    where = f"{store.url}/{path}"
+    body = parse_sealed_json(store.get(path, max_size=MAX_INDEX_BYTES), where=where)
+    try:
+        documents: dict[str, Document[Any]] = {}
+        for document_path, document_body in body["documents"].items():
+            identity_type = identity_type_of(document_path)
+            if identity_type is None:
+                raise CorruptError(f"{where}: {document_path!r} is not the path of a document; run 'kdcache extract' again to rebuild the index")
+            documents[document_path] = document_from_body(document_body, identity_type, where=f"{where}: {document_path}")
+        table = body["table"]
+        shards = {str(name): (int(start), int(stop)) for name, (start, stop) in table["shards"].items()}
+        return Index(path, str(body["root"]), documents, str(table["path"]), str(table["digest"]), shards)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptError(f"{where}: not an index: {error!r}; run 'kdcache extract' again to rebuild it") from error
+
+
+def load_documents(store: Store) -> tuple[dict[str, Document[Any]], Index | None]:
+    """Every document of the cache, through the index where it serves, and the index used.
+
+    Raises NotACacheError without cache.json. A damaged index is an error here, not a detour: nothing damaged is passed over.
+    """
+    if store.size("cache.json") is None:
+        raise NotACacheError(f"{store.url}: no cache.json; expected a folder that 'kdcache extract' wrote")
+    paths = list(document_paths(store))
+    best: Index | None = None
+    for path in index_paths(store):
+        index = read_index(store, path)
+        if best is None or len(index.documents) > len(best.documents):
+            best = index
+    known = best.documents if best is not None else {}
+    documents = {path: known[path] if path in known and path != "cache.json" else read_document(store, path) for path in paths}
+    return documents, best
+
+
+def root_of(documents: Mapping[str, Document[Any]]) -> str:
+    """The digest that names the whole content (`format.root_digest`)."""
+    views = {path: document.identity_digest for path, document in documents.items() if document.kind == "views"}
+    teachers: dict[str, dict[str, Any]] = {}
+    for path, document in documents.items():
+        parts = path.split("/")
+        if parts[0] != "teachers":
+            continue
+        entry = teachers.setdefault(parts[1], {"targets": {}, "records": {}})
+        if document.kind == "teacher":
+            entry["teacher"] = document.identity_digest
+        elif document.kind == "target":
+            entry["targets"][document.identity.name] = document.identity_digest
+        else:
+            entry["records"][path] = document.identity_digest
+    return root_digest(cache=documents["cache.json"].identity_digest, views=views, teachers=teachers)
+
+
+def build_index(documents: Mapping[str, Document[Any]], tables: Mapping[str, np.ndarray[Any, Any]]) -> tuple[str, bytes, str, bytes]:
+    """(index path, its bytes, table path, its bytes). tables: shard → int64 (samples, len(TABLE_COLUMNS)) in tar order."""
+    shards, start = {}, 0
+    for shard in sorted(tables):
+        shards[shard] = (start, start + len(tables[shard]))
+        start += len(tables[shard])
+    table = b"".join(np.ascontiguousarray(tables[shard], dtype="<i8").tobytes() for shard in sorted(tables))
+    table_path = f"index/table.{blake2b_128(table)[:12]}.bin"
+    body = {
+        "file_digest": ZERO_DIGEST,
+        "format": "kdcache",
+        "version": FORMAT_VERSION,
+        "kind": "index",
+        "root": root_of(documents),
+        "table": {"path": table_path, "digest": blake2b_128(table), "columns": list(TABLE_COLUMNS), "shards": shards},
+        "documents": {path: body_of(documents[path]) for path in sorted(documents)},
+    }
+    data = seal_json(body)
+    return f"index/index.{blake2b_128(data)[:12]}.json", data, table_path, table
+
+
+def write_index(store: Store, documents: Mapping[str, Document[Any]], tables: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Write the index of `documents` and remove the ones before it."""
+    path, data, table_path, table = build_index(documents, tables)
+    store.put_new(table_path, table)
+    store.put_new(path, data)
+    for old, _ in list(store.list("index/", deep=False)):
+        if old not in (path, table_path):
+            store.delete(old)
+
+
+def read_table(store: Store, index: Index) -> dict[str, np.ndarray[Any, Any]]:
+    """Shard → int64 (samples, 4) from the index's table. Raises CorruptError."""
+    rows = max((stop for _, stop in index.table_shards.values()), default=0)
+    width = len(TABLE_COLUMNS)
+    try:
+        data = store.get(index.table_path, max_size=max(rows * width * 8, 1))
+    except MissingError as error:
+        raise CorruptError(f"{store.url}/{index.table_path} is missing; run 'kdcache extract' again to rebuild the index") from error
+    if blake2b_128(data) != index.table_digest or len(data) != rows * width * 8:
+        raise CorruptError(f"{store.url}/{index.table_path}: bytes were changed; delete the folder index/ and run 'kdcache extract' again to rebuild it")
+    table = np.frombuffer(data, "<i8").reshape(-1, width)
+    return {shard: table[start:stop] for shard, (start, stop) in index.table_shards.items()}
+
+
+def is_current(store: Store, documents: Mapping[str, Document[Any]]) -> bool:
+    """Whether exactly one index lies in the cache and says what the documents say."""
+    paths = index_paths(store)
+    if len(paths) != 1:
+        return False
+    try:
+        index = read_index(store, paths[0])
+    except CacheError:
+        return False
+    return index.documents == dict(documents) and index.root == root_of(documents) and store.size(index.table_path) is not None

@@ -1,0 +1,68 @@
+"""Which arrays a group holds: the one place that writer, reader and verify take array names, types and shapes from.
+
+Views group: `keys/bytes` and `keys/ends` (end of each key in bytes), `labels`, `image/offset`, `image/size`, each (rows,);
+`params` (views, rows, fields) and `pixels` (views, rows). A targets group: `<target>/<component>` (views, rows, …).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .arrays import ArraySpec, array_spec
+from .format import TargetIdentity
+from .views import PARAM_FIELDS
+
+ROW_ARRAYS = {"keys/ends": "int64", "labels": "int64", "image/offset": "int64", "image/size": "int64"}
+"""Arrays of the views group with one number a row and no views axis."""
+
+
+def params_spec(views: int, samples: int) -> ArraySpec:
+    """typesize is a whole row of params, so that bitshuffle gathers each field over rows: most fields compress to nothing."""
+    return array_spec("params", "int32", (len(PARAM_FIELDS),), views=views, max_rows=samples, typesize=4 * len(PARAM_FIELDS))
+
+
+def pixels_spec(views: int, samples: int) -> ArraySpec:
+    return array_spec("pixels", "uint64", (), views=views, max_rows=samples)
+
+
+def row_spec(name: str, samples: int) -> ArraySpec:
+    return array_spec(name, ROW_ARRAYS[name], (), views=None, max_rows=samples)
+
+
+def key_bytes_spec(size: int) -> ArraySpec:
+    return array_spec("keys/bytes", "uint8", (), views=None, max_rows=size)
+
+
+def target_specs(cards: Mapping[str, TargetIdentity], views: int, samples: int) -> dict[str, ArraySpec]:
+    """Array name → spec for a targets group."""
+    return {
+        f"{target}/{component}": array_spec(f"{target}/{component}", part.dtype, part.shape, views=views, max_rows=samples)
+        for target, card in cards.items()
+        for component, part in card.components.items()
+    }
+
+
+def group_folders(array_names: list[str]) -> list[str]:
+    """Sub-groups that need a zarr.json of their own, the root group ('') first."""
+    folders = {""}
+    for name in array_names:
+        parts = name.split("/")[:-1]
+        folders |= {"/".join(parts[: i + 1]) for i in range(len(parts))}
+    return sorted(folders)
+
+
+def keys_to_arrays(keys: Sequence[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Keys as (bytes uint8, ends int64): zarr's string dtypes are not settled."""
+    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
+    ends = np.cumsum([len(key) for key in encoded], dtype=np.int64)
+    return np.frombuffer(b"".join(encoded), np.uint8), ends
+
+
+def arrays_to_keys(data: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> list[str]:
+    """The inverse of `keys_to_arrays`."""
+    raw = data.tobytes()
+    starts = [0, *ends.tolist()]
+    return [raw[start:end].decode("utf-8", "surrogateescape") for start, end in zip(starts, ends.tolist(), strict=False)]

@@ -1,0 +1,58 @@
+"""Target specs: what the user asks to record, `target[@node][:encoding[=argument]][,views=N]`, parsed. First step of extract.
+
+A target's name is what stands before the colon (`logits`, `features@blocks.22`); it is the key under which the cache, the
+reader and the methods know it. A name has one encoding in a cache.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import UsageError
+
+_SPEC = re.compile(r"^(?P<name>logits|features@(?P<node>[A-Za-z0-9_.-]+))(?::(?P<encoding>[a-z0-9]+(?:=[^,]+)?))?(?:,views=(?P<views>[0-9]+))?$")
+_NODE = re.compile(r"^[A-Za-z0-9_]+(\.-?[A-Za-z0-9_]+)*$")
+
+SPEC_HELP = "target[@node][:encoding][,views=N], e.g. 'logits', 'features@blocks.22:int8' or 'features@norm:fp16,views=4'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSpec:
+    """One thing to record. `encoding` and `views` are None where the user left the choice to us."""
+
+    kind: Literal["logits", "features"]
+    node: str | None = None
+    encoding: str | None = None
+    views: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.node is None else f"{self.kind}@{self.node}"
+
+
+def parse_target(text: str) -> TargetSpec:
+    """The spec that `text` writes. Raises UsageError with the grammar."""
+    match = _SPEC.match(text)
+    if match is None or (match["node"] and not _NODE.match(match["node"])):
+        raise UsageError(f"target {text!r}: expected {SPEC_HELP}")
+    views = int(match["views"]) if match["views"] else None
+    if views == 0:
+        raise UsageError(f"target {text!r}: views must be at least 1")
+    kind: Literal["logits", "features"] = "features" if match["node"] else "logits"
+    return TargetSpec(kind=kind, node=match["node"], encoding=match["encoding"], views=views)
+
+
+def parse_targets(texts: Iterable[str]) -> list[TargetSpec]:
+    """All specs, duplicates merged. Raises UsageError when one name is given two encodings."""
+    specs: dict[str, TargetSpec] = {}
+    for text in texts:
+        spec = parse_target(text)
+        earlier = specs.get(spec.name)
+        if earlier is not None and {earlier.encoding, spec.encoding} - {None} and earlier.encoding != spec.encoding:
+            raise UsageError(f"target {spec.name!r} is asked for as {earlier.encoding!r} and as {spec.encoding!r}; expected one encoding a name")
+        if earlier is None or (spec.views or 0) > (earlier.views or 0):
+            specs[spec.name] = spec
+    return list(specs.values())

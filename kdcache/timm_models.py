@@ -1,0 +1,134 @@
+"""Building timm models by name, with errors that say what to do. Shared by the teacher and the students; holds neither.
+
+Names are timm's: a bare name, `hf-hub:org/name`, `local-dir:PATH`. Checkpoints are safetensors or PyTorch files read with
+`weights_only`, so that none can run code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from .errors import KDCacheError
+from .plan import canonical_json
+
+
+def build_model(
+    name: str, *, pretrained: bool, checkpoint: Path | None, model_args: Mapping[str, Any], error: type[KDCacheError], role: str
+) -> nn.Module:
+    """A timm model on the CPU in float32. error, role: how failures are reported, e.g. TeacherError and 'teacher'."""
+    import timm
+
+    args = dict(model_args)
+    state: Mapping[str, Tensor] | None = None
+    if checkpoint is not None:
+        state = load_weights(checkpoint, error=error, role=role)
+        if "num_classes" not in args:
+            num_classes = _classes_in(name, state)
+            if num_classes is not None:
+                args["num_classes"] = num_classes
+    source = name.partition(":")[2] if name.startswith("local-dir:") else None
+    if source is not None and not Path(source, "config.json").is_file():
+        raise error(f"{role} {name!r}: no {Path(source, 'config.json')}; expected a folder that timm's save_for_hf wrote")
+    if ":" not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3) or ["vit_large_patch16_224", "resnet50"]
+        raise error(f"{role} {name!r}: timm {timm.__version__} knows no such model; near ones: {', '.join(near)}")
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained and checkpoint is None, **args)
+    except TypeError as problem:
+        raise error(f"{role} {name!r}: can't be built with {args}: {problem}") from problem
+    except (OSError, RuntimeError, ValueError) as problem:
+        if isinstance(problem, OSError) or "pretrained" in str(problem).lower() or "connect" in str(problem).lower():
+            raise error(
+                f"{role} {name!r}: its pretrained weights can't be had ({type(problem).__name__}: {_first_line(problem)}); on a machine"
+                f" without the hub pass 'local-dir:FOLDER' (as timm's save_for_hf writes) or --checkpoint FILE"
+            ) from problem
+        raise error(f"{role} {name!r}: can't be built: {_first_line(problem)}") from problem
+    if state is not None:
+        try:
+            model.load_state_dict(state, strict=True)
+        except RuntimeError as problem:
+            raise error(f"{role} {name!r}: {checkpoint} does not fit the model: {str(problem)[:400]}") from problem
+    return model
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip() or "no message").splitlines()[0][:300]
+
+
+def load_weights(path: Path, *, error: type[KDCacheError], role: str) -> Mapping[str, Tensor]:
+    """A state dict from safetensors or a PyTorch file (timm's own wrappers are looked through). Runs no code from the file."""
+    try:
+        if path.suffix == ".safetensors":
+            import safetensors.torch
+
+            tensors: Mapping[str, Tensor] = safetensors.torch.load_file(path)
+            return tensors
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as problem:
+        raise error(f"{role}: no checkpoint file {path}") from problem
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as problem:
+        raise error(f"{role}: {path} can't be read as safetensors or as a weights-only PyTorch file: {_first_line(problem)}") from problem
+    for wrapper in ("state_dict_ema", "state_dict", "model_ema", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+            break
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise error(f"{role}: {path} holds no state dict; expected a mapping of names to tensors")
+    return {key.removeprefix("module."): value for key, value in loaded.items()}
+
+
+def _classes_in(name: str, state: Mapping[str, Tensor]) -> int | None:
+    """The number of classes of a checkpoint's classifier, by the name timm gives it."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True) if ":" not in name and timm.is_model(name) else None
+    classifier = getattr(config, "classifier", None) or "head"
+    for candidate in (classifier, "head", "fc", "head.fc", "classifier"):
+        weight = state.get(f"{candidate}.weight") if isinstance(candidate, str) else None
+        if weight is not None and weight.ndim in (2, 4):
+            return int(weight.shape[0])
+    return None
+
+
+def architecture_of(model: nn.Module, name: str) -> str:
+    """timm's architecture name of a built model, whatever it was called by."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or name.partition(":")[2].rstrip("/").rpartition("/")[2] or name).split(".")[0]
+
+
+def model_args_of(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor arguments to rebuild the model with, as JSON types."""
+    args = {**getattr(model, "_model_args", {}), **given}
+    canonical_json(args)  # a TypeError here is a bug: what can't be written down can't be rebuilt
+    return args
+
+
+def input_size_of(model: nn.Module) -> int:
+    """Side of the model's own square input, pixels: the size it was built for, else its data config's."""
+    from timm.data import resolve_model_data_config
+
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    size = built if built is not None else resolve_model_data_config(model)["input_size"][-2:]
+    height, width = int(size[0]), int(size[1])
+    if height != width:
+        raise KDCacheError(f"{type(model).__name__}: input of {height}x{width} pixels; kdcache serves square inputs only")
+    return height
+
+
+def mean_std_of(model: nn.Module) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Channel mean and standard deviation of the model's input, for pixels in [0, 1]."""
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    mean, std = (tuple(float(value) for value in config[name]) for name in ("mean", "std"))
+    if len(mean) != 3 or len(std) != 3:
+        raise KDCacheError(f"{type(model).__name__}: {len(mean)} input channels; kdcache serves RGB models only")
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
