@@ -38,6 +38,8 @@ CHUNK_BYTES = 64 * 1024
 KeyT = TypeVar("KeyT")
 ValueT = TypeVar("ValueT")
 _EMPTY = 2**64 - 1
+_SMALLEST_CHUNK = 16 + 4
+"""A Blosc header and a crc32c."""
 _BLOSC_LEVEL = 5
 """zstd 5: level 9 encodes at 2 to 17 MB/s (research: storage §2)."""
 
@@ -231,8 +233,9 @@ class ArrayReader:
         index = np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
         if (index == _EMPTY).any():
             raise CorruptError(f"{self._path}: a chunk is absent; expected all {num_chunks}; run 'kdcache verify' on the cache")
-        ends = index.sum(axis=1)
-        if (ends > shard_size - index_size).any() or (index[:, 1] < 20).any():
+        payload_size = shard_size - index_size
+        inside = (index[:, 0] <= payload_size) & (index[:, 1] <= payload_size)  # before adding: a sum may wrap around
+        if not inside.all() or (index.sum(axis=1) > payload_size).any() or (index[:, 1] < _SMALLEST_CHUNK).any():
             raise CorruptError(f"{self._path}: the shard index points outside the file; run 'kdcache verify' on the cache")
         self._index = index.astype(np.int64)
 
@@ -268,10 +271,16 @@ class ArrayReader:
         payload = memoryview(encoded)[:-4]
         if google_crc32c.value(bytes(payload)) != struct.unpack("<I", encoded[-4:])[0]:
             raise CorruptError(f"{self._path}: chunk {chunk} fails its crc32c; its row is not used; run 'kdcache verify' on the cache")
-        declared = struct.unpack_from("<I", payload, 4)[0]  # blosc1 header: uncompressed size at byte 4
-        if declared != out.nbytes:
-            raise CorruptError(f"{self._path}: chunk {chunk} declares {declared} bytes, expected {out.nbytes}; run 'kdcache verify' on the cache")
-        numcodecs.blosc.decompress(payload, out)
+        declared, _, compressed = struct.unpack_from("<III", payload, 4)  # blosc1 header; Blosc itself trusts both sizes
+        if (declared, compressed) != (out.nbytes, len(payload)):
+            raise CorruptError(
+                f"{self._path}: chunk {chunk} declares {declared} bytes in {compressed}, expected {out.nbytes} in {len(payload)};"
+                f" run 'kdcache verify' on the cache"
+            )
+        try:
+            numcodecs.blosc.decompress(payload, out)
+        except RuntimeError as error:
+            raise CorruptError(f"{self._path}: chunk {chunk} does not decompress: {error}; run 'kdcache verify' on the cache") from error
 
 
 def _adjacent_runs(chunks: np.ndarray[Any, Any], index: np.ndarray[Any, Any]) -> list[list[int]]:

@@ -38,7 +38,7 @@ _PROVENANCE_PACKAGES = ("kdcache", "numpy", "pillow", "numcodecs", "torch", "tim
 class ChunkPool:
     """Encodes chunks on a few threads and appends them in the order they were given, holding a bounded number of bytes.
 
-    An error on a thread is raised by the next `submit` or `flush`.
+    An error on a thread is raised by a later `submit`, and by `GroupWriter.close`.
     """
 
     def __init__(self, *, num_threads: int, max_bytes: int) -> None:
@@ -48,24 +48,17 @@ class ChunkPool:
         self._bytes = 0
         self._max_bytes = max_bytes
 
-    def submit(self, writer: ShardWriter, rows: np.ndarray[Any, Any]) -> None:
-        """Encode `rows` and append them to `writer`. The array must not be changed afterwards."""
+    def submit(self, writer: ShardWriter, rows: np.ndarray[Any, Any]) -> Future[None]:
+        """Encode `rows` and append them to `writer`. The array must not be changed afterwards. From one thread only."""
         encoded = self._encoders.submit(encode_chunk, writer.spec, rows)
         appended = self._appender.submit(lambda: writer.append(encoded.result()))
         self._pending.append((appended, rows.nbytes))
         self._bytes += rows.nbytes
-        while self._bytes > self._max_bytes and len(self._pending) > 1:
-            self._wait_for_oldest()
-
-    def _wait_for_oldest(self) -> None:
-        future, size = self._pending.popleft()
-        self._bytes -= size
-        future.result()
-
-    def flush(self) -> None:
-        """Return when everything submitted is appended."""
-        while self._pending:
-            self._wait_for_oldest()
+        while self._pending and (self._bytes > self._max_bytes or self._pending[0][0].done()):
+            oldest, size = self._pending.popleft()
+            self._bytes -= size
+            oldest.result()
+        return appended
 
     def close(self) -> None:
         """Stop the threads; what is queued and not begun is dropped."""
@@ -83,6 +76,7 @@ class GroupWriter:
         self._filled = dict.fromkeys(specs, 0)
         self.num_items = 0
         self._extra: dict[str, DigestField] = {}
+        self._appended: deque[Future[None]] = deque()
 
     def append(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """arrays: array name → (n, *inner), the same n for all; item i is row i // views, view i % views."""
@@ -112,17 +106,23 @@ class GroupWriter:
         block, filled = self._blocks.pop(name), self._filled[name]
         by_view = block[:filled].reshape(-1, self._num_views, *self._writers[name].spec.inner)
         for view in range(self._num_views):
-            self._pool.submit(self._writers[name], np.ascontiguousarray(by_view[:, view]))
+            self._appended.append(self._pool.submit(self._writers[name], np.ascontiguousarray(by_view[:, view])))
+        while self._appended and self._appended[0].done():
+            self._appended.popleft().result()
 
     def add_array(self, spec: ArraySpec, values: np.ndarray[Any, Any]) -> None:
         """Write one more whole array without a views axis."""
         self._extra |= write_array(self._folder, spec, values)
 
-    def close(self) -> dict[str, DigestField]:
-        """Finish every array; path in the group → size and digest."""
+    def finish(self) -> None:
+        """Hand the last, partial chunks to the pool; no more items come. On the thread that appends."""
         for name in list(self._blocks):
             self._emit(name)
-        self._pool.flush()
+
+    def close(self) -> dict[str, DigestField]:
+        """Wait for every chunk and finish every array; path in the group → size and digest. After `finish`, on any thread."""
+        while self._appended:
+            self._appended.popleft().result()
         rows = self.num_items // self._num_views
         files = dict(self._extra)
         for writer in self._writers.values():

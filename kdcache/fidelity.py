@@ -7,6 +7,7 @@ Sums are kept as float64 on the host, so that shards add up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -22,19 +23,20 @@ class Fidelity:
     """Running sums for one target; `result` gives the figures."""
 
     calibration: Mapping[str, Tensor] | None = None
-    """`calibrate_features` statistics of a feature target; None for logits."""
+    """`ChannelStatistics` result of a feature target; None for logits."""
     sums: dict[str, float] = field(default_factory=dict)
 
-    def update(self, value: Mapping[str, Tensor], decoded: Mapping[str, Tensor]) -> None:
-        """Add a batch. value, decoded: as encodings take and give them, on one device."""
+    def update(self, value: Mapping[str, Tensor], decoded: Mapping[str, Tensor]) -> bool:
+        """Add a batch; False, and nothing added, if a value is not finite. value, decoded: as encodings take and give them."""
         names: list[str] = []
         terms: list[Tensor] = []
+        vectors = 0
         for part, original in value.items():
             x, y = original.float(), decoded[part].float()
             error = y - x
             names += ["error_sq", "value_sq", "cosine_sum"]
             terms += [error.square().sum(), x.square().sum(), F.cosine_similarity(x, y, dim=-1).sum()]
-            self._add("vectors", x.numel() // x.shape[-1])
+            vectors += x.numel() // x.shape[-1]
             if part == "logits":
                 for temperature in TEMPERATURES:
                     log_p, log_q = F.log_softmax(x / temperature, dim=-1), F.log_softmax(y / temperature, dim=-1)
@@ -44,11 +46,12 @@ class Fidelity:
                 mean, std = (self.calibration[f"{part}_{name}"].to(x.device) for name in ("mean", "std"))
                 names += ["z_error_sq", "z_value_sq"]
                 terms += [(error / std).square().sum(), ((x - mean) / std).square().sum()]
-        for name, number in zip(names, torch.stack(terms).tolist(), strict=True):  # one transfer a batch
-            self._add(name, number)
-
-    def _add(self, name: str, number: float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + number
+        numbers = torch.stack(terms).tolist()  # one transfer a batch
+        if not all(math.isfinite(number) for number in numbers):
+            return False
+        for name, number in [("vectors", float(vectors)), *zip(names, numbers, strict=True)]:
+            self.sums[name] = self.sums.get(name, 0.0) + number
+        return True
 
     def result(self) -> dict[str, float]:
         """{"rel_l2", "cosine"} and {"z_l2"} or {"kl_t1", "kl_t4"}; empty if no row was seen."""

@@ -49,9 +49,9 @@ class Group(FrozenModel):
     @model_validator(mode="after")
     def _check(self) -> Group:
         for path in self.files:
-            if path.startswith("/") or ".." in path.split("/") or "\\" in path:
+            if any(part in {"", ".", ".."} for part in path.split("/")) or "\\" in path or "\0" in path:
                 raise ValueError(f"file path {path!r} leaves the group")
-        if "/" in self.name or self.name in {".", ".."}:
+        if "/" in self.name or "\\" in self.name or "\0" in self.name or self.name in {".", ".."}:
             raise ValueError(f"group name {self.name!r} is not a plain name")
         return self
 
@@ -339,7 +339,11 @@ def document_from_body(body: Mapping[str, Any], identity_type: type[IdentityT], 
     measured, provenance = body.get("measured"), body.get("provenance")
     if not isinstance(measured, dict) or not isinstance(provenance, dict):
         raise CorruptError(f"{where}: 'measured' and 'provenance' must be objects; {REPAIR}")
-    if body.get("identity_digest") != digest_of_identity(identity):
+    try:
+        digest = digest_of_identity(identity)
+    except (ValueError, RecursionError) as error:  # nested deeper than Python or pydantic follows
+        raise CorruptError(f"{where}: the identity can't be digested ({error}); {REPAIR}") from error
+    if body.get("identity_digest") != digest:
         raise CorruptError(f"{where}: identity_digest does not match the identity; {REPAIR}")
     return Document(kind=kind, identity=identity, measured=measured, provenance=provenance, file_digest=str(body.get("file_digest")))
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import isqrt
 
-import torch
 from torch import Tensor, nn
 
 from .errors import TeacherError
@@ -108,9 +107,3 @@ def _grid_size(model: nn.Module, num_tokens: int) -> tuple[int, int]:
         return int(known[0]), int(known[1])
     side = isqrt(num_tokens)
     return (side, side) if side * side == num_tokens else (1, num_tokens)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast context of a precision name on any device; fp32 is a context that does nothing."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype if precision != "fp32" else None, enabled=precision != "fp32")

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -21,6 +21,8 @@ from .plan import blake2b_128, canonical_json
 
 _LABEL_EXTENSIONS = ("cls", "json")
 _MAX_LABEL_BYTES = 1 << 20
+_META_MEMBER = re.compile(r"__[^/]*__($|/)")
+"""Members that webdataset skips: its `skip_meta`."""
 NO_LABEL = -1
 MAX_LABEL = 2**31 - 1
 
@@ -55,7 +57,7 @@ class ShardIndex:
     size: int
     mtime_ns: int
     cut: str | None
-    """How the tar ends too early, or None. Samples before the cut are all here."""
+    """How the tar ends too early, or None. Whole samples before the cut are here; one that may have lost a member to it is not."""
 
 
 def resolve_shards(spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[ShardSource]:
@@ -100,7 +102,7 @@ def _shard_name(path: str) -> str:
 
 def default_dataset_id(sources: Sequence[ShardSource]) -> str:
     """The shards' common name: their longest common prefix without trailing digits and separators."""
-    prefix = os.path.commonprefix([source.name for source in sources])
+    prefix = os.path.commonprefix([source.name for source in sources])  # noqa: RUF071 - of names, character by character
     return prefix.rstrip("0123456789").rstrip("-_. ") or prefix or "dataset"
 
 
@@ -116,22 +118,23 @@ def scan_shard(source: ShardSource) -> ShardIndex:
     except OSError as error:
         raise ShardError(f"shard {source.name}: {source.path} can't be read: {error.strerror}") from error
     with file:
-        members, cut = _members(source, file, stat.st_size)
-        samples = _group_samples(source, file, members)
+        members, cut, torn = _members(source, file, stat.st_size)
+        samples = _group_samples(source, file, members, is_cut=cut is not None, torn=torn)
     table = blake2b_128(canonical_json([[member.name, member.offset_data, member.size] for member in members]))
     return ShardIndex(source=source, samples=samples, member_table=table, size=stat.st_size, mtime_ns=stat.st_mtime_ns, cut=cut)
 
 
-def _members(source: ShardSource, file: IO[bytes], size: int) -> tuple[list[tarfile.TarInfo], str | None]:
-    """Regular members that lie wholly in the file, and how the tar is cut short, if it is."""
+def _members(source: ShardSource, file: IO[bytes], size: int) -> tuple[list[tarfile.TarInfo], str | None, str | None]:
+    """Regular members that lie wholly in the file, how the tar is cut short, and the name of the member that lies across the cut."""
     members: list[tarfile.TarInfo] = []
     if size == 0:
-        return members, "empty file, expected a tar"
+        return members, "empty file, expected a tar", None
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - closed below
     except tarfile.TarError as error:
         raise ShardError(f"shard {source.name}: {source.path} is not an uncompressed tar: {error}; expected a WebDataset shard") from error
     cut: str | None = None
+    torn: str | None = None
     with tar:
         while True:
             try:
@@ -145,28 +148,33 @@ def _members(source: ShardSource, file: IO[bytes], size: int) -> tuple[list[tarf
             if member is None:
                 break
             end = member.offset_data + member.size
+            if member.issparse():
+                raise ShardError(f"shard {source.name}: member {member.name!r} is a sparse file; expected plain members, write the shard again")
             if member.isreg():
                 if end > size:
                     cut = f"member {member.name!r} ends at byte {end}, the file has {size}"
+                    torn = member.name
                     break
                 members.append(member)
             tar.members = []  # headers are not kept twice
-    if cut is None:
-        file.seek(max(0, size - 512))
-        if file.read(512).strip(b"\0"):
-            cut = f"no end-of-archive block at byte {size}"
-    return members, cut
+    if cut is None:  # tarfile stops without a word at a damaged header; only a block of zeros is an end
+        file.seek(tar.offset)
+        if file.read(512) != bytes(512):
+            cut = f"no end-of-archive block at byte {tar.offset} of {size}"
+    return members, cut, torn
 
 
-def _group_samples(source: ShardSource, file: IO[bytes], members: Sequence[tarfile.TarInfo]) -> tuple[Sample, ...]:
+def _group_samples(
+    source: ShardSource, file: IO[bytes], members: Sequence[tarfile.TarInfo], *, is_cut: bool, torn: str | None
+) -> tuple[Sample, ...]:
     from webdataset.tariterators import base_plus_ext  # imports torch, 3 s: not at start-up
 
     grouped: dict[str, dict[str, tarfile.TarInfo]] = {}
     last_key: str | None = None
     for member in members:
         key, extension = base_plus_ext(member.name)
-        if not extension or os.path.basename(member.name).startswith("__"):
-            continue  # webdataset's rule: no extension or a meta member, no sample
+        if key is None or _META_MEMBER.match(member.name):
+            continue
         extension = extension.lower()
         if key in grouped and (key != last_key or extension in grouped[key]):
             first = grouped[key].get(extension) or next(iter(grouped[key].values()))
@@ -177,7 +185,19 @@ def _group_samples(source: ShardSource, file: IO[bytes], members: Sequence[tarfi
             )
         grouped.setdefault(key, {})[extension] = member
         last_key = key
+    if is_cut and grouped and not _last_is_whole(grouped, torn):
+        grouped.popitem()
     return tuple(_sample(source, file, key, group) for key, group in grouped.items())
+
+
+def _last_is_whole(grouped: Mapping[str, Mapping[str, tarfile.TarInfo]], torn: str | None) -> bool:
+    """Whether the sample before a cut lost no member to it, such as its label: another sample was torn, or it looks like the one before."""
+    from webdataset.tariterators import base_plus_ext
+
+    if torn is not None:
+        return base_plus_ext(torn)[0] != next(reversed(grouped))
+    extensions = [group.keys() for group in grouped.values()][-2:]
+    return len(extensions) == 2 and extensions[0] == extensions[1]
 
 
 def _sample(source: ShardSource, file: IO[bytes], key: str, group: dict[str, tarfile.TarInfo]) -> Sample:
@@ -231,8 +251,11 @@ class ShardFiles:
             data = os.pread(descriptor, size, offset)
         except OSError as error:
             raise ShardError(
-                f"shard {source.name}: key {key!r}: {source.path} can't be read: {error.strerror}; pass --data with the folder that holds the tars now"
+                f"shard {source.name}: key {key!r}: {source.path} can't be read: {error.strerror};"
+                f" pass --data with the folder that holds the tars now"
             ) from error
         if len(data) != size:
-            raise ShardError(f"shard {source.name}: key {key!r}: expected {size} bytes at {offset} of {source.path}, found {len(data)}; the tar was changed")
+            raise ShardError(
+                f"shard {source.name}: key {key!r}: expected {size} bytes at {offset} of {source.path}, found {len(data)}; the tar was changed"
+            )
         return data

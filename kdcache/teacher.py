@@ -17,10 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .device import autocast
 from .encodings import TargetShape
 from .errors import TeacherError
 from .format import Preprocessing, TeacherIdentity
-from .nodes import NORM, autocast, capture, resolve_node, to_tokens
+from .nodes import NORM, capture, resolve_node, to_tokens
 from .pixels import Normalize
 from .targets import TargetSpec
 from .timm_models import architecture_of, build_model, input_size_of, mean_std_of, model_args_of
@@ -36,14 +37,6 @@ class TeacherTarget:
     kind: Literal["logits", "features"]
     node: str | None
     shape: TargetShape
-
-
-def default_teacher_name(model_name: str) -> str:
-    """The folder name of a teacher: its model name without source, as far as that can stand in a path."""
-    base = model_name.partition(":")[2] or model_name
-    base = base.rstrip("/").rpartition("/")[2]
-    cleaned = "".join(c if c.isalnum() or c in "._-" else "-" for c in base).lstrip("._-")
-    return cleaned[:100] or "teacher"
 
 
 def weights_digest(model: nn.Module) -> str:

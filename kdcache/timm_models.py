@@ -44,6 +44,10 @@ def build_model(
         model: nn.Module = timm.create_model(name, pretrained=pretrained and checkpoint is None, **args)
     except TypeError as problem:
         raise error(f"{role} {name!r}: can't be built with {args}: {problem}") from problem
+    except SafetensorError as problem:
+        raise error(f"{role} {name!r}: its safetensors file is damaged: {_first_line(problem)}") from problem
+    except pickle.UnpicklingError as problem:
+        raise error(f"{role} {name!r}: its weights file is no weights-only PyTorch file; save it as safetensors: {_first_line(problem)}") from problem
     except (OSError, RuntimeError, ValueError) as problem:
         if isinstance(problem, OSError) or "pretrained" in str(problem).lower() or "connect" in str(problem).lower():
             raise error(

@@ -5,7 +5,7 @@ decodes on the student's; between them lie only the encoded components.
 from __future__ import annotations
 
 from ..errors import UsageError
-from .base import Encoding, TargetShape
+from .base import ChannelStatistics, Encoding, TargetShape
 from .dense import DenseLogits
 from .fp16 import Fp16Features
 from .int8 import Int8Features
@@ -30,4 +30,4 @@ def build_encoding(kind: str, encoding: str, shape: TargetShape) -> Encoding:
     return known[encoding](shape)
 
 
-__all__ = ["ENCODINGS", "Encoding", "TargetShape", "build_encoding", "default_encoding"]
+__all__ = ["ENCODINGS", "ChannelStatistics", "Encoding", "TargetShape", "build_encoding", "default_encoding"]

@@ -6,7 +6,7 @@ A *value* is what the teacher gave for a batch: a dict of float tensors. `logits
 
 `encode` runs on the teacher's device, `decode` on the student's; both are pure, and `decode(encode(x))` is finite float32
 for every finite x. Torch has no uint16, so a component of that type is given and taken as int16 bits. An encoding that
-needs statistics gets them from `calibrate`, which sees a few hundred views once; they are stored beside the target's card
+needs statistics gets them from `ChannelStatistics`, which sees a few hundred views once; they are stored beside the target's card
 and become part of its identity. `kdcache.testing.check_encoding` holds the checks that every encoding must pass.
 
 Legend: B batch, T grid tokens, P prefix tokens, C channels, K classes.
@@ -64,7 +64,7 @@ class Encoding(ABC):
         """float32 value of a batch, on the components' device; exact under autocast."""
 
     def load_calibration(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the statistics that `calibrate` of this kind gave."""
+        """Take the statistics that `ChannelStatistics.result` gave."""
         self.calibration = {name: tensor.float() for name, tensor in tensors.items()}
 
     def statistic(self, name: str, device: torch.device) -> Tensor:
@@ -75,18 +75,33 @@ class Encoding(ABC):
         return tensor
 
 
-def calibrate_features(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Channel statistics over calibration views: {"grid_mean", "grid_std"} (C,), {"prefix_mean", "prefix_std"} (P, C), float32.
+class ChannelStatistics:
+    """Mean and standard deviation of each channel over calibration views, in float64 sums on the host: constant memory."""
 
-    values: {"grid": (B, T, C)[, "prefix": (B, P, C)]}. A channel that hardly varies gets a floor, so that z-scores stay finite.
-    """
-    tensors: dict[str, Tensor] = {}
-    for part, value in values.items():
-        dims = (0, 1) if part == "grid" else (0,)
-        wide = value.double().cpu()
-        mean = wide.mean(dim=dims)
-        std = wide.std(dim=dims, correction=0)
-        floor = max(1e-6 * float(wide.square().mean().sqrt()), 1e-12)
-        tensors[f"{part}_mean"] = mean.float()
-        tensors[f"{part}_std"] = std.clamp_min(floor).float()
-    return tensors
+    def __init__(self) -> None:
+        self._count: dict[str, int] = {}
+        self._sum: dict[str, Tensor] = {}
+        self._sum_sq: dict[str, Tensor] = {}
+
+    def update(self, value: Mapping[str, Tensor]) -> None:
+        """Add a batch: {"grid": (B, T, C)[, "prefix": (B, P, C)]}. Grid tokens share statistics, prefix tokens have their own."""
+        for part, tokens in value.items():
+            wide = tokens.cpu().double()
+            rows = wide.flatten(0, 1) if part == "grid" else wide
+            self._count[part] = self._count.get(part, 0) + len(rows)
+            self._sum[part] = self._sum.get(part, torch.zeros(())) + rows.sum(dim=0)
+            self._sum_sq[part] = self._sum_sq.get(part, torch.zeros(())) + rows.square().sum(dim=0)
+
+    def result(self) -> dict[str, Tensor]:
+        """{"grid_mean", "grid_std"} (C,), {"prefix_mean", "prefix_std"} (P, C), float32.
+
+        A channel that hardly varies gets a floor of 1e-6 of the overall root mean square, so that z-scores stay finite.
+        """
+        tensors: dict[str, Tensor] = {}
+        for part, count in self._count.items():
+            mean, mean_sq = self._sum[part] / count, self._sum_sq[part] / count
+            std = (mean_sq - mean.square()).clamp_min(0).sqrt()
+            floor = max(1e-6 * float(mean_sq.mean().sqrt()), 1e-12)
+            tensors[f"{part}_mean"] = mean.float()
+            tensors[f"{part}_std"] = std.clamp_min(floor).float()
+        return tensors

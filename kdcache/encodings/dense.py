@@ -15,6 +15,9 @@ from torch import Tensor
 from ..format import Component
 from .base import Encoding
 
+_LARGEST = 1e37
+"""A logit beyond it is stored as it: 255 steps of any row then stay finite in float32."""
+
 
 class DenseLogits(Encoding):
     """value = minimum + code * step; `range` holds (minimum, step) in float32."""
@@ -26,7 +29,7 @@ class DenseLogits(Encoding):
         return {"codes": Component(dtype="uint8", shape=(self.shape.num_classes,)), "range": Component(dtype="float32", shape=(2,))}
 
     def encode(self, value: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        logits_BK = value["logits"].float()
+        logits_BK = value["logits"].float().clamp(-_LARGEST, _LARGEST)
         low_B1 = logits_BK.amin(dim=1, keepdim=True)
         step_B1 = (logits_BK.amax(dim=1, keepdim=True) - low_B1) / 255
         codes_BK = ((logits_BK - low_B1) / torch.where(step_B1 > 0, step_B1, 1)).round().clamp_(0, 255).to(torch.uint8)

@@ -19,6 +19,8 @@ from .base import Encoding
 _SMALLEST_SCALE = 2.0**-24
 """Smallest positive float16: a token whose z-scores are all (almost) zero."""
 _LARGEST_SCALE = 65504.0
+_LARGEST = 1e37
+"""A value beyond it is stored as it, so that rounding a z-score up can't leave float32."""
 
 
 class Int8Features(Encoding):
@@ -40,7 +42,8 @@ class Int8Features(Encoding):
     def encode(self, value: Mapping[str, Tensor]) -> dict[str, Tensor]:
         components: dict[str, Tensor] = {}
         for part, tokens in value.items():
-            z_BTC = (tokens.float() - self.statistic(f"{part}_mean", tokens.device)) / self.statistic(f"{part}_std", tokens.device)
+            mean, std = (self.statistic(f"{part}_{name}", tokens.device) for name in ("mean", "std"))
+            z_BTC = (tokens.float().clamp(-_LARGEST, _LARGEST) - mean) / std
             scale_BT = (z_BTC.abs().amax(dim=2) / 127).clamp(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16)
             # quantised with the scale as stored, so that its rounding costs nothing
             components[part] = (z_BTC / scale_BT.float().unsqueeze(2)).round_().clamp_(-127, 127).to(torch.int8)

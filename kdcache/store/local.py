@@ -5,10 +5,12 @@ Reads use `pread` on cached descriptors: mmap was measured 6 × slower cold (res
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections import OrderedDict
@@ -97,11 +99,12 @@ class LocalStore(Store):
 
     def size(self, path: str) -> int | None:
         try:
-            return self._path(path).stat().st_size
+            status = self._path(path).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise StoreError(f"{self.url}: {path}: {error.strerror}") from error
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def put_new(self, path: str, source: bytes | Path) -> bool:
         target = self._path(path)
@@ -192,10 +195,8 @@ class LocalStore(Store):
         descriptor = self._spool_locks.pop(spool, None)
         if descriptor is not None:
             os.close(descriptor)
-        try:
+        with contextlib.suppress(OSError):  # another attempt is alive
             (self.root / _SPOOL).rmdir()
-        except OSError:  # another attempt is alive
-            pass
 
     def sweep_spools(self) -> int:
         folder = self.root / _SPOOL
@@ -203,8 +204,13 @@ class LocalStore(Store):
         for spool in sorted(folder.iterdir()) if folder.is_dir() else []:
             try:
                 descriptor = os.open(spool / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue  # made this instant, or being dropped
+            except FileNotFoundError:  # killed or still busy between folder and lock (then it makes another), or being dropped
+                with contextlib.suppress(OSError):
+                    spool.rmdir()
+                    swept += 1
+                continue
+            except OSError:  # another user's, or no folder of ours
+                continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -214,10 +220,8 @@ class LocalStore(Store):
                 swept += 1
             finally:
                 os.close(descriptor)
-        try:
+        with contextlib.suppress(OSError):  # another attempt is alive, or nothing was there
             folder.rmdir()
-        except OSError:  # another attempt is alive, or nothing was there
-            pass
         return swept
 
 

@@ -1,0 +1,40 @@
+"""`kdcache pack`: an ImageFolder becomes shards."""
+
+from __future__ import annotations
+
+import click
+
+from .main import run_command
+from .options import json_option, print_json
+
+
+@click.command(no_args_is_help=True)
+@click.argument("images")
+@click.argument("out")
+@click.option("--name", metavar="N", help="Shards are called N-0000.tar and so on. Default: the name of IMAGES.")
+@click.option("--samples-per-shard", type=click.IntRange(1), default=1251, show_default=True, metavar="N", help="ImageNet's 1,024 shards have this many.")
+@click.option("--shuffle-seed", type=int, default=0, show_default=True, metavar="S", help="Order of samples over shards.")
+@click.option("--no-shuffle", is_flag=True, help="Keep class after class; shards then hold few classes each.")
+@json_option
+def command(images: str, out: str, name: str | None, samples_per_shard: int, shuffle_seed: int, no_shuffle: bool, as_json: bool) -> None:
+    """Turn IMAGES/<class>/<file> into WebDataset shards in OUT, byte for byte the same each time.
+
+    Layout as timm's ImageNet: a jpg (or jpeg, png, webp), cls and json member a sample. Image bytes are kept as they are.
+
+    \b
+    Example:
+      kdcache pack imagenet/train shards --name imagenet1k-train
+    """
+
+    def action() -> None:
+        from pipelines.pack import PackConfig, pack
+
+        from kdcache.console import human_bytes, say
+
+        seed = None if no_shuffle else shuffle_seed
+        summary = pack(PackConfig(images=images, out=out, name=name, samples_per_shard=samples_per_shard, shuffle_seed=seed), progress=True)
+        say(f"{out}: {summary.samples:,} images of {summary.classes} classes in {summary.shards} shards, {human_bytes(summary.bytes)}")
+        if as_json:
+            print_json(summary.to_json())
+
+    run_command(action)

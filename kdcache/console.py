@@ -1,0 +1,31 @@
+"""Human text: always stderr, above any progress bar. Machine JSON goes to stdout, in `cli` only."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+
+def say(text: str) -> None:
+    """One line (or a few) for the person at the terminal."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def human_bytes(size: float) -> str:
+    """Decimal units: 1 kB = 1000 B."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+def human_seconds(seconds: float) -> str:
+    """1.2 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

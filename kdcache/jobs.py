@@ -1,0 +1,435 @@
+"""One shard's work in stage one: what it lacks, then rendering blocks in, committed segments out.
+
+A job renders the views that are wanted, writes those the views layer lacks, and runs the teacher segment by segment: batches
+never cross a segment, so that a resumed run makes the same batches and hence the same bytes. The order of commit is views
+first, then targets, each record last.
+
+Legend: B batch, n rows of a block, V views of a block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .commit import ChunkPool, GroupWriter, create_document, publish_group, unpublish_group
+from .encodings import Encoding
+from .errors import DriftError, ShardError, TeacherError
+from .fidelity import Fidelity, combine_fidelity
+from .format import (
+    Digest,
+    Document,
+    Group,
+    Skipped,
+    TargetIdentity,
+    TargetsIdentity,
+    ViewRange,
+    ViewsIdentity,
+    digest_of_pixels,
+    name_on_disk,
+    targets_record_path,
+    targets_segment_id,
+    views_record_path,
+    views_segment_id,
+)
+from .layout import key_bytes_spec, keys_to_arrays, params_spec, pixels_spec, row_spec, target_specs
+from .plan import blake2b_128
+from .rendering import RenderedBlock, RenderTask
+from .shards import ShardIndex
+from .store import Store
+from .teacher import Teacher, TeacherTarget
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedTarget:
+    """A target that this run records: what the teacher gives, how it is stored, in how many views."""
+
+    target: TeacherTarget
+    card: Document[TargetIdentity]
+    encoding: Encoding
+    calibration: Mapping[str, Tensor] | None
+    views: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """What a shard lacks: ranges of the views layer, and (targets, views) of the teacher's."""
+
+    views: tuple[ViewRange, ...]
+    segments: tuple[tuple[tuple[str, ...], ViewRange], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.views or self.segments)
+
+    @property
+    def all_views(self) -> tuple[int, ...]:
+        """Every view that must be rendered, in order."""
+        ranges = [*self.views, *(views for _, views in self.segments)]
+        return tuple(sorted({view for views in ranges for view in range(views.start, views.stop)}))
+
+    @property
+    def num_teacher_views(self) -> int:
+        """Views that the teacher must see."""
+        return sum(len(views) for _, views in self.segments)
+
+
+def find_missing(
+    have_views: Sequence[ViewRange], have_targets: Mapping[str, Sequence[ViewRange]], *, want_views: int, want_targets: Mapping[str, int]
+) -> Missing:
+    """Compare what a shard has with what is wanted: views [0, want_views), and each target in its first views.
+
+    Consecutive views that lack the same targets make one segment, so one forward pass serves them all.
+    """
+    views = _runs([None if any(view in have for have in have_views) else () for view in range(want_views)])
+    lacking: list[tuple[str, ...] | None] = []
+    for view in range(max(want_targets.values(), default=0)):
+        names = tuple(
+            sorted(name for name, count in want_targets.items() if view < count and not any(view in have for have in have_targets.get(name, ())))
+        )
+        lacking.append(names or None)
+    return Missing(views=tuple(run for _, run in views), segments=tuple(_runs(lacking)))
+
+
+def _runs(marks: Sequence[tuple[str, ...] | None]) -> list[tuple[tuple[str, ...], ViewRange]]:
+    """Maximal runs of equal marks that are not None."""
+    runs: list[tuple[tuple[str, ...], ViewRange]] = []
+    for view, mark in enumerate(marks):
+        if mark is None:
+            continue
+        if runs and runs[-1][0] == mark and runs[-1][1].stop == view:
+            runs[-1] = (mark, ViewRange(start=runs[-1][1].start, stop=view + 1))
+        else:
+            runs.append((mark, ViewRange(start=view, stop=view + 1)))
+    return runs
+
+
+class TargetSegment:
+    """Targets × a range of views of one shard: batches views, runs the teacher, encodes, measures, writes."""
+
+    def __init__(self, folder: Path, targets: Sequence[RecordedTarget], views: ViewRange, index: ShardIndex, *, pool: ChunkPool, batch_size: int) -> None:
+        self.targets, self.views = targets, views
+        self._index, self._batch_size = index, batch_size
+        cards = {recorded.target.name: recorded.card.identity for recorded in targets}
+        self.folder = folder
+        self.writer = GroupWriter(folder, target_specs(cards, len(views), len(index.samples)), pool, num_views=len(views))
+        self.fidelity = {recorded.target.name: Fidelity(recorded.calibration) for recorded in targets}
+        self.correct = self.labelled = 0
+        self._pixels: list[Tensor] = []
+        self._labels: list[int] = []
+        self._keys: list[tuple[str, int]] = []
+
+    def add(self, pixels: Tensor, labels: Sequence[int], keys: Sequence[str], teacher: Teacher) -> None:
+        """Queue rows: pixels uint8 (n, views, S, S, 3), one label and key a row; full batches go to the teacher."""
+        self._pixels.append(pixels.flatten(0, 1))
+        self._labels += [label for label in labels for _ in range(len(self.views))]
+        self._keys += [(key, view) for key in keys for view in range(self.views.start, self.views.stop)]
+        while len(self._labels) >= self._batch_size:
+            self._run_batch(teacher, self._batch_size)
+
+    def finish(self, teacher: Teacher) -> None:
+        """Run the last, partial batch."""
+        if self._labels:
+            self._run_batch(teacher, len(self._labels))
+        self.writer.finish()
+
+    def _run_batch(self, teacher: Teacher, size: int) -> None:
+        queued = torch.cat(self._pixels) if len(self._pixels) > 1 else self._pixels[0]
+        batch, self._pixels = queued[:size], [queued[size:]] if len(queued) > size else []
+        labels, self._labels = self._labels[:size], self._labels[size:]
+        keys, self._keys = self._keys[:size], self._keys[size:]
+        values = teacher(batch, [recorded.target for recorded in self.targets])
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
+        with torch.inference_mode():
+            for recorded in self.targets:
+                name = recorded.target.name
+                value = values[name]
+                encoded = recorded.encoding.encode(value)
+                if not self.fidelity[name].update(value, recorded.encoding.decode(encoded)):
+                    raise self._not_finite(name, value, keys)
+                for component, tensor in encoded.items():
+                    host = tensor.cpu().numpy()
+                    arrays[f"{name}/{component}"] = host.view(recorded.card.identity.components[component].dtype)
+        if "logits" in values:
+            predicted = values["logits"]["logits"].argmax(dim=1).cpu().tolist()
+            self.correct += sum(label == guess for label, guess in zip(labels, predicted, strict=True))
+            self.labelled += sum(label >= 0 for label in labels)
+        self.writer.append(arrays)
+
+    def _not_finite(self, name: str, value: Mapping[str, Tensor], keys: Sequence[tuple[str, int]]) -> TeacherError:
+        bad = torch.stack([~tokens.flatten(1).isfinite().all(dim=1) for tokens in value.values()]).any(dim=0).nonzero()
+        key, view = keys[int(bad[0])] if len(bad) else keys[0]
+        return TeacherError(
+            f"shard {self._index.source.name}: key {key!r}, view {view}: the teacher gave values for {name!r} that are not finite;"
+            f" nothing of this shard was kept; try --precision bf16 or fp32"
+        )
+
+    def measured(self) -> dict[str, Any]:
+        """For the record: fidelity by target with its sums, and the teacher's accuracy on these views."""
+        body: dict[str, Any] = {
+            "fidelity": {name: {**combine_fidelity([fidelity.sums]), "sums": fidelity.sums} for name, fidelity in self.fidelity.items()}
+        }
+        if any(recorded.target.kind == "logits" for recorded in self.targets):
+            body["accuracy"] = {"correct": self.correct, "labelled": self.labelled}
+        return body
+
+
+@dataclass
+class JobResult:
+    """What a finished job added."""
+
+    rows: int
+    skipped: int
+    size_bytes: int
+    documents: dict[str, Document[Any]]
+    table: np.ndarray[Any, Any]
+
+
+@dataclass
+class ShardJob:
+    """One shard being done. `add` takes its blocks in order; `finish`, then `commit`, end it; `abandon` drops it."""
+
+    index: ShardIndex
+    missing: Missing
+    targets: Mapping[str, RecordedTarget]
+    fingerprint: Digest
+    store: Store
+    pool: ChunkPool
+    batch_size: int
+    known: ViewsIdentity | None
+    """The shard's first views record, if it has one: its skipped samples have no row here either."""
+    known_digests: Mapping[int, np.ndarray[Any, np.dtype[np.uint64]]]
+    """View → stored pixel digests, for views that the cache holds."""
+    spool: Path = field(init=False)
+    segments: list[TargetSegment] = field(init=False)
+    teacher_seconds: float = 0.0
+    rows: int = 0
+
+    def __post_init__(self) -> None:
+        self.spool = self.store.new_spool()
+        self._kept: list[int] = []
+        self._skipped: list[Skipped] = []
+        self._digests: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
+        samples = len(self.index.samples)
+        self._views_writers = [
+            GroupWriter(
+                self.spool / f"views-{views.start}",
+                {"params": params_spec(len(views), samples), "pixels": pixels_spec(len(views), samples)},
+                self.pool,
+                num_views=len(views),
+            )
+            for views in self.missing.views
+        ]
+        self.segments = [
+            TargetSegment(
+                self.spool / f"targets-{number}",
+                [self.targets[name] for name in names],
+                views,
+                self.index,
+                pool=self.pool,
+                batch_size=self.batch_size,
+            )
+            for number, (names, views) in enumerate(self.missing.segments)
+        ]
+
+    def tasks(self, job: int, samples_per_task: int) -> list[RenderTask]:
+        """The shard's samples that may have rows, cut into render tasks; the last one ends the job, even if it is empty."""
+        skipped = {skip.index for skip in self.known.skipped} if self.known is not None else set()
+        usable = [(i, sample) for i, sample in enumerate(self.index.samples) if sample.problem is None and i not in skipped]
+        starts = range(0, max(1, len(usable)), samples_per_task)
+        return [
+            RenderTask(job, self.index.source, tuple(usable[start : start + samples_per_task]), self.missing.all_views, start == starts[-1])
+            for start in starts
+        ]
+
+    def add(self, block: RenderedBlock, teacher: Teacher | None) -> None:
+        """Take the next block: write its views, compare those that are known, give the rest to the teacher."""
+        samples = block.task.samples
+        for place, reason in block.reasons.items():
+            position, sample = samples[place]
+            if self.known is not None:
+                raise DriftError(
+                    f"shard {self.index.source.name}: key {sample.key!r}: can't be decoded now ({reason}), it could when the cache was made;"
+                    f" install the recorded Pillow version, or make a new cache"
+                )
+            self._skipped.append(Skipped(key=sample.key, index=position, reason=reason))
+        rows = [samples[place] for place in block.kept]
+        columns = {view: column for column, view in enumerate(block.task.views)}
+        self._compare_known(block, rows, columns)
+        for views, writer in zip(self.missing.views, self._views_writers, strict=True):
+            chosen = [columns[view] for view in range(views.start, views.stop)]
+            writer.append({"params": _items(block.params[:, chosen]), "pixels": _items(block.digests[:, chosen])})
+        self._digests.append(block.digests)
+        self._kept += [position for position, _ in rows]
+        self.rows += len(rows)
+        if rows and teacher is not None:
+            begin = time.perf_counter()
+            for segment in self.segments:
+                first = columns[segment.views.start]
+                chosen_views = block.pixels[:, first : first + len(segment.views)]
+                segment.add(chosen_views, [sample.label for _, sample in rows], [sample.key for _, sample in rows], teacher)
+            self.teacher_seconds += time.perf_counter() - begin
+
+    def _compare_known(self, block: RenderedBlock, rows: Sequence[tuple[int, Any]], columns: Mapping[int, int]) -> None:
+        for view, digests in self.known_digests.items():
+            if view not in columns:
+                continue
+            found = block.digests[:, columns[view]]
+            wrong = np.nonzero(found != digests[self.rows : self.rows + len(found)])[0]
+            if len(wrong):
+                key = rows[int(wrong[0])][1].key
+                raise DriftError(
+                    f"shard {self.index.source.name}: key {key!r}, view {view}: the pixels differ from those in the cache; the image or the"
+                    f" decoder is not the one it was made with: run 'kdcache verify CACHE --views all' and install the recorded Pillow version"
+                )
+
+    def finish(self, teacher: Teacher | None) -> None:
+        """All blocks are in: run the last batches and hand the last chunks over. On the thread that adds."""
+        begin = time.perf_counter()
+        for segment in self.segments:
+            if teacher is not None:
+                segment.finish(teacher)
+        for writer in self._views_writers:
+            writer.finish()
+        self.teacher_seconds += time.perf_counter() - begin
+
+    def commit(self, *, teacher_name: str | None, teacher_digest: Digest | None, provenance: Mapping[str, Any]) -> JobResult:
+        """Publish the groups and create the records, views first. On any thread; removes the spool."""
+        documents: dict[str, Document[Any]] = {}
+        size_bytes = 0
+        pixels = self._pixels_by_view()
+        first = self.known
+        for views, writer in zip(self.missing.views, self._views_writers, strict=True):
+            path, document, size = self._commit_views(views, writer, pixels, provenance)
+            documents[path] = document
+            size_bytes += size
+            first = first or document.identity
+        for segment in self.segments:
+            assert teacher_name is not None and teacher_digest is not None
+            path, targets_document, size = self._commit_targets(segment, pixels, teacher_name, teacher_digest, provenance)
+            documents[path] = targets_document
+            size_bytes += size
+        self.store.drop_spool(self.spool)
+        assert first is not None
+        return JobResult(self.rows, len(first.skipped), size_bytes, documents, self._table())
+
+    def _pixels_by_view(self) -> dict[int, Digest]:
+        digests = np.concatenate(self._digests) if self._digests else np.zeros((0, len(self.missing.all_views)), np.uint64)
+        return {
+            view: blake2b_128(np.ascontiguousarray(digests[:, column], dtype="<u8").tobytes())
+            for column, view in enumerate(self.missing.all_views)
+        }
+
+    def _table(self) -> np.ndarray[Any, Any]:
+        """int64 (samples, 4), as `kdcache.index.TABLE_COLUMNS`."""
+        table = np.zeros((len(self.index.samples), 4), np.int64)
+        table[:] = (0, 0, -1, 1)
+        for position in self._kept:
+            sample = self.index.samples[position]
+            table[position] = (sample.image_offset, sample.image_size, sample.label, 0)
+        return table
+
+    def _commit_views(
+        self, views: ViewRange, writer: GroupWriter, pixels: Mapping[int, Digest], provenance: Mapping[str, Any]
+    ) -> tuple[str, Document[ViewsIdentity], int]:
+        rows = [self.index.samples[position] for position in self._kept]
+        samples = len(self.index.samples)
+        data, ends = keys_to_arrays([sample.key for sample in rows])
+        writer.add_array(key_bytes_spec(len(data)), data)
+        columns = {
+            "keys/ends": ends,
+            "labels": [sample.label for sample in rows],
+            "image/offset": [sample.image_offset for sample in rows],
+            "image/size": [sample.image_size for sample in rows],
+        }
+        for name, values in columns.items():
+            writer.add_array(row_spec(name, samples), np.asarray(values, np.int64))
+        files = writer.close()
+        shard = self.index.source.name
+        stem = f"{name_on_disk(shard)}.{views_segment_id(views)}"
+        group = publish_group(self.store, self.spool / f"views-{views.start}", files, layer="views", stem=stem)
+        problems = [
+            Skipped(key=sample.key, index=position, reason=sample.problem)
+            for position, sample in enumerate(self.index.samples)
+            if sample.problem is not None
+        ]
+        skipped = self.known.skipped if self.known is not None else tuple(sorted([*self._skipped, *problems], key=lambda skip: skip.index))
+        identity = ViewsIdentity(
+            shard=shard,
+            views=views,
+            plan=self.fingerprint,
+            member_table=self.index.member_table,
+            samples=samples,
+            rows=self.rows,
+            skipped=skipped,
+            cut=self.index.cut,
+            pixels_by_view=tuple(pixels[view] for view in range(views.start, views.stop)),
+            group=group,
+        )
+        path = views_record_path(shard, views)
+        source = {"path": self.index.source.path, "size": self.index.size, "mtime_ns": self.index.mtime_ns}
+        document, created = create_document(self.store, path, identity, provenance={**provenance, "source": source})
+        self._settle(document.identity.group, group, created, layer="views")
+        if (document.identity.rows, document.identity.pixels_by_view) != (identity.rows, identity.pixels_by_view):
+            raise DriftError(f"shard {shard}: another run has just recorded other views for it; both must decode alike: compare Pillow versions")
+        return path, document, _group_bytes(document.identity.group) if created else 0
+
+    def _commit_targets(
+        self, segment: TargetSegment, pixels: Mapping[int, Digest], teacher_name: str, teacher_digest: Digest, provenance: Mapping[str, Any]
+    ) -> tuple[str, Document[TargetsIdentity], int]:
+        shard, views = self.index.source.name, segment.views
+        cards = {recorded.target.name: recorded.card.identity_digest for recorded in segment.targets}
+        layer = f"teachers/{teacher_name}"
+        stem = f"{name_on_disk(shard)}.{targets_segment_id(cards, views)}"
+        group = publish_group(self.store, segment.folder, segment.writer.close(), layer=layer, stem=stem)
+        identity = TargetsIdentity(
+            shard=shard,
+            views=views,
+            targets=cards,
+            teacher=teacher_digest,
+            member_table=self.index.member_table,
+            samples=len(self.index.samples),
+            rows=self.rows,
+            pixels=digest_of_pixels({view: pixels[view] for view in range(views.start, views.stop)}),
+            group=group,
+        )
+        path = targets_record_path(teacher_name, shard, cards, views)
+        document, created = create_document(self.store, path, identity, measured=segment.measured(), provenance=provenance)
+        self._settle(document.identity.group, group, created, layer=layer)
+        return path, document, _group_bytes(document.identity.group) if created else 0
+
+    def _settle(self, recorded: Group, ours: Group, created: bool, *, layer: str) -> None:
+        """The loser of a race for a record removes its own group and goes on with the winner's."""
+        if not created and recorded != ours:
+            unpublish_group(self.store, ours, layer=layer)
+
+    def abandon(self) -> None:
+        """Drop everything of this job that is not committed."""
+        for writer in [*self._views_writers, *(segment.writer for segment in self.segments)]:
+            writer.abandon()
+        self.store.drop_spool(self.spool)
+
+
+def _items(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """(n, V, …) → (n × V, …), row-major and view-minor, as GroupWriter takes them."""
+    return values.reshape(values.shape[0] * values.shape[1], *values.shape[2:])
+
+
+def _group_bytes(group: Group) -> int:
+    return sum(field.size for field in group.files.values())
+
+
+def check_same_tar(index: ShardIndex, known: ViewsIdentity) -> None:
+    """Raise ShardError if the tar is not the one that the cache was made from."""
+    if index.member_table != known.member_table:
+        raise ShardError(
+            f"shard {index.source.name}: {index.source.path} was changed: expected member table {known.member_table} with {known.samples} samples,"
+            f" found {index.member_table} with {len(index.samples)}; restore the tar, or make a new cache for the new data"
+        )
+

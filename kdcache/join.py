@@ -1,0 +1,299 @@
+"""Stage two's input: the views that the teacher saw, rendered again, beside the targets that the cache holds for them.
+
+Everything is driven by an index: the order of rows is a pure function of (seed, epoch), a batch is a list of (row number, view),
+and a worker that is given one reads images by their place in the tar, renders them from the *stored* params, checks their
+pixels against the stored digests at a sampled rate, and reads the encoded targets by chunk. Targets stay encoded: they are
+decoded on the student's device, since dequantising in a worker was measured to cost a quarter of its throughput.
+
+Legend: B batch, H W of the view.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .cache import Cache, pixel_drift
+from .errors import CorruptError, DriftError, KDCacheError, MissingError, StudentError
+from .format import ViewRange
+from .images import UnreadableImageError, decode_image
+from .plan import canonical_json
+from .shards import ShardFiles
+from .views import ViewParams, pixel_digest, render
+
+ORDER_VERSION = 1
+"""Bumped whenever `epoch_order` gives another order for the same seed and epoch."""
+
+
+class Batch(TypedDict):
+    """What the workers hand over. Row b of everything is the b-th of the (row number, view) pairs asked for."""
+
+    views: Tensor
+    """uint8 (B, H, W, 3)"""
+    labels: Tensor
+    """int64 (B,), -1 where the tar has none"""
+    targets: dict[str, dict[str, Tensor]]
+    """target → component → (B, …), still encoded; uint16 as its int16 bits"""
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A permutation of range(num_rows), int64: a pure function of its arguments on every machine and NumPy version.
+
+    The stable argsort of raw Philox words (4x64, 10 rounds, counter 0), keyed by the BLAKE2b-128 of the canonical JSON
+    ["order", 1, seed, epoch], as two little-endian uint64.
+    """
+    digest = hashlib.blake2b(canonical_json(["order", ORDER_VERSION, seed, epoch]), digest_size=16).digest()
+    words = np.random.Philox(key=np.frombuffer(digest, "<u8").astype(np.uint64)).random_raw(num_rows)
+    order: np.ndarray[Any, np.dtype[np.int64]] = np.argsort(words, kind="stable").astype(np.int64)
+    return order
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (row number, view) of one epoch; `set_epoch` chooses which.
+
+    Epoch e takes view e mod num_views of every row. The last, partial batch is dropped unless it is the only one.
+    """
+
+    def __init__(self, row_numbers: Sequence[int] | np.ndarray[Any, Any], *, batch_size: int, num_views: int, seed: int) -> None:
+        self._rows = np.asarray(row_numbers, dtype=np.int64)
+        assert len(self._rows) > 0 and num_views > 0
+        self.batch_size = min(batch_size, len(self._rows))
+        self.num_views, self.seed, self.epoch = num_views, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._rows) // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        view = self.epoch % self.num_views
+        order = self._rows[epoch_order(len(self._rows), self.seed, self.epoch)]
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield [(row, view) for row in order[start : start + self.batch_size].tolist()]
+
+
+def usable_views(cache: Cache, teacher: str | None, targets: Sequence[str], shards: Sequence[str]) -> int:
+    """V: how many views, counted from 0, every one of `shards` has of the views layer and of every target.
+
+    teacher may be None if `targets` is empty. Raises MissingError naming the first shard and target without any.
+    """
+    count: int | None = None
+    for shard in shards:
+        layers: list[tuple[str, list[ViewRange]]] = [("views", [document.identity.views for document in cache.views.get(shard, [])])]
+        for target in targets:
+            assert teacher is not None
+            cache.target_views(teacher, target)  # raises MissingError for a target that no shard has
+            layers.append((f"{target!r} of teacher {teacher!r}", [document.identity.views for document in cache.layer(teacher).segments(shard, target)]))
+        for what, ranges in layers:
+            have = 0
+            while any(have in views for views in ranges):
+                have += 1
+            if have == 0:
+                raise MissingError(f"shard {shard}: the cache has no {what} for it; run 'kdcache extract' again with the same arguments to finish the cache")
+            count = have if count is None else min(count, have)
+    return count or 0
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The part of a batch that lies in one shard and one view: where its rows go, and which they are, sorted."""
+
+    shard: str
+    view: int
+    places: np.ndarray[Any, np.dtype[np.int64]]
+    """(n,) places in the batch."""
+    row_numbers: np.ndarray[Any, np.dtype[np.int64]]
+    """(n,) numbers in Cache.rows, ascending: neighbours share chunks and lie next to each other in the tar."""
+
+
+class CachedViews(Dataset[Batch]):
+    """A map-style dataset over (row number of `Cache.rows`, view). Pickles cheaply; each process opens files of its own."""
+
+    def __init__(self, cache: Cache, *, teacher: str | None = None, targets: Sequence[str] = (), check_views: float = 1.0) -> None:
+        """targets: names of the targets to read from `teacher` (None: the only one). check_views: fraction of views whose pixel digest is checked."""
+        self.cache = cache
+        self.teacher = cache.layer(teacher).name if targets else None
+        self.targets = tuple(targets)
+        self.check_views = check_views
+        self._files = ShardFiles()
+        for target in self.targets:
+            cache.target_views(cache.layer(self.teacher).name, target)  # raises MissingError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._files = ShardFiles()
+
+    def __len__(self) -> int:
+        return len(self.cache.rows)
+
+    def __getitem__(self, item: tuple[int, int]) -> Batch:
+        """A batch of one."""
+        return self.__getitems__([item])
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> Batch:
+        """The batch of these (row number, view) pairs, in this order.
+
+        Raises MissingError for a target that is not there, DriftError for pixels that the teacher did not see, CorruptError for stored
+        bytes that changed, ShardError for a tar that can't be read.
+        """
+        rows = self.cache.rows
+        row_numbers = np.array([row for row, _ in items], dtype=np.int64)
+        size = self.cache.plan.size
+        views_BHWC = np.empty((len(items), size, size, 3), np.uint8)
+        arrays: dict[str, dict[str, np.ndarray[Any, Any]]] = {target: {} for target in self.targets}
+        for group in self._groups(items):
+            for place, pixels in self._render(group):
+                views_BHWC[place] = pixels
+            shard_rows = rows.row[group.row_numbers]
+            for target in self.targets:
+                assert self.teacher is not None
+                components = self.cache.read_components(self.teacher, target, group.shard, group.view, shard_rows)
+                for name, values in components.items():
+                    if name not in arrays[target]:
+                        arrays[target][name] = np.empty((len(items), *values.shape[1:]), values.dtype)
+                    arrays[target][name][group.places] = values
+        return Batch(
+            views=torch.from_numpy(views_BHWC),
+            labels=torch.from_numpy(rows.label[row_numbers]),
+            targets={target: {name: _to_tensor(array) for name, array in components.items()} for target, components in arrays.items()},
+        )
+
+    def _groups(self, items: Sequence[tuple[int, int]]) -> Iterator[_Group]:
+        rows = self.cache.rows
+        row_numbers, views = (np.array(column, dtype=np.int64) for column in zip(*items, strict=True))
+        shards = rows.shard[row_numbers]
+        order = np.lexsort((row_numbers, views, shards))
+        changes = np.nonzero((np.diff(shards[order]) != 0) | (np.diff(views[order]) != 0))[0] + 1
+        for places in np.split(order, changes):
+            first = places[0]
+            yield _Group(rows.shards[shards[first]], int(views[first]), places, row_numbers[places])
+
+    def _render(self, group: _Group) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.uint8]]]]:
+        """(place in the batch, view) for the rows of a group, checked at the sampled rate."""
+        rows, cache = self.cache.rows, self.cache
+        shard_rows = rows.row[group.row_numbers]
+        params = cache.read_params(group.shard, group.view, shard_rows)
+        checked = np.array([is_checked(group.shard, row, group.view, fraction=self.check_views) for row in shard_rows.tolist()], dtype=bool)
+        digests = np.zeros(len(shard_rows), np.uint64)
+        if checked.any():
+            digests[checked] = cache.read_pixel_digests(group.shard, group.view, shard_rows[checked])
+        for i, (place, number) in enumerate(zip(group.places.tolist(), group.row_numbers.tolist(), strict=True)):
+            pixels = self._render_row(group, number, params[i])
+            if checked[i] and (found := pixel_digest(pixels)) != int(digests[i]):
+                raise pixel_drift(group.shard, self._key(number), group.view, expected=int(digests[i]), found=found)
+            yield place, pixels
+
+    def _render_row(self, group: _Group, number: int, params: ViewParams) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        rows = self.cache.rows
+        offset, size = int(rows.offset[number]), int(rows.size[number])
+        try:
+            data = self._files.read(self.cache.source(group.shard), f"row {int(rows.row[number])}", offset, size)
+            return render(decode_image(data), params)
+        except (UnreadableImageError, CorruptError) as error:
+            raise DriftError(
+                f"shard {group.shard}: key {self._key(number)!r}, view {group.view}: can't be rendered now ({error}), it could when the cache was made;"
+                f" the tar was changed: restore it, or pass --data with the folder that holds the original"
+            ) from error
+
+    def _key(self, number: int) -> str:
+        rows = self.cache.rows
+        return self.cache.keys(rows.shards[int(rows.shard[number])])[int(rows.row[number])]
+
+
+def is_checked(shard: str, row: int, view: int, *, fraction: float) -> bool:
+    """Whether this view's pixels are compared with their stored digest: a pure function, so that a repeated run repeats its checks."""
+    if fraction >= 1 or fraction <= 0:
+        return fraction >= 1
+    word = int.from_bytes(hashlib.blake2b(canonical_json(["check", shard, row, view]), digest_size=8).digest(), "little")
+    return word < int(fraction * 2**64)
+
+
+def _to_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """Torch has no full uint16: its bits travel as int16."""
+    return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+class _CarryErrors(Dataset[Any]):
+    """Hands an error over as a value: raised in a worker, it would arrive wrapped in that worker's traceback."""
+
+    def __init__(self, dataset: CachedViews) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> Batch | KDCacheError:
+        try:
+            return self._dataset.__getitems__(items)
+        except KDCacheError as error:
+            return type(error)(*error.args)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class BatchLoader:
+    """Batches of a dataset in an EpochBatches' order, from persistent worker processes with one thread each. Close it when done."""
+
+    def __init__(self, dataset: CachedViews, batches: EpochBatches, *, num_workers: int, pin_memory: bool = False) -> None:
+        """num_workers: 0 loads in this process."""
+        self._batches = batches
+        self._loader: DataLoader[Any] | None = DataLoader(
+            _CarryErrors(dataset),
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=_as_is,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            prefetch_factor=2 if num_workers else None,
+            generator=torch.Generator(),  # the loader draws a seed an epoch: not from the generator that the student draws from
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch. Raises what the dataset raises, StudentError if a worker was killed."""
+        assert self._loader is not None, "the loader is closed"
+        self._batches.set_epoch(epoch)
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise StudentError(f"a worker process was killed ({str(error).splitlines()[0]}), often for lack of memory; try fewer --workers or a smaller --batch-size") from error
+            if isinstance(batch, KDCacheError):
+                raise batch
+            yield batch
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._loader = None
+
+
+def to_device(components: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Encoded components on the student's device; pinned memory is copied while the device works."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in components.items()}

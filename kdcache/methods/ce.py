@@ -1,0 +1,35 @@
+"""`ce`: the labels alone, no teacher. The baseline that every distilled student is compared with, on the same views."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from ..losses import cross_entropy
+from .base import DecodedTargets, Method, MethodSettings
+
+
+class CrossEntropySettings(MethodSettings):
+    """Constants of `ce`."""
+
+    smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Label smoothing; timm's default."""
+
+
+class CrossEntropy(Method[CrossEntropySettings]):
+    """Cross-entropy with smoothed labels."""
+
+    name: ClassVar[str] = "ce"
+    summary: ClassVar[str] = "labels only, no teacher: the baseline on the same views"
+    paper: ClassVar[str] = ""
+    Settings: ClassVar[type[MethodSettings]] = CrossEntropySettings
+
+    @classmethod
+    def requires(cls, settings: CrossEntropySettings) -> list[str]:  # noqa: ARG003 - no setting changes it
+        return []
+
+    def losses(self, outputs: Mapping[str, Tensor], labels_B: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:  # noqa: ARG002 - needs no target
+        return {"task": cross_entropy(outputs["logits"], labels_B, smoothing=self.settings.smoothing)}

@@ -1,0 +1,644 @@
+"""Stage one: shards → seeded views → teacher → encoded targets → cache. Read top to bottom: open, resolve, prepare, loop, index, report.
+
+Workers decode and render, the device runs the teacher and encodes, a pool compresses and writes, and a thread commits; the
+four overlap, and every queue between them is bounded in bytes. The unit of commit, retry and resume is a segment of a shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from kdcache.cache import Cache, open_cache
+from kdcache.console import human_bytes, human_seconds, say
+from kdcache.errors import MismatchError, ShardError, TeacherError, UsageError
+from kdcache.format import CacheIdentity, Document, check_teacher_name
+from kdcache.index import is_current, write_index
+from kdcache.plan import POLICIES, Policy, ViewPlan, require_same
+from kdcache.shards import ShardIndex, ShardSource, default_dataset_id, resolve_shards, scan_shard
+from kdcache.store import Store, open_store
+from kdcache.targets import TargetSpec, parse_targets
+
+DEFAULT_VIEWS = 8
+"""Views of a random policy when the user names no number: about 50 suffice for ImageNet logits (research: peers §6)."""
+CALIBRATION_VIEWS = 256
+ACCURACY_VIEWS = 64
+WRITE_QUEUE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """What to extract, from where, with what. None means: as the cache has it, else the default named."""
+
+    shards: str | Sequence[str]
+    """SHARDS: a tar, a folder of tars, a brace expression, or a list of these."""
+    cache: str
+    """Folder of the cache; made if it is not there."""
+    teacher: str
+    """timm name, `hf-hub:…` or `local-dir:…`."""
+    checkpoint: str | None = None
+    """Weights file to load in place of the pretrained ones."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """Constructor arguments of the teacher, e.g. {"img_size": 224}."""
+    name: str | None = None
+    """The teacher's name in the cache. Default: from its model name."""
+    dataset: str | None = None
+    """Dataset id. Default: the shards' common name."""
+    methods: Sequence[str] = ()
+    """Record what these methods need."""
+    targets: Sequence[str] = ()
+    """Specs. Default: `logits`, unless methods say more."""
+    views: int | None = None
+    """Views a sample. Default: 8, or 1 for a policy without randomness."""
+    augment: str | Policy | None = None
+    """Policy name or policy. Default: weak."""
+    size: int | None = None
+    """Side of a view, pixels. Default: the teacher's input size."""
+    seed: int | None = None
+    """Plan seed. Default: 0."""
+    batch_size: int = 64
+    workers: int | None = None
+    """Decoding processes; 0: decode in this one. Default: one a core, at most 8."""
+    device: str | None = None
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Default: fp32."""
+    limit_shards: int | None = None
+    """Only the first N shards."""
+    min_teacher_top1: float = 0.0
+    """Stop before the work if the teacher's top-1 on the first labelled views is below this, percent."""
+
+
+@dataclass
+class ExtractSummary:
+    """What is there now, and what this run added. The keys of `kdcache extract --json`."""
+
+    shards: int = 0
+    """Shards asked for that are complete now."""
+    rows: int = 0
+    """Samples with a row in these shards; not times views."""
+    views: int = 0
+    skipped: int = 0
+    """Samples without a row in these shards."""
+    bytes: int = 0
+    """Added by this run."""
+    seconds: float = 0.0
+    teacher_seconds: float = 0.0
+    """Of these in the teacher and the encoders."""
+    resumed_shards: int = 0
+    """Shards that were complete before this run and were left alone."""
+    problems: list[dict[str, str]] = field(default_factory=list)
+    """[{"kind", "shard", "key", "detail"}]: shards that were cut, or could not be done."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
+    """Run stage one. Raises KDCacheError; a problem of a single shard is reported in the summary and the others go on."""
+    begin = time.perf_counter()
+    sources = resolve_shards(config.shards)[: config.limit_shards]
+    store = open_store(config.cache)
+    cache = open_cache(config.cache) if store.size("cache.json") is not None else None
+    specs = _requested_specs(config)
+    if cache is not None:
+        _check_given_plan(config, cache, sources)
+        summary = _finished_already(config, cache, sources, specs)
+        if summary is not None:
+            summary.seconds = time.perf_counter() - begin
+            _report(config, summary)
+            return summary
+
+    run = _Run(config, store, cache, sources, specs, progress=progress)  # imports torch
+    summary = run.extract()
+    summary.seconds = time.perf_counter() - begin
+    _report(config, summary)
+    return summary
+
+
+def _requested_specs(config: ExtractConfig) -> list[TargetSpec]:
+    texts = list(config.targets)
+    if config.methods:
+        from kdcache.methods import requirements
+
+        for method in config.methods:
+            texts += requirements(method)
+    return parse_targets(texts or ["logits"])
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def _policy(config: ExtractConfig) -> Policy | None:
+    if config.augment is None or isinstance(config.augment, Policy):
+        return config.augment
+    from kdcache.plan import parse_policy
+
+    return parse_policy(config.augment)
+
+
+def _check_given_plan(config: ExtractConfig, cache: Cache, sources: Sequence[ShardSource]) -> None:
+    """What the user gave must be what the cache has; what was not given is taken from it. Raises MismatchError."""
+    given: dict[str, Any] = {"dataset": config.dataset, "policy": _policy(config), "size": config.size, "seed": config.seed}
+    if config.dataset is None and not {source.name for source in sources} & set(cache.all_shards):
+        given["dataset"] = default_dataset_id(sources)  # other shards altogether: most likely the wrong cache
+    asked = cache.plan.model_copy(update={key: value for key, value in given.items() if value is not None})
+    require_same("view plan", cache.plan, asked, remedy="a cache holds one plan: use another folder, or leave the option out")
+
+
+def _num_views(config: ExtractConfig, specs: Sequence[TargetSpec], plan: ViewPlan, cache: Cache | None) -> int:
+    """Views wanted of targets that name no number. Raises UsageError for several views of a policy without randomness."""
+    default = DEFAULT_VIEWS if plan.policy.is_random else 1
+    wanted = config.views or (cache.num_views if cache is not None and cache.num_views else default)
+    most = max([wanted, *(spec.views or 0 for spec in specs)])
+    if most > 1 and not plan.policy.is_random:
+        raise UsageError(f"{most} views were asked for, but the policy has no randomness: every view would be the same; expected --views 1")
+    return wanted
+
+
+# --- nothing to do? --------------------------------------------------------------------------------------------------
+
+
+def _finished_already(config: ExtractConfig, cache: Cache, sources: Sequence[ShardSource], specs: Sequence[TargetSpec]) -> ExtractSummary | None:
+    """The summary, if everything asked for is there already; found without loading torch or scanning a tar that has not changed."""
+    from kdcache.teacher_names import default_teacher_name
+
+    layer = cache.teachers.get(config.name or default_teacher_name(config.teacher))
+    if layer is None or not _same_weight_files(config, layer.document.provenance):
+        return None
+    identity = layer.document.identity
+    if config.precision not in (None, identity.precision) or any(identity.model_args.get(k) != v for k, v in config.model_args.items()):
+        return None
+    wanted_views = _num_views(config, specs, cache.plan, cache)
+    views = max(wanted_views, *(spec.views or 0 for spec in specs))
+    summary = ExtractSummary(views=views)
+    for source in sources:
+        records = cache.views.get(source.name, [])
+        if not records or not all(any(view in record.identity.views for record in records) for view in range(views)):
+            return None
+        for spec in specs:
+            card = layer.targets.get(spec.name)
+            if card is None or spec.encoding not in (None, card.identity.encoding):
+                return None
+            segments = layer.segments(source.name, spec.name)
+            if not all(any(view in segment.identity.views for segment in segments) for view in range(spec.views or wanted_views)):
+                return None
+        if not _unchanged(source, records[0]):
+            return None
+        _count_finished(summary, records[0])
+    if not is_current(cache.store, cache.documents):
+        write_index(cache.store, cache.documents, cache.tables)
+    return summary
+
+
+def _count_finished(summary: ExtractSummary, record: Document[Any]) -> None:
+    summary.shards += 1
+    summary.resumed_shards += 1
+    summary.rows += record.identity.rows
+    summary.skipped += len(record.identity.skipped)
+    _note_cut(summary, record.identity.shard, record.identity.cut)
+
+
+def _note_cut(summary: ExtractSummary, shard: str, cut: str | None) -> None:
+    if cut is not None:
+        summary.problems.append({"kind": "source", "shard": shard, "key": "", "detail": f"the tar is cut short: {cut}; its samples before the cut are kept"})
+
+
+def _unchanged(source: ShardSource, record: Document[Any]) -> bool:
+    """Whether the tar is, by size and time of change, the one that was scanned; a remembered tar that is gone counts as unchanged."""
+    remembered = record.provenance.get("source", {})
+    try:
+        stat = os.stat(source.path)
+    except OSError as error:
+        raise ShardError(f"shard {source.name}: {source.path} can't be read: {error.strerror}") from error
+    return bool((stat.st_size, stat.st_mtime_ns) == (remembered.get("size"), remembered.get("mtime_ns")))
+
+
+def weight_files(teacher: str, checkpoint: str | None) -> dict[str, str]:
+    """File name → BLAKE2b-128 of the local files that a teacher's weights come from; empty for weights from the hub."""
+    paths: list[Path] = []
+    if checkpoint is not None:
+        paths = [Path(checkpoint)]
+    elif teacher.startswith("local-dir:"):
+        folder = Path(teacher.partition(":")[2])
+        paths = sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".json", ".pth"))
+    digests: dict[str, str] = {}
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                digest = hashlib.blake2b(digest_size=16)
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+        except OSError as error:
+            raise TeacherError(f"teacher {teacher!r}: {path} can't be read: {error.strerror}") from error
+        digests[path.name] = digest.hexdigest()
+    return digests
+
+
+def _same_weight_files(config: ExtractConfig, provenance: Mapping[str, Any]) -> bool:
+    found = weight_files(config.teacher, config.checkpoint)
+    if found:
+        return sorted(found.values()) == sorted(provenance.get("weight_files", {}).values())
+    return bool(provenance.get("source") == config.teacher and not provenance.get("weight_files"))
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """A run that has work to do: the teacher, the targets' cards, the queue."""
+
+    def __init__(
+        self,
+        config: ExtractConfig,
+        store: Store,
+        cache: Cache | None,
+        sources: Sequence[ShardSource],
+        specs: Sequence[TargetSpec],
+        *,
+        progress: bool,
+    ) -> None:
+        from kdcache.commit import ChunkPool
+        from kdcache.device import resolve_device
+        from kdcache.teacher import load_teacher
+        from kdcache.teacher_names import default_teacher_name
+
+        self.config, self.store, self.sources, self.progress = config, store, sources, progress
+        self.teacher_name = check_teacher_name(config.name or default_teacher_name(config.teacher))
+        known = cache.teachers.get(self.teacher_name) if cache is not None else None
+        precision = config.precision or (known.document.identity.precision if known is not None else "fp32")
+        self.teacher = load_teacher(
+            config.teacher,
+            checkpoint=Path(config.checkpoint) if config.checkpoint else None,
+            model_args=config.model_args,
+            precision=precision,
+            device=resolve_device(config.device),
+        )
+        if known is not None:
+            require_same(
+                f"teacher {self.teacher_name!r}",
+                known.document.identity,
+                self.teacher.identity,
+                remedy="a teacher's targets must come from one model: restore it, or record this one under another --name",
+            )
+        resolved = self.teacher.resolve(specs)
+        self.cache = cache if cache is not None else self._create_cache()
+        self.wanted_views = _num_views(config, specs, self.cache.plan, cache)
+        self.num_workers = config.workers if config.workers is not None else min(8, os.cpu_count() or 1)
+        self.pool = ChunkPool(num_threads=min(4, os.cpu_count() or 1), max_bytes=WRITE_QUEUE_BYTES)
+        self.summary = ExtractSummary()
+        self._indexes: dict[str, ShardIndex] = {}
+        try:
+            self._prepare(specs, resolved)
+        except BaseException:
+            self.pool.close()
+            raise
+
+    def _create_cache(self) -> Cache:
+        from kdcache.commit import create_document
+
+        config = self.config
+        plan = ViewPlan(
+            dataset=config.dataset or default_dataset_id(self.sources),
+            policy=_policy(config) or POLICIES["weak"],
+            size=config.size or self.teacher.identity.preprocessing.input_size,
+            seed=config.seed or 0,
+        )
+        remembered = resolve_shards(config.shards)
+        shards = [{"name": source.name, "path": source.path} for source in remembered]
+        identity = CacheIdentity(plan=plan)
+        document, _ = create_document(self.store, "cache.json", identity, provenance={"shards": shards})
+        require_same("view plan", document.identity.plan, plan, remedy="another run has just made this cache; use another folder")
+        return open_cache(config.cache)
+
+    # --- before the work: teacher's card, calibration, accuracy, estimate ---
+
+    def _prepare(self, specs: Sequence[TargetSpec], resolved: Mapping[TargetSpec, Any]) -> None:
+        from kdcache.encodings import ChannelStatistics, build_encoding, default_encoding
+
+        layer = self.cache.teachers.get(self.teacher_name)
+        self.wanted = {resolved[spec].name: spec.views or self.wanted_views for spec in specs}
+        self.pending = [source for source in self.sources if not self._is_complete(source)]
+        encodings: dict[str, Any] = {}
+        for spec in specs:
+            target = resolved[spec]
+            card = layer.targets.get(target.name) if layer is not None else None
+            name = spec.encoding or (card.identity.encoding if card is not None else default_encoding(target.kind))
+            encodings[target.name] = build_encoding(target.kind, name, target.shape)
+            if card is not None and card.identity.encoding != name:
+                raise MismatchError(
+                    f"target {target.name!r} of teacher {self.teacher_name!r}",
+                    "encoding",
+                    expected=card.identity.encoding,
+                    found=name,
+                    remedy="a target has one encoding a cache: leave it out, or record under another --name",
+                )
+        targets = {resolved[spec].name: resolved[spec] for spec in specs}
+        new_features = [t for t in targets.values() if t.kind == "features" and (layer is None or t.name not in layer.targets)]
+        statistics = {target.name: ChannelStatistics() for target in new_features}
+        if self.pending or new_features:
+            self._preflight(list(targets.values()), statistics, CALIBRATION_VIEWS if new_features else ACCURACY_VIEWS)
+        self._create_cards(targets, encodings, {name: one.result() for name, one in statistics.items()})
+
+    def _is_complete(self, source: ShardSource) -> bool:
+        records = self.cache.views.get(source.name)
+        if not records:
+            return False
+        if not _unchanged(source, records[0]):
+            return False  # scanned again, and refused if its members differ
+        return not self._missing(source.name)
+
+    def _missing(self, shard: str) -> Any:
+        from kdcache.jobs import find_missing
+
+        layer = self.cache.teachers.get(self.teacher_name)
+        have = {name: [r.identity.views for r in layer.segments(shard, name)] for name in self.wanted} if layer is not None else {}
+        have_views = [record.identity.views for record in self.cache.views.get(shard, [])]
+        return find_missing(have_views, have, want_views=max(self.wanted.values()), want_targets=self.wanted)
+
+    def _scan(self, source: ShardSource) -> ShardIndex:
+        if source.name not in self._indexes:
+            self._indexes[source.name] = scan_shard(source)
+        return self._indexes[source.name]
+
+    def _preflight(self, targets: Sequence[Any], statistics: Mapping[str, Any], num_views: int) -> None:
+        """Run the teacher on view 0 of the first samples: calibration, its accuracy, and how long a view takes."""
+        views, labels = self._first_views(num_views)
+        num_classes = self.teacher.identity.num_classes
+        scored = [t for t in targets if t.kind == "logits"]
+        correct = labelled = 0
+        seconds: list[float] = []
+        for start in range(0, len(views), self.config.batch_size):
+            batch = views[start : start + self.config.batch_size]
+            begin = time.perf_counter()
+            values = self.teacher(batch, targets)
+            if scored:
+                guesses = values["logits"]["logits"].argmax(dim=1).cpu().tolist()
+                some = [(label, guess) for label, guess in zip(labels[start:], guesses, strict=False) if 0 <= label < num_classes]
+                labelled += len(some)
+                correct += sum(label == guess for label, guess in some)
+            for name, one in statistics.items():
+                one.update(values[name])
+            seconds.append((time.perf_counter() - begin) / len(batch))
+        self.seconds_per_view = float(np.median(seconds))
+        if self.progress:
+            self._say_estimate(targets)
+        self._check_accuracy(bool(scored), correct, labelled, labels)
+
+    def _first_views(self, count: int) -> tuple[Any, list[int]]:
+        import torch
+
+        from kdcache.images import UnreadableImageError, decode_image
+        from kdcache.shards import ShardFiles
+        from kdcache.views import draw, render
+
+        plan, files = self.cache.plan, ShardFiles()
+        views: list[np.ndarray[Any, Any]] = []
+        labels: list[int] = []
+        for source in self.sources:
+            try:
+                index = self._scan(source)
+            except ShardError:
+                continue  # reported when its turn comes
+            for sample in index.samples:
+                if sample.problem is not None:
+                    continue
+                try:
+                    image = decode_image(files.read(source, sample.key, sample.image_offset, sample.image_size))
+                except UnreadableImageError:
+                    continue
+                views.append(render(image, draw(plan, source.name, sample.key, 0, image.size)))
+                labels.append(sample.label)
+                if len(views) == count:
+                    return torch.from_numpy(np.stack(views)), labels
+        if not views:
+            raise ShardError(f"no sample of the {len(self.sources)} shards can be decoded; the first is {self.sources[0].path}; look at its images")
+        return torch.from_numpy(np.stack(views)), labels
+
+    def _check_accuracy(self, has_logits: bool, correct: int, labelled: int, labels: Sequence[int]) -> None:
+        if not has_logits:
+            return
+        num_classes = self.teacher.identity.num_classes
+        beyond = [label for label in labels if label >= num_classes]
+        if beyond:
+            say(
+                f"the teacher has {num_classes} classes, labels reach {max(beyond)}: its classes are not the dataset's; only losses that"
+                f" need no label match apply"
+            )
+        if not labelled:
+            if self.config.min_teacher_top1:
+                raise UsageError("--min-teacher-top1: none of the first samples has a label of the teacher's classes; leave the option out")
+            return
+        top1 = 100 * correct / labelled
+        if self.progress:
+            say(f"teacher: {top1:.1f} % top-1 on the first {labelled} labelled views")
+        if top1 < self.config.min_teacher_top1:
+            raise TeacherError(
+                f"teacher {self.config.teacher}: {top1:.1f} % top-1 on the first {labelled} labelled views, expected at least"
+                f" {self.config.min_teacher_top1:g} %; check its normalisation, its class order and the labels; nothing was extracted"
+            )
+
+    def _say_estimate(self, targets: Sequence[Any]) -> None:
+        known = list(self._indexes.values())
+        samples_per_byte = sum(len(index.samples) for index in known) / max(1, sum(index.size for index in known))
+        samples = round(sum(os.path.getsize(source.path) for source in self.pending) * samples_per_byte)
+        views = max(self.wanted.values())
+        passes = max(self.wanted[target.name] for target in targets)
+        say(
+            f"{len(self.pending)} of {len(self.sources)} shards to do: about {samples:,} samples x {views} views;"
+            f" the teacher needs about {human_seconds(samples * passes * self.seconds_per_view)} ({1e3 * self.seconds_per_view:.1f} ms a view)"
+        )
+        say(f"break-even: a student trained online for E epochs costs E teacher passes an image, this cache {passes} for all of them")
+
+    def _create_cards(self, targets: Mapping[str, Any], encodings: Mapping[str, Any], statistics: Mapping[str, Mapping[str, Any]]) -> None:
+        """teacher.json and the targets' cards, each created if absent; the loser of a race goes on with the winner's."""
+        from kdcache.cache import read_calibration
+        from kdcache.commit import create_document
+        from kdcache.format import TargetIdentity, target_path, teacher_path
+        from kdcache.jobs import RecordedTarget
+
+        provenance = {"source": self.config.teacher, "weight_files": weight_files(self.config.teacher, self.config.checkpoint)}
+        document, _ = create_document(self.store, teacher_path(self.teacher_name), self.teacher.identity, provenance=provenance)
+        require_same(f"teacher {self.teacher_name!r}", document.identity, self.teacher.identity, remedy="pass another --name")
+        self.teacher_document = document
+        self.documents = {**self.cache.documents, teacher_path(self.teacher_name): document}
+        self.recorded: dict[str, RecordedTarget] = {}
+        for name, target in targets.items():
+            encoding, path, shape = encodings[name], target_path(self.teacher_name, name), target.shape
+            card = self.documents.get(path)
+            if card is None:
+                calibration = self._store_calibration(name, statistics[name]) if name in statistics else None
+                is_features = target.kind == "features"
+                identity = TargetIdentity(
+                    name=name,
+                    kind=target.kind,
+                    node=target.node,
+                    encoding=encoding.name,
+                    num_classes=None if is_features else shape.num_classes,
+                    channels=shape.channels if is_features else None,
+                    grid=shape.grid if is_features else None,
+                    prefix_tokens=shape.prefix_tokens if is_features else None,
+                    components=encoding.components(),
+                    calibration=calibration,
+                )
+                card, _ = create_document(self.store, path, identity)
+                require_same(f"target {name!r}", card.identity, identity, remedy="another run has just recorded it otherwise; pass another --name")
+                self.documents[path] = card
+            tensors = read_calibration(self.store, self.teacher_name, card.identity) if card.identity.calibration is not None else None
+            if tensors is not None:
+                encoding.load_calibration(tensors)
+            self.recorded[name] = RecordedTarget(target=target, card=card, encoding=encoding, calibration=tensors, views=self.wanted[name])
+
+    def _store_calibration(self, target: str, statistics: Mapping[str, Any]) -> Any:
+        """Create the calibration file if absent; size and digest of the one that is there now."""
+        import safetensors.torch
+
+        from kdcache.format import DigestField, calibration_path
+        from kdcache.plan import blake2b_128
+
+        path = calibration_path(self.teacher_name, target)
+        self.store.put_new(path, safetensors.torch.save(dict(statistics)))
+        data = self.store.get(path, max_size=1 << 30)
+        return DigestField(size=len(data), digest=blake2b_128(data))
+
+    # --- the work ---
+
+    def extract(self) -> ExtractSummary:
+        """Do every pending shard, write the index, sum up."""
+        self.store.sweep_spools()
+        self.committed: dict[str, np.ndarray[Any, Any]] = {}
+        self.jobs: dict[int, Any] = {}
+        total = self._estimated_views()
+        try:
+            with tqdm(total=total, unit="view", desc="extract", disable=not self.progress or not self.pending) as bar:
+                self._work(bar)
+        finally:
+            self.pool.close()
+            for job in self.jobs.values():
+                job.abandon()
+        self._finish_index()
+        self._sum_up()
+        return self.summary
+
+    def _estimated_views(self) -> int:
+        known = list(self._indexes.values())
+        per_byte = sum(len(index.samples) for index in known) / max(1, sum(index.size for index in known))
+        return round(sum(os.path.getsize(source.path) for source in self.pending) * per_byte) * max(self.wanted.values())
+
+    def _work(self, bar: Any) -> None:
+        from kdcache.rendering import rendered_blocks
+
+        committing: Future[Any] | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="kdcache-commit") as committer:
+            for block in rendered_blocks(self.cache.plan, self._tasks(), num_workers=self.num_workers):
+                job = self.jobs[block.task.job]
+                job.add(block, self.teacher)
+                bar.update(len(block.task.samples) * len(block.task.views))
+                if block.task.is_last:
+                    job.finish(self.teacher)
+                    if committing is not None:
+                        self._settle(committing.result())
+                    committing = committer.submit(
+                        job.commit,
+                        teacher_name=self.teacher_name,
+                        teacher_digest=self.teacher_document.identity_digest,
+                        provenance={"device": str(self.teacher.device), "batch_size": self.config.batch_size},
+                    )
+                    self.summary.teacher_seconds += job.teacher_seconds
+                    del self.jobs[block.task.job]
+            if committing is not None:
+                self._settle(committing.result())
+        bar.total = bar.n
+        bar.refresh()
+
+    def _settle(self, result: Any) -> None:
+        self.documents |= result.documents
+        self.summary.bytes += result.size_bytes
+        shard = next(iter(result.documents.values())).identity.shard
+        self.committed[shard] = result.table
+
+    def _tasks(self) -> Iterator[Any]:
+        """Render tasks of every pending shard in order. Drawn from by the loader, in this process, as workers become free."""
+        from kdcache.jobs import ShardJob, check_same_tar
+        from kdcache.rendering import samples_per_task
+
+        for number, source in enumerate(self.pending):
+            records = self.cache.views.get(source.name, [])
+            known = records[0].identity if records else None
+            try:
+                index = self._scan(source)
+                if known is not None:
+                    check_same_tar(index, known)
+            except ShardError as error:
+                self.summary.problems.append({"kind": "source", "shard": source.name, "key": "", "detail": str(error)})
+                continue
+            finally:
+                self._indexes.pop(source.name, None)
+            missing = self._missing(source.name)
+            if not missing:
+                continue
+            known_digests = {}
+            if known is not None:
+                rows = np.arange(known.rows)
+                have = [view for view in missing.all_views if any(view in record.identity.views for record in records)]
+                known_digests = {view: self.cache.read_pixel_digests(source.name, view, rows) for view in have}
+            job = self.jobs[number] = ShardJob(
+                index=index,
+                missing=missing,
+                targets=self.recorded,
+                fingerprint=self.cache.fingerprint,
+                store=self.store,
+                pool=self.pool,
+                batch_size=self.config.batch_size,
+                known=known,
+                known_digests=known_digests,
+            )
+            yield from job.tasks(number, samples_per_task(self.cache.plan, len(missing.all_views)))
+
+    # --- after the work ---
+
+    def _finish_index(self) -> None:
+        """Bring the index up to date with the documents, those of other runs included."""
+        documents = open_cache(self.config.cache).documents
+        if is_current(self.store, documents):
+            return
+        tables = dict(self.cache.tables) if self.cache.views else {}
+        tables |= self.committed
+        fresh = Cache(self.store, documents, None, sources={})
+        for shard, records in fresh.views.items():
+            if shard not in tables:
+                tables[shard] = fresh.table_from_group(records[0].identity)
+        write_index(self.store, documents, tables)
+
+    def _sum_up(self) -> None:
+        fresh = open_cache(self.config.cache)
+        failed = {problem["shard"] for problem in self.summary.problems}
+        pending = {source.name for source in self.pending}
+        self.summary.views = max(self.wanted.values())
+        for source in self.sources:
+            records = fresh.views.get(source.name)
+            if not records or source.name in failed:
+                continue
+            before = self.summary.resumed_shards
+            _count_finished(self.summary, records[0])
+            if source.name in pending:
+                self.summary.resumed_shards = before
+
+
+def _report(config: ExtractConfig, summary: ExtractSummary) -> None:
+    """The summary for people, on stderr."""
+    for problem in summary.problems:
+        say(f"problem: shard {problem['shard']}: {problem['detail']}")
+    say(
+        f"{config.cache}: {summary.shards} shards, {summary.rows:,} rows x {summary.views} views, {summary.skipped} samples skipped;"
+        f" added {human_bytes(summary.bytes)} in {human_seconds(summary.seconds)}"
+        f" ({human_seconds(summary.teacher_seconds)} in the teacher); {summary.resumed_shards} shards were there already"
+    )

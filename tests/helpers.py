@@ -1,0 +1,135 @@
+"""Builders that the tests share: tiny real tars, tiny real images, tiny real timm models, and scripts run in a fresh process."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+Member = tuple[str, bytes]
+"""Name and bytes of one tar member."""
+
+TINY_VIT = "vit_tiny_patch16_224"
+TINY_VIT_ARGS: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+"""4 × 4 grid tokens and a cls token, 32 channels, 10 classes."""
+
+
+def make_image(seed: int, size_wh: tuple[int, int] = (40, 30), mode: str = "RGB") -> Image.Image:
+    """A smooth random image, so that JPEG and resizing behave as on photographs."""
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size_wh, Image.Resampling.BICUBIC).convert(mode)
+
+
+def image_bytes(image: Image.Image, extension: str = "jpg", **options: Any) -> bytes:
+    """The image as a file of that extension."""
+    buffer = io.BytesIO()
+    image.save(buffer, {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}[extension], **options)
+    return buffer.getvalue()
+
+
+def sample_members(
+    key: str, seed: int, *, label: int | None = 0, extension: str = "jpg", label_extension: str = "cls", size_wh: tuple[int, int] = (40, 30)
+) -> list[Member]:
+    """The members of one sample in the WebDataset layout: the image, then its label if there is one."""
+    members = [(f"{key}.{extension}", image_bytes(make_image(seed, size_wh), extension))]
+    if label is not None:
+        text = str(label) if label_extension == "cls" else json.dumps({"label": label})
+        members.append((f"{key}.{label_extension}", text.encode()))
+    return members
+
+
+def write_tar(path: Path, members: Iterable[Member], *, format: int = tarfile.PAX_FORMAT) -> Path:
+    """A tar of these members in this order, with fixed times."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def make_shard(
+    path: Path,
+    *,
+    num_samples: int = 4,
+    num_classes: int = 10,
+    extension: str = "jpg",
+    label_extension: str = "cls",
+    labels: bool = True,
+    size_wh: tuple[int, int] = (40, 30),
+    seed: int = 0,
+    corrupt: Sequence[int] = (),
+    truncate_at: int | None = None,
+) -> Path:
+    """A shard of samples `s0000`, `s0001`, …, with label i % num_classes.
+
+    corrupt: positions whose image is cut to its first 60 bytes. truncate_at: the tar keeps only so many bytes.
+    """
+    members: list[Member] = []
+    for i in range(num_samples):
+        label = (seed + i) % num_classes if labels else None
+        sample = sample_members(f"s{i:04d}", 1000 * seed + i, label=label, extension=extension, label_extension=label_extension, size_wh=size_wh)
+        if i in corrupt:
+            sample[0] = (sample[0][0], sample[0][1][:60])
+        members += sample
+    write_tar(path, members)
+    if truncate_at is not None:
+        path.write_bytes(path.read_bytes()[:truncate_at])
+    return path
+
+
+def make_shards(folder: Path, *, num_shards: int = 2, **options: Any) -> list[Path]:
+    """Shards `train-0000.tar`, … in `folder`; options as `make_shard`."""
+    return [make_shard(folder / f"train-{i:04d}.tar", seed=i, **options) for i in range(num_shards)]
+
+
+def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Add noise to every parameter and buffer of floats: a fresh initialisation hides errors behind its zeros and ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator).abs())
+    return model
+
+
+def tiny_model(name: str = TINY_VIT, *, seed: int = 0, **model_args: Any) -> nn.Module:
+    """A small timm model with perturbed weights, in eval mode. Without arguments: `TINY_VIT`."""
+    import timm
+
+    torch.manual_seed(seed)
+    model: nn.Module = timm.create_model(name, pretrained=False, **(model_args or (TINY_VIT_ARGS if name == TINY_VIT else {})))
+    return perturb(model, seed).eval()
+
+
+def save_local_dir(model: nn.Module, folder: Path, model_args: Mapping[str, Any]) -> str:
+    """Save as timm's save_for_hf does; the `local-dir:…` name to load it by."""
+    from timm.models import save_for_hf
+
+    save_for_hf(model, str(folder), safe_serialization=True, model_args=dict(model_args))
+    return f"local-dir:{folder}"
+
+
+def make_teacher_dir(folder: Path, *, seed: int = 0, **overrides: Any) -> str:
+    """A tiny ViT with perturbed weights in a folder; its `local-dir:…` name. overrides: of `TINY_VIT_ARGS`."""
+    args = {**TINY_VIT_ARGS, **overrides}
+    return save_local_dir(tiny_model(TINY_VIT, seed=seed, **args), folder, args)
+
+
+def run_python(code: str, *arguments: object, check: bool = True, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a fresh interpreter, with the repository's packages importable."""
+    result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=timeout_s)
+    if check:
+        assert result.returncode == 0, result.stderr
+    return result
