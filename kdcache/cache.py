@@ -82,7 +82,8 @@ class TeacherLayer:
 class Cache:
     """An open cache. Cheap to pickle: workers get the documents, and open files of their own."""
 
-    def __init__(self, store: Store, documents: Mapping[str, Document[Any]], index: Index | None, *, sources: Mapping[str, ShardSource]) -> None:
+    def __init__(self, store: Store, documents: Mapping[str, Document[Any]], index: Index | None, *, sources: Mapping[str, ShardSource], check: bool = True) -> None:
+        """check: False only for verify, which lists what documents do not agree on instead of raising."""
         self.store = store
         self.documents = dict(documents)
         self._index = index
@@ -95,7 +96,8 @@ class Cache:
         self.views: dict[str, list[Document[ViewsIdentity]]] = {}
         self.teachers: dict[str, TeacherLayer] = {}
         self._sort_documents()
-        self._check_documents()
+        for _kind, text, _shard in document_problems(self) if check else []:
+            raise CorruptError(f"{store.url}: {text}; run 'kdcache verify' on the cache")
 
     def __getstate__(self) -> dict[str, Any]:
         state = {"store": self.store, "documents": self.documents, "index": self._index, "sources": self._given_sources}
@@ -127,11 +129,6 @@ class Cache:
                     layer.records.setdefault(document.identity.shard, []).append(document)
         for records in self.views.values():
             records.sort(key=lambda record: record.identity.views.start)
-
-    def _check_documents(self) -> None:
-        """What documents say of each other. Raises CorruptError."""
-        for problem in document_problems(self):
-            raise CorruptError(f"{self.store.url}: {problem[1]}; run 'kdcache verify' on the cache")
 
     # --- what it is ---
 

@@ -73,12 +73,17 @@ def load_checkpoint(path: Path, *, fingerprint: str) -> dict[str, Any]:
     if not isinstance(body, dict) or body.get("format") != "kdcache-checkpoint":
         raise CorruptError(f"{path}: expected a checkpoint of kdcache, found another file of torch; {remedy}")
     if body.get("version") != CHECKPOINT_VERSION:
-        raise CorruptError(f"{path}: checkpoint version {body.get('version')!r}, this kdcache reads {CHECKPOINT_VERSION}; use the kdcache that wrote it")
+        found = body.get("version")
+        raise CorruptError(f"{path}: checkpoint version {found!r}, this kdcache reads {CHECKPOINT_VERSION}; use the kdcache that wrote it")
     missing = [name for name in _REQUIRED if name not in body]
     if missing:
         raise CorruptError(f"{path}: the checkpoint lacks {', '.join(missing)}; {remedy}")
     if body.get("fingerprint") != fingerprint:
         raise MismatchError(
-            f"checkpoint {path}", "fingerprint", expected=fingerprint, found=body.get("fingerprint"), remedy="train against the cache it was begun with, or pass another --out"
+            f"checkpoint {path}",
+            "fingerprint",
+            expected=fingerprint,
+            found=body.get("fingerprint"),
+            remedy="train against the cache it was begun with, or pass another --out",
         )
     return body

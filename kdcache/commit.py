@@ -27,10 +27,9 @@ from .format import (
     dump_document,
     parse_document,
 )
+from .index import MAX_DOCUMENT_BYTES
 from .layout import group_folders
 from .store import Store
-
-MAX_DOCUMENT_BYTES = 64 << 20
 
 _PROVENANCE_PACKAGES = ("kdcache", "numpy", "pillow", "numcodecs", "torch", "timm")
 

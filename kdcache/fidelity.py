@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEMPERATURES = (1, 4)
 
@@ -28,6 +28,9 @@ class Fidelity:
 
     def update(self, value: Mapping[str, Tensor], decoded: Mapping[str, Tensor]) -> bool:
         """Add a batch; False, and nothing added, if a value is not finite. value, decoded: as encodings take and give them."""
+        import torch  # here, so that `combine_fidelity` serves inspect without it
+        import torch.nn.functional as F
+
         names: list[str] = []
         terms: list[Tensor] = []
         vectors = 0
@@ -76,4 +79,4 @@ def combine_fidelity(all_sums: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _relative(error_sq: float, value_sq: float) -> float:
-    return (error_sq / value_sq) ** 0.5 if value_sq > 0 else error_sq**0.5
+    return math.sqrt(error_sq / value_sq if value_sq > 0 else error_sq)

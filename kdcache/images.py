@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import warnings
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485
 """A larger image is skipped as a decompression bomb: Pillow's own limit, 256 MiB of RGB."""
@@ -31,13 +31,13 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # bombs have our own limit; damaged EXIF data is not looked at
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadableImageError(f"decompression bomb: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
             image.load()
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"decompression bomb: more than {MAX_PIXELS} pixels") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise UnreadableImageError("not a JPEG, PNG or WebP image") from error
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError) as error:  # what Pillow's decoders raise on damage
         if isinstance(error, UnreadableImageError):

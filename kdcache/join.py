@@ -66,7 +66,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     def __init__(self, row_numbers: Sequence[int] | np.ndarray[Any, Any], *, batch_size: int, num_views: int, seed: int) -> None:
         self._rows = np.asarray(row_numbers, dtype=np.int64)
-        assert len(self._rows) > 0 and num_views > 0
+        assert len(self._rows) > 0
+        assert num_views > 0
         self.batch_size = min(batch_size, len(self._rows))
         self.num_views, self.seed, self.epoch = num_views, seed, 0
 
@@ -95,13 +96,16 @@ def usable_views(cache: Cache, teacher: str | None, targets: Sequence[str], shar
         for target in targets:
             assert teacher is not None
             cache.target_views(teacher, target)  # raises MissingError for a target that no shard has
-            layers.append((f"{target!r} of teacher {teacher!r}", [document.identity.views for document in cache.layer(teacher).segments(shard, target)]))
+            segments = cache.layer(teacher).segments(shard, target)
+            layers.append((f"{target!r} of teacher {teacher!r}", [document.identity.views for document in segments]))
         for what, ranges in layers:
             have = 0
             while any(have in views for views in ranges):
                 have += 1
             if have == 0:
-                raise MissingError(f"shard {shard}: the cache has no {what} for it; run 'kdcache extract' again with the same arguments to finish the cache")
+                raise MissingError(
+                    f"shard {shard}: the cache has no {what} for it; run 'kdcache extract' again with the same arguments to finish the cache"
+                )
             count = have if count is None else min(count, have)
     return count or 0
 
@@ -209,8 +213,8 @@ class CachedViews(Dataset[Batch]):
             return render(decode_image(data), params)
         except (UnreadableImageError, CorruptError) as error:
             raise DriftError(
-                f"shard {group.shard}: key {self._key(number)!r}, view {group.view}: can't be rendered now ({error}), it could when the cache was made;"
-                f" the tar was changed: restore it, or pass --data with the folder that holds the original"
+                f"shard {group.shard}: key {self._key(number)!r}, view {group.view}: can't be rendered now ({error}), it could when the cache"
+                f" was made; the tar was changed: restore it, or pass --data with the folder that holds the original"
             ) from error
 
     def _key(self, number: int) -> str:
@@ -284,7 +288,10 @@ class BatchLoader:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                raise StudentError(f"a worker process was killed ({str(error).splitlines()[0]}), often for lack of memory; try fewer --workers or a smaller --batch-size") from error
+                reason = str(error).splitlines()[0]
+                raise StudentError(
+                    f"a worker process was killed ({reason}), often for lack of memory; try fewer --workers or a smaller --batch-size"
+                ) from error
             if isinstance(batch, KDCacheError):
                 raise batch
             yield batch

@@ -46,5 +46,6 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 def _check_same_shape(student_logits: Tensor, teacher_logits: Tensor) -> None:
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"expected student and teacher logits of one shape (batch, classes), found {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+            f"expected student and teacher logits of one shape (batch, classes),"
+            f" found {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
         )

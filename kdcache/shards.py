@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -156,7 +156,7 @@ def _members(source: ShardSource, file: IO[bytes], size: int) -> tuple[list[tarf
                     torn = member.name
                     break
                 members.append(member)
-            tar.members = []  # headers are not kept twice
+            tar.members = []  # type: ignore[attr-defined]  # headers are not kept twice
     if cut is None:  # tarfile stops without a word at a damaged header; only a block of zeros is an end
         file.seek(tar.offset)
         if file.read(512) != bytes(512):
@@ -190,12 +190,12 @@ def _group_samples(
     return tuple(_sample(source, file, key, group) for key, group in grouped.items())
 
 
-def _last_is_whole(grouped: Mapping[str, Mapping[str, tarfile.TarInfo]], torn: str | None) -> bool:
+def _last_is_whole(grouped: dict[str, dict[str, tarfile.TarInfo]], torn: str | None) -> bool:
     """Whether the sample before a cut lost no member to it, such as its label: another sample was torn, or it looks like the one before."""
     from webdataset.tariterators import base_plus_ext
 
     if torn is not None:
-        return base_plus_ext(torn)[0] != next(reversed(grouped))
+        return bool(base_plus_ext(torn)[0] != next(reversed(grouped)))
     extensions = [group.keys() for group in grouped.values()][-2:]
     return len(extensions) == 2 and extensions[0] == extensions[1]
 

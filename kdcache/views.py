@@ -204,9 +204,9 @@ def render(image: Image.Image, params: ViewParams, partner: Image.Image | None =
     view = view.resize((params.size, params.size), _RESAMPLING[params.interpolation])
     if params.flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(view, dtype=np.uint8)
+    return np.array(view, dtype=np.uint8)  # a copy: torch warns of arrays that can't be written to
 
 
 def pixel_digest(view: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
     """BLAKE2b-64 of the view's bytes in C order, as a little-endian uint64."""
-    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(view), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(view).data, digest_size=8).digest(), "little")

@@ -45,6 +45,12 @@ def parse_settings(name: str, settings: Mapping[str, Any] | None = None) -> Meth
     return parsed
 
 
+def requirements(name: str) -> list[str]:
+    """Specs of the targets that method `name` needs with its default settings, as `extract --for` records them. Raises UsageError."""
+    specs: list[str] = method_class(name).requires(parse_settings(name))
+    return specs
+
+
 def build(name: str, *, student: nn.Module, cache: Cache, teacher: str | None = None, settings: Mapping[str, Any] | None = None) -> Method[Any]:
     """The method `name` around a student: an nn.Module that gives the loss parts of a batch.
 
@@ -66,4 +72,4 @@ def _suggest(name: str, known: Mapping[str, Any]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-__all__ = ["METHODS", "DecodedTargets", "Method", "MethodSettings", "build", "method_class", "parse_settings"]
+__all__ = ["METHODS", "DecodedTargets", "Method", "MethodSettings", "build", "method_class", "parse_settings", "requirements"]

@@ -48,8 +48,8 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
     """Where the formula comes from, or '' for none."""
     Settings: ClassVar[type[MethodSettings]]
 
-    def __init__(self, *, student: nn.Module, cache: Cache, teacher: TeacherLayer | None, settings: SettingsT) -> None:
-        """cache, teacher: for what a method takes from the cache beside targets, e.g. a frozen tail; teacher is None if it requires no targets."""
+    def __init__(self, *, student: nn.Module, cache: Cache, teacher: TeacherLayer | None, settings: SettingsT) -> None:  # noqa: ARG002
+        """cache, teacher: for methods that take more than targets from the cache; teacher is None for one that requires no target."""
         super().__init__()
         self.student = student
         self.settings = settings
@@ -60,8 +60,8 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
     def requires(cls, settings: SettingsT) -> list[str]:
         """Specs of the targets that must be in the cache, e.g. ['logits']."""
 
-    @property
-    def uses_labels(self) -> bool:
+    @classmethod
+    def uses_labels(cls, settings: SettingsT) -> bool:  # noqa: ARG003 - the usual method does, whatever its settings
         """Whether `losses` looks at the labels. Where it does not, images without one can be trained on."""
         return True
 

@@ -45,9 +45,9 @@ class KD(Method[KDSettings]):
     def requires(cls, settings: KDSettings) -> list[str]:  # noqa: ARG003 - no setting changes it
         return ["logits"]
 
-    @property
-    def uses_labels(self) -> bool:
-        return self.settings.weights[1] > 0
+    @classmethod
+    def uses_labels(cls, settings: KDSettings) -> bool:
+        return settings.weights[1] > 0
 
     def losses(self, outputs: Mapping[str, Tensor], labels_B: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
         distill_weight, task_weight = self.settings.weights

@@ -1,0 +1,48 @@
+"""`kdcache inspect`: what is in a cache."""
+
+from __future__ import annotations
+
+import click
+
+from .main import run_command
+from .options import json_option, print_json
+
+
+@click.command(no_args_is_help=True)
+@click.argument("cache")
+@click.option("--shard", metavar="S", help="Show one shard.")
+@click.option("--key", metavar="K", help="Show one sample of the shard.")
+@click.option("--view", type=click.IntRange(0), metavar="V", help="Which view of the sample. Default: 0.")
+@json_option
+def command(cache: str, shard: str | None, key: str | None, view: int | None, as_json: bool) -> None:
+    """Show what is in CACHE: identity, completeness, size and fidelity by target, skipped samples.
+
+    \b
+    Examples:
+      kdcache inspect cache
+      kdcache inspect cache --shard imagenet1k-train-0000
+      kdcache inspect cache --shard imagenet1k-train-0000 --key n01440764/n01440764_10026 --view 3
+    """
+
+    def action() -> None:
+        from pipelines import inspect
+
+        from kdcache.cache import open_cache
+
+        inspect.check_selection(shard, key, view)
+        opened = open_cache(cache)
+        if shard is not None and key is not None:
+            facts = inspect.inspect_row(opened, shard, key, view or 0)
+            text = inspect.row_as_text(facts)
+        elif shard is not None:
+            facts = inspect.inspect_shard(opened, shard)
+            text = inspect.shard_as_text(facts)
+        else:
+            facts = inspect.inspect_cache(opened)
+            text = inspect.cache_as_text(facts, cache)
+        if as_json:
+            print_json(facts)
+        else:
+            click.echo(text)
+
+    run_command(action)

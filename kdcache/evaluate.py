@@ -1,0 +1,126 @@
+"""Accuracy of a student on labelled tars: timm's evaluation transform, top-1 and top-5. Used by train after each epoch.
+
+Legend: B batch, C H W of the student's input, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from .errors import ShardError
+from .images import UnreadableImageError, decode_image
+from .shards import NO_LABEL, Sample, ShardFiles, ShardIndex, ShardSource
+from .students import Student
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The figures of one pass."""
+
+    loss: float
+    """Cross-entropy without smoothing, mean over images."""
+    top1: float
+    """Percent of images."""
+    top5: float
+    """Percent of images; of the first K classes where there are fewer than 5."""
+    images: int
+    skipped: tuple[str, ...]
+    """Images that can't be read, each as 'shard: key: reason'."""
+
+
+class EvaluationSet(Dataset[tuple[Tensor | str, int]]):
+    """The samples of some tars under a student's evaluation transform: (float32 (C, H, W), label), or (reason, label) if unreadable."""
+
+    def __init__(self, indexes: Sequence[ShardIndex], student: Student, *, crop_pct: float | None) -> None:
+        """crop_pct: share of the image's side that is kept; None for the student's own. Raises ShardError for a label that it can't learn."""
+        from timm.data import create_transform
+
+        self._samples = [(index.source, sample) for index in indexes for sample in index.samples]
+        for source, sample in self._samples:
+            _check_label(source, sample, student.num_classes)
+        self._transform = create_transform(
+            input_size=student.input_size,
+            is_training=False,
+            interpolation=student.interpolation,
+            mean=student.mean,
+            std=student.std,
+            crop_pct=student.crop_pct if crop_pct is None else crop_pct,
+        )
+        self._files: ShardFiles | None = None
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, position: int) -> tuple[Tensor | str, int]:
+        if self._files is None:
+            self._files = ShardFiles()
+        source, sample = self._samples[position]
+        if sample.problem is not None:
+            return f"shard {source.name}: key {sample.key!r}: {sample.problem}", sample.label
+        data = self._files.read(source, sample.key, sample.image_offset, sample.image_size)
+        try:
+            image = decode_image(data)
+        except UnreadableImageError as error:
+            return f"shard {source.name}: key {sample.key!r}: {error}", sample.label
+        tensor: Tensor = self._transform(image)
+        return tensor, sample.label
+
+
+def _check_label(source: ShardSource, sample: Sample, num_classes: int) -> None:
+    if sample.label == NO_LABEL:
+        raise ShardError(f"shard {source.name}: key {sample.key!r} has no label; --val needs a .cls or .json label for every sample")
+    if sample.label >= num_classes:
+        raise ShardError(
+            f"shard {source.name}: key {sample.key!r} has label {sample.label}, the student has {num_classes} classes (0 to {num_classes - 1});"
+            f" pass --num-classes, or --val shards of the same classes"
+        )
+
+
+def _collate(items: Sequence[tuple[Tensor | str, int]]) -> tuple[Tensor | None, Tensor, list[str]]:
+    images = [(image, label) for image, label in items if isinstance(image, Tensor)]
+    stacked = torch.stack([image for image, _ in images]) if images else None
+    return stacked, torch.tensor([label for _, label in images], dtype=torch.int64), [image for image, _ in items if isinstance(image, str)]
+
+
+class Evaluator:
+    """Runs passes over one EvaluationSet, its workers kept between them."""
+
+    def __init__(self, dataset: EvaluationSet, *, batch_size: int, num_workers: int) -> None:
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # not from the generator that the student draws from
+        )
+
+    def __call__(self, model: nn.Module, device: torch.device) -> Evaluation:
+        """Evaluate `model`, which is left in the mode it was in. Raises ShardError if no image can be read."""
+        was_training = model.training
+        model.eval()
+        loss, top1, top5, images = 0.0, 0, 0, 0
+        skipped: list[str] = []
+        with torch.inference_mode():
+            for images_BCHW, labels, reasons in self._loader:
+                skipped += reasons
+                if images_BCHW is None:
+                    continue
+                labels_B = labels.to(device)
+                logits_BK = model(images_BCHW.to(device)).float()
+                ranked = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels_B.unsqueeze(1)
+                loss += float(F.cross_entropy(logits_BK, labels_B, reduction="sum"))
+                top1 += int(ranked[:, 0].sum())
+                top5 += int(ranked.sum())
+                images += len(labels_B)
+        model.train(was_training)
+        if images == 0:
+            raise ShardError(f"--val: none of the {len(skipped)} images can be read; first: {skipped[0] if skipped else 'there is none'}")
+        return Evaluation(loss=loss / images, top1=100 * top1 / images, top5=100 * top5 / images, images=images, skipped=tuple(skipped))

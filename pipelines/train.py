@@ -1,0 +1,628 @@
+"""Stage two: cache → replayed views + decoded targets → student + method → checkpoints → a timm model. Read top to bottom:
+open, resolve, build, loop, export, report. No teacher is built here, or could be: the targets come from the cache.
+
+A run's folder is named by a digest of all that decides its result, so that a repeated command finds its own work:
+
+    OUT/<student>-<method>-<8 hex>/
+        args.yaml            the resolved recipe and where the run was started
+        summary.csv          one row an epoch, timm's columns
+        metrics.jsonl        one line every --log-interval steps and one an epoch
+        last/checkpoint.pt   resumable, after every epoch
+        best/checkpoint.pt   of the epoch with the best eval_top1, with --val
+        export/              timm.create_model("local-dir:…/export", pretrained=True); made last: a run that has it is finished
+
+Legend: B batch.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+from tqdm import tqdm
+
+from kdcache.cache import Cache, open_cache
+from kdcache.checkpoint import load_checkpoint, save_checkpoint
+from kdcache.console import say
+from kdcache.device import resolve_device
+from kdcache.errors import MissingError, ShardError, StudentError, UsageError
+from kdcache.evaluate import Evaluation, EvaluationSet, Evaluator
+from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches, to_device, usable_views
+from kdcache.methods import MethodSettings, build, method_class, parse_settings
+from kdcache.methods.base import Method
+from kdcache.plan import blake2b_128, canonical_json
+from kdcache.shards import NO_LABEL, ShardIndex, resolve_shards, scan_shard
+from kdcache.students import Student, build_student, export_student
+from kdcache.targets import parse_target
+
+SCHEDULES = ("cosine", "tanh", "constant", "none")
+"""timm's schedules that need no options beyond ours."""
+
+_METHOD_OPTIONS = {
+    "kd_temperature": "temperature",
+    "distill_loss_weight": "distill_loss_weight",
+    "task_loss_weight": "task_loss_weight",
+    "smoothing": "smoothing",
+}
+"""Options that stand for a field of the method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What to train, on what, how. Names and defaults follow timm's train.py; None means: the default named."""
+
+    cache: str
+    """Folder of the cache."""
+    students: Sequence[str]
+    """timm names, `hf-hub:…` or `local-dir:…`; trained one after another."""
+    method: str = "kd"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the method."""
+    teacher: str | None = None
+    """Its name in the cache. Default: the only one."""
+    data: str | None = None
+    """SHARDS, where the tars lie now. Default: where they lay when the cache was made."""
+    val: str | None = None
+    """SHARDS to measure accuracy on after every epoch. Default: none."""
+    val_crop_pct: float | None = None
+    """Share of the side that the evaluation crop keeps. Default: the student's own."""
+    out: str = "runs"
+    limit_shards: int | None = None
+    """Train on the first N shards of the cache only."""
+    pretrained: bool = False
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Constructor arguments of the students."""
+    num_classes: int | None = None
+    """Default: the teacher's if the method uses logits, else the largest label + 1."""
+
+    epochs: int = 100
+    batch_size: int = 128
+    seed: int = 42
+    """Of the student's weights, its dropout and the order of the rows."""
+    opt: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    """Of optimizers that have one, such as sgd."""
+    opt_betas: tuple[float, float] | None = None
+    """Default: the optimizer's own."""
+    clip_grad: float | None = None
+    """Largest gradient norm. Default: no clipping."""
+    sched: str = "cosine"
+    """One of SCHEDULES; stepped after every update."""
+    warmup_epochs: float | None = None
+    """Default: 5, or a tenth of the epochs if that is less."""
+    min_lr: float = 0.0
+
+    kd_temperature: float | None = None
+    """The method's field `temperature`; likewise the three below."""
+    distill_loss_weight: float | None = None
+    task_loss_weight: float | None = None
+    smoothing: float | None = None
+
+    check_views: float = 0.05
+    """Fraction of views whose pixels are compared with the digest of what the teacher saw."""
+    workers: int | None = None
+    """Loading processes; 0: load in this one. Default: one a core, at most 8."""
+    device: str | None = None
+    """Default: cuda, else mps, else cpu."""
+    log_interval: int = 50
+    """Steps between lines in metrics.jsonl."""
+    resume: bool = False
+    """Continue unfinished runs."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for values that can't be right."""
+        checks: list[tuple[str, Any, bool, str]] = [
+            ("--student", list(self.students), len(self.students) > 0, "at least one"),
+            ("--epochs", self.epochs, self.epochs >= 1, "at least 1"),
+            ("--batch-size", self.batch_size, self.batch_size >= 1, "at least 1"),
+            ("--lr", self.lr, math.isfinite(self.lr) and self.lr > 0, "a number above 0"),
+            ("--min-lr", self.min_lr, math.isfinite(self.min_lr) and self.min_lr >= 0, "a number from 0"),
+            ("--weight-decay", self.weight_decay, math.isfinite(self.weight_decay) and self.weight_decay >= 0, "a number from 0"),
+            ("--clip-grad", self.clip_grad, self.clip_grad is None or self.clip_grad > 0, "a number above 0"),
+            ("--warmup-epochs", self.warmup_epochs, self.warmup_epochs is None or self.warmup_epochs >= 0, "a number from 0"),
+            ("--check-views", self.check_views, 0 <= self.check_views <= 1, "a fraction from 0 to 1"),
+            ("--val-crop-pct", self.val_crop_pct, self.val_crop_pct is None or 0 < self.val_crop_pct <= 1, "a fraction above 0, at most 1"),
+            ("--limit-shards", self.limit_shards, self.limit_shards is None or self.limit_shards >= 1, "at least 1"),
+            ("--num-classes", self.num_classes, self.num_classes is None or self.num_classes >= 1, "at least 1"),
+            ("--log-interval", self.log_interval, self.log_interval >= 1, "at least 1"),
+            ("--sched", self.sched, self.sched in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("--seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0, below 2^63"),
+        ]
+        for option, value, holds, expected in checks:
+            if not holds:
+                raise UsageError(f"{option} {value!r}: expected {expected}")
+
+
+def train(config: TrainConfig, *, progress: bool = False) -> list[dict[str, Any]]:
+    """Run stage two: every student in turn. Returns [{"id", "student", "method", "epochs", "top1", "seconds", "path", "status"}].
+
+    top1 is in percent, of the exported weights, None without --val; status is "done" or "already done". Raises KDCacheError; runs
+    that ended before the error stay, and are skipped when the command is repeated with --resume.
+    """
+    data = _open_data(config)
+    runs = [_Run(config, data, name) for name in config.students]
+    for run in runs:
+        run.check_folder()
+    return [run.train(progress=progress) for run in runs]
+
+
+# --- the data --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """What all students of a command have in common: the cache, the rows, the method's settings, the validation tars."""
+
+    cache: Cache
+    settings: MethodSettings
+    teacher: str | None
+    """None for a method that needs no target."""
+    targets: tuple[str, ...]
+    shards: tuple[str, ...]
+    row_numbers: np.ndarray[Any, np.dtype[np.int64]]
+    num_views: int
+    """Epoch e trains on view e mod this."""
+    num_classes: int
+    val: tuple[ShardIndex, ...]
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides what is read, JSON types: growth of the cache by what this run does not read changes nothing here."""
+        layer = self.cache.layer(self.teacher) if self.teacher is not None else None
+        return {
+            "fingerprint": self.cache.fingerprint,
+            "views": self.num_views,
+            "shards": {shard: self.cache.views_record(shard, 0).member_table for shard in self.shards},
+            "teacher": layer.document.identity_digest if layer else None,
+            "targets": {target: layer.targets[target].identity_digest for target in self.targets} if layer else {},
+            "val": {index.source.name: index.member_table for index in self.val},
+        }
+
+
+def _open_data(config: TrainConfig) -> _Data:
+    """Open the cache and settle what is trained on. Raises KDCacheError for whatever would fail an hour later."""
+    method = method_class(config.method)
+    settings = parse_settings(config.method, _method_settings(config))
+    cache = open_cache(config.cache, data=config.data)
+    targets = tuple(parse_target(spec).name for spec in method.requires(settings))
+    teacher = cache.layer(config.teacher).name if targets or config.teacher is not None else None
+    shards = _choose_shards(cache, config.limit_shards)
+    num_views = usable_views(cache, teacher, targets, shards)
+    rows = cache.rows
+    chosen = np.array([shard in set(shards) for shard in rows.shards], dtype=bool)
+    row_numbers = np.nonzero(chosen[rows.shard])[0].astype(np.int64)
+    if len(row_numbers) == 0:
+        raise MissingError(f"{cache.store.url}: its {len(shards)} shards have no rows; every sample was skipped when the cache was made")
+    for shard in shards:
+        cache.source(shard)  # raises UsageError for a shard that --data lacks
+    num_classes = _num_classes(config, cache, teacher, targets)
+    data = _Data(
+        cache=cache,
+        settings=settings,
+        teacher=teacher if targets else None,
+        targets=targets,
+        shards=tuple(shards),
+        row_numbers=row_numbers,
+        num_views=num_views,
+        num_classes=num_classes,
+        val=tuple(scan_shard(source) for source in resolve_shards(config.val)) if config.val is not None else (),
+    )
+    return data
+
+
+def _method_settings(config: TrainConfig) -> dict[str, Any]:
+    """--set fields, and the options that stand for one. Raises UsageError for a field that is given twice."""
+    settings = dict(config.settings)
+    for option, name in _METHOD_OPTIONS.items():
+        value = getattr(config, option)
+        if value is not None:
+            if name in settings:
+                raise UsageError(f"--set {name}={settings[name]} and --{option.replace('_', '-')} {value} are the same field; give one of them")
+            settings[name] = value
+    return settings
+
+
+def _choose_shards(cache: Cache, limit: int | None) -> list[str]:
+    """The shards to train on, in name order. Raises MissingError for a cache that is not finished, unless a limit leaves that out."""
+    shards, wanted = cache.shards, cache.all_shards
+    if limit is not None:
+        if limit > len(shards):
+            raise UsageError(f"--limit-shards {limit}: the cache has {len(shards)} shards; expected at most that")
+        return shards[:limit]
+    if len(shards) < len(wanted):
+        first = next(shard for shard in wanted if shard not in set(shards))
+        raise MissingError(
+            f"{cache.store.url}: {len(shards)} of {len(wanted)} shards are done, {first!r} is not; run 'kdcache extract' again with the same"
+            f" arguments to finish the cache, or train on what is there with --limit-shards {max(1, len(shards))}"
+        )
+    return shards
+
+
+def _num_classes(config: TrainConfig, cache: Cache, teacher: str | None, targets: Sequence[str]) -> int:
+    """The student's classes: the teacher's if its logits are matched, else what was asked for, else the largest label + 1."""
+    if "logits" in targets:
+        assert teacher is not None
+        of_teacher = cache.layer(teacher).document.identity.num_classes
+        if config.num_classes not in (None, of_teacher):
+            raise UsageError(
+                f"--num-classes {config.num_classes}: teacher {teacher!r} has {of_teacher} classes and method {config.method!r} matches its logits;"
+                f" leave the option out"
+            )
+        return of_teacher
+    if config.num_classes is not None:
+        return config.num_classes
+    largest = int(cache.rows.label.max())
+    if largest == NO_LABEL:
+        raise UsageError(f"{cache.store.url}: its images have no labels, so the number of classes is not known; pass --num-classes")
+    return largest + 1
+
+
+def _check_labels(data: _Data, config: TrainConfig) -> None:
+    """Raise ShardError naming the first row whose label the student can't be trained on."""
+    rows = data.cache.rows
+    labels = rows.label[data.row_numbers]
+    bad = np.nonzero((labels < 0) | (labels >= data.num_classes))[0]
+    if len(bad) == 0:
+        return
+    number = data.row_numbers[bad[0]]
+    shard = rows.shards[rows.shard[number]]
+    where = f"shard {shard}: key {data.cache.keys(shard)[rows.row[number]]!r}"
+    if labels[bad[0]] == NO_LABEL:
+        without = int((labels == NO_LABEL).sum())
+        remedy = "pass --task-loss-weight 0 --distill-loss-weight 1 to train without labels" if data.targets else "choose a method that distils, such as kd"
+        raise ShardError(f"{where} has no label ({without} of {len(labels)} rows have none), and method {config.method!r} learns from labels; {remedy}")
+    raise ShardError(
+        f"{where} has label {labels[bad[0]]}, the student has {data.num_classes} classes (0 to {data.num_classes - 1});"
+        + (" the teacher's classes are not the dataset's: pass --task-loss-weight 0" if "logits" in data.targets else " pass a larger --num-classes")
+    )
+
+
+# --- one student -----------------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """One student's training, from its folder to its export."""
+
+    def __init__(self, config: TrainConfig, data: _Data, student_name: str) -> None:
+        self.config, self.data, self.student_name = config, data, student_name
+        self.recipe = self._resolve()
+        self.id = f"{_folder_name(student_name)}-{config.method}-{blake2b_128(canonical_json(self.recipe))[:8]}"
+        self.folder = Path(config.out).expanduser().absolute() / self.id
+        self.last = self.folder / "last" / "checkpoint.pt"
+        self.best = self.folder / "best" / "checkpoint.pt"
+        self.export = self.folder / "export"
+
+    def _resolve(self) -> dict[str, Any]:
+        """Everything that decides the result, JSON types. Workers, device, places and intervals are not here."""
+        config, data = self.config, self.data
+        return {
+            "student": self.student_name,
+            "pretrained": config.pretrained,
+            "model_kwargs": dict(config.model_kwargs),
+            "num_classes": data.num_classes,
+            "method": config.method,
+            "settings": data.settings.to_json(),
+            "epochs": config.epochs,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "opt": config.opt,
+            "lr": config.lr,
+            "weight_decay": config.weight_decay,
+            "momentum": config.momentum,
+            "opt_betas": list(config.opt_betas) if config.opt_betas is not None else None,
+            "clip_grad": config.clip_grad,
+            "sched": config.sched,
+            "warmup_epochs": min(5.0, config.epochs / 10) if config.warmup_epochs is None else float(config.warmup_epochs),
+            "min_lr": config.min_lr,
+            "val_crop_pct": config.val_crop_pct,
+            "data": data.describe(),
+        }
+
+    @property
+    def is_finished(self) -> bool:
+        return self.export.is_dir()
+
+    def check_folder(self) -> None:
+        """Raise StudentError for an unfinished run that was not asked to be resumed: nothing is overwritten."""
+        if not self.config.resume and not self.is_finished and self.folder.exists():
+            raise StudentError(f"run {self.folder} is there already and unfinished; pass --resume to continue it, or delete the folder to begin again")
+
+    def train(self, *, progress: bool) -> dict[str, Any]:
+        """Do what is left to do of this run; its entry in the report."""
+        if self.is_finished:
+            state = load_checkpoint(self.last, fingerprint=self.data.cache.fingerprint)
+            return self._report(state["history"], state["seconds"], "already done")
+        if method_class(self.config.method).uses_labels(self.data.settings):
+            _check_labels(self.data, self.config)
+        device = resolve_device(self.config.device)
+        workers = min(8, os.cpu_count() or 1) if self.config.workers is None else self.config.workers
+        student, method = self._build()
+        evaluator = self._evaluator(student, workers)
+        loop = _Loop(self, student, method, device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.last.is_file():
+            loop.load(load_checkpoint(self.last, fingerprint=self.data.cache.fingerprint))
+        self._write_args(device, workers)
+        loop.run(evaluator, workers, progress=progress)
+        self._export(student, method, loop.history)
+        return self._report(loop.history, loop.seconds, "done")
+
+    def _build(self) -> tuple[Student, Method[Any]]:
+        """The student and the method around it, on the CPU; both a function of the seed, or of pretrained weights."""
+        config, data = self.config, self.data
+        student = build_student(
+            self.student_name,
+            num_classes=data.num_classes,
+            view_size=data.cache.plan.size,
+            pretrained=config.pretrained,
+            model_args=config.model_kwargs,
+            seed=config.seed,
+        )
+        method = build(config.method, student=student.model, cache=data.cache, teacher=data.teacher, settings=data.settings.to_json())
+        return student, method
+
+    def _evaluator(self, student: Student, workers: int) -> Evaluator | None:
+        if not self.data.val:
+            return None
+        dataset = EvaluationSet(self.data.val, student, crop_pct=self.config.val_crop_pct)
+        return Evaluator(dataset, batch_size=self.config.batch_size, num_workers=workers)
+
+    def _write_args(self, device: torch.device, workers: int) -> None:
+        config = self.config
+        places = {"cache": self.data.cache.store.url, "root": self.data.cache.root, "shards_from": config.data, "val_from": config.val}
+        session = {"device": str(device), "workers": workers, "check_views": config.check_views, "log_interval": config.log_interval}
+        text = yaml.safe_dump({"id": self.id, **self.recipe, "cache": places, "session": session}, sort_keys=False, allow_unicode=True)
+        _replace_file(self.folder / "args.yaml", text)
+
+    def _export(self, student: Student, method: Method[Any], history: Sequence[Mapping[str, Any]]) -> None:
+        """The best epoch's weights with --val, else the last one's."""
+        cache = self.data.cache
+        final = history[_best_epoch(history)] if self.data.val else history[-1]
+        if self.data.val:
+            method.load_state_dict(load_checkpoint(self.best, fingerprint=cache.fingerprint)["method"])
+        layer = cache.layer(self.data.teacher) if self.data.teacher is not None else None
+        record = {
+            "fingerprint": cache.fingerprint,
+            "root": cache.root,
+            "teacher": {"name": layer.name, "model": layer.document.identity.model, "weights": layer.document.identity.weights} if layer else None,
+            "method": self.config.method,
+            "recipe": {key: value for key, value in self.recipe.items() if key != "data"},
+        }
+        student.model.cpu()
+        export_student(student, self.export, record=record, figures=final)
+
+    def _report(self, history: Sequence[Mapping[str, Any]], seconds: float, status: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "student": self.student_name,
+            "method": self.config.method,
+            "epochs": len(history),
+            "top1": history[_best_epoch(history)]["eval_top1"] if self.data.val else None,
+            "seconds": round(seconds, 3),
+            "path": str(self.folder),
+            "status": status,
+        }
+
+
+def _folder_name(student_name: str) -> str:
+    """The student's name without its source, as far as that can stand in a path."""
+    base = (student_name.partition(":")[2] or student_name).rstrip("/").rpartition("/")[2]
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in base).lstrip("._-")[:80] or "student"
+
+
+def _best_epoch(history: Sequence[Mapping[str, Any]]) -> int:
+    """The first epoch with the highest eval_top1."""
+    return max(range(len(history)), key=lambda epoch: (history[epoch]["eval_top1"], -epoch))
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+class _Loop:
+    """Epochs, from the one that the checkpoint is before to the last; each ends in a checkpoint."""
+
+    def __init__(self, run: _Run, student: Student, method: Method[Any], device: torch.device) -> None:
+        self.run_of, self.student, self.device = run, student, device
+        self.config, self.data = run.config, run.data
+        self.method = method.to(device)
+        self.normalize = student.normalize().to(device)
+        data = self.data
+        self.batches = EpochBatches(data.row_numbers, batch_size=self.config.batch_size, num_views=data.num_views, seed=self.config.seed)
+        self.encodings = {target: data.cache.encoding(data.teacher or "", target) for target in data.targets}
+        self.optimizer = _optimizer(self.method, self.config)
+        self.scheduler = self._scheduler()
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+        self.seconds = 0.0
+
+    def _scheduler(self) -> Any:
+        """timm's, stepped after every update; None for --sched none."""
+        from timm.scheduler import create_scheduler_v2
+
+        scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=self.config.sched,
+            num_epochs=self.config.epochs,
+            min_lr=self.config.min_lr,
+            warmup_epochs=self.run_of.recipe["warmup_epochs"],
+            warmup_lr=min(1e-5, self.config.lr),
+            step_on_epochs=False,
+            updates_per_epoch=len(self.batches),
+        )
+        return scheduler
+
+    def run(self, evaluator: Evaluator | None, workers: int, *, progress: bool) -> None:
+        """All epochs that are left. Raises StudentError for a loss that is not finite."""
+        run, total = self.run_of, self.config.epochs
+        self._rewrite_logs()
+        if self.epoch >= total:
+            return
+        dataset = CachedViews(self.data.cache, teacher=self.data.teacher, targets=self.data.targets, check_views=self.config.check_views)
+        loader = BatchLoader(dataset, self.batches, num_workers=workers, pin_memory=self.device.type == "cuda")
+        images = len(self.batches) * self.batches.batch_size
+        bar = tqdm(total=total * images, initial=self.epoch * images, unit="img", unit_scale=True, desc=run.id, disable=not progress)
+        try:
+            while self.epoch < total:
+                begin = time.perf_counter()
+                row = {"epoch": self.epoch, **self._train_epoch(loader, bar)}
+                if evaluator is not None:
+                    evaluation = evaluator(self.method.student, self.device)
+                    row |= {"eval_loss": evaluation.loss, "eval_top1": evaluation.top1, "eval_top5": evaluation.top5}
+                    self._say_skipped(evaluation)
+                row["lr"] = sum(group["lr"] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
+                self.history.append(row)
+                self.epoch += 1
+                self.seconds += time.perf_counter() - begin
+                if evaluator is not None and _best_epoch(self.history) == len(self.history) - 1:
+                    self._save(run.best)  # before last/: a kill between the two repeats this epoch
+                self._save(run.last)
+                self._log({**row, "images": images, "seconds": round(time.perf_counter() - begin, 3)})
+                self._write_summary()
+        finally:
+            bar.close()
+            loader.close()
+
+    def _train_epoch(self, loader: BatchLoader, bar: tqdm[Any]) -> dict[str, float]:
+        """{"train_loss", "train_<part>"…}: means over the epoch's images."""
+        steps, epoch, total = len(loader), self.epoch, self.config.epochs
+        sums: dict[str, float] = {}
+        self.method.train()
+        for step, batch in enumerate(loader.epoch(epoch)):
+            losses = self._step(batch, step)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value
+            if self.scheduler is not None:
+                self.scheduler.step_update(num_updates=epoch * steps + step + 1)
+            bar.update(len(batch["labels"]))
+            bar.set_postfix({"epoch": f"{epoch + 1}/{total}", **{name: f"{value:.3f}" for name, value in losses.items()}, **self._last_top1()}, refresh=False)
+            if (step + 1) % self.config.log_interval == 0:
+                self._log({"epoch": epoch, "step": step + 1, **losses, "lr": self.optimizer.param_groups[0]["lr"]})
+        return {f"train_{name}": value / steps for name, value in sums.items()}
+
+    def _step(self, batch: Batch, step: int) -> dict[str, float]:
+        """One update; {"loss", part…} as numbers."""
+        device = self.device
+        images_BCHW = self.normalize(batch["views"].to(device, non_blocking=True))
+        labels_B = batch["labels"].to(device, non_blocking=True)
+        targets = {target: encoding.decode(to_device(batch["targets"][target], device)) for target, encoding in self.encodings.items()}
+        parts = self.method(images_BCHW, labels_B, targets)
+        loss = torch.stack(list(parts.values())).sum()
+        values = dict(zip(["loss", *parts], torch.stack([loss, *parts.values()]).tolist(), strict=True))  # one transfer a step
+        if not all(math.isfinite(value) for value in values.values()):
+            shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
+            raise StudentError(
+                f"student {self.student.name}: the loss is not finite in epoch {self.epoch}, step {step + 1} of {len(self.batches)} ({shown});"
+                f" expected a number; try a smaller --lr, or --clip-grad 1; run {self.run_of.folder} keeps its checkpoint of the epoch before"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.config.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.method.parameters(), self.config.clip_grad)
+        self.optimizer.step()
+        return values
+
+    def _last_top1(self) -> dict[str, str]:
+        return {"top1": f"{self.history[-1]['eval_top1']:.2f}"} if self.history and "eval_top1" in self.history[-1] else {}
+
+    def _say_skipped(self, evaluation: Evaluation) -> None:
+        if evaluation.skipped and not any("eval_top1" in row for row in self.history):
+            say(f"--val: {len(evaluation.skipped)} images can't be read and are left out; first: {evaluation.skipped[0]}")
+
+    # --- state ---
+
+    def _save(self, path: Path) -> None:
+        generators = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            "recipe": self.run_of.recipe,
+            "epoch": self.epoch,
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else {},
+            "generators": generators,
+            "history": self.history,
+            "seconds": self.seconds,
+        }
+        save_checkpoint(path, state, fingerprint=self.data.cache.fingerprint, root=self.data.cache.root)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint as if nothing had happened. Raises StudentError for one of another recipe."""
+        if state["recipe"] != self.run_of.recipe:
+            changed = sorted(key for key in self.run_of.recipe if state["recipe"].get(key) != self.run_of.recipe[key])
+            raise StudentError(
+                f"run {self.run_of.folder}: its checkpoint was made with other settings ({', '.join(changed)}); expected this run's; delete the folder"
+            )
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.epoch, self.history, self.seconds = state["epoch"], list(state["history"]), state["seconds"]
+        torch.set_rng_state(state["generators"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["generators"]:
+            torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
+
+    # --- logs ---
+
+    def _log(self, line: Mapping[str, Any]) -> None:
+        with open(self.run_of.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _rewrite_logs(self) -> None:
+        """Drop what was logged after the checkpoint: those epochs are trained again."""
+        path = self.run_of.folder / "metrics.jsonl"
+        if path.is_file():
+            _replace_file(path, "".join(line for line in _whole_lines(path) if json.loads(line)["epoch"] < self.epoch))
+        if self.history:
+            self._write_summary()
+
+    def _write_summary(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(self.history[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        _replace_file(self.run_of.folder / "summary.csv", text.getvalue())
+
+
+def _optimizer(method: Method[Any], config: TrainConfig) -> torch.optim.Optimizer:
+    """timm's optimizer over every parameter of the method that wants a gradient. Raises UsageError for one that timm lacks."""
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    known = list_optimizers()
+    if config.opt.removeprefix("lookahead_") not in known:
+        near = difflib.get_close_matches(config.opt, known, n=3) or ["adamw", "sgd"]
+        raise UsageError(f"--opt {config.opt!r}: timm has no such optimizer; near ones: {', '.join(near)}")
+    betas = {"betas": config.opt_betas} if config.opt_betas is not None else {}
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            method, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **betas
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--opt {config.opt} with betas {config.opt_betas} and --momentum {config.momentum}: timm can't build it: {error}") from error
+    return optimizer
+
+
+def _replace_file(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _whole_lines(path: Path) -> Iterator[str]:
+    """Lines that end in a newline: a kill may leave half of the last one."""
+    with open(path, encoding="utf-8") as file:
+        yield from (line for line in file if line.endswith("\n"))
