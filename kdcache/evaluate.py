@@ -35,8 +35,12 @@ class Evaluation:
     """Images that can't be read, each as 'shard: key: reason'."""
 
 
-class EvaluationSet(Dataset[tuple[Tensor | str, int]]):
-    """The samples of some tars under a student's evaluation transform: (float32 (C, H, W), label), or (reason, label) if unreadable."""
+Item = tuple[Tensor | str | ShardError, int]
+"""float32 (C, H, W), or why the image is left out, or an error to raise (in a worker it would get wrapped in a traceback); and the label."""
+
+
+class EvaluationSet(Dataset[Item]):
+    """The samples of some tars under a student's evaluation transform."""
 
     def __init__(self, indexes: Sequence[ShardIndex], student: Student, *, crop_pct: float | None) -> None:
         """crop_pct: share of the image's side that is kept; None for the student's own. Raises ShardError for a label that it can't learn."""
@@ -58,15 +62,16 @@ class EvaluationSet(Dataset[tuple[Tensor | str, int]]):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, position: int) -> tuple[Tensor | str, int]:
+    def __getitem__(self, position: int) -> Item:
         if self._files is None:
             self._files = ShardFiles()
         source, sample = self._samples[position]
         if sample.problem is not None:
             return f"shard {source.name}: key {sample.key!r}: {sample.problem}", sample.label
-        data = self._files.read(source, sample.key, sample.image_offset, sample.image_size)
         try:
-            image = decode_image(data)
+            image = decode_image(self._files.read(source, sample.key, sample.image_offset, sample.image_size))
+        except ShardError as error:
+            return error, sample.label
         except UnreadableImageError as error:
             return f"shard {source.name}: key {sample.key!r}: {error}", sample.label
         tensor: Tensor = self._transform(image)
@@ -83,7 +88,10 @@ def _check_label(source: ShardSource, sample: Sample, num_classes: int) -> None:
         )
 
 
-def _collate(items: Sequence[tuple[Tensor | str, int]]) -> tuple[Tensor | None, Tensor, list[str]]:
+def _collate(items: Sequence[Item]) -> tuple[Tensor | None, Tensor, list[str]] | ShardError:
+    for image, _ in items:
+        if isinstance(image, ShardError):
+            return image
     images = [(image, label) for image, label in items if isinstance(image, Tensor)]
     stacked = torch.stack([image for image, _ in images]) if images else None
     return stacked, torch.tensor([label for _, label in images], dtype=torch.int64), [image for image, _ in items if isinstance(image, str)]
@@ -109,7 +117,10 @@ class Evaluator:
         loss, top1, top5, images = 0.0, 0, 0, 0
         skipped: list[str] = []
         with torch.inference_mode():
-            for images_BCHW, labels, reasons in self._loader:
+            for batch in self._loader:
+                if isinstance(batch, ShardError):
+                    raise batch
+                images_BCHW, labels, reasons = batch
                 skipped += reasons
                 if images_BCHW is None:
                     continue

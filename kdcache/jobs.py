@@ -205,11 +205,16 @@ class ShardJob:
     known: ViewsIdentity | None
     """The shard's first views record, if it has one: its skipped samples have no row here either."""
     known_digests: Mapping[int, np.ndarray[Any, np.dtype[np.uint64]]]
-    """View → stored pixel digests, for views that the cache holds."""
+    """View → stored pixel digests, of views that the cache holds and this job renders again."""
     spool: Path = field(init=False)
     segments: list[TargetSegment] = field(init=False)
     teacher_seconds: float = 0.0
     rows: int = 0
+
+    @property
+    def rendered_views(self) -> tuple[int, ...]:
+        """What is missing, and what is compared."""
+        return tuple(sorted({*self.missing.all_views, *self.known_digests}))
 
     def __post_init__(self) -> None:
         self.spool = self.store.new_spool()
@@ -244,7 +249,7 @@ class ShardJob:
         usable = [(i, sample) for i, sample in enumerate(self.index.samples) if sample.problem is None and i not in skipped]
         starts = range(0, max(1, len(usable)), samples_per_task)
         return [
-            RenderTask(job, self.index.source, tuple(usable[start : start + samples_per_task]), self.missing.all_views, start == starts[-1])
+            RenderTask(job, self.index.source, tuple(usable[start : start + samples_per_task]), self.rendered_views, start == starts[-1])
             for start in starts
         ]
 
@@ -278,8 +283,6 @@ class ShardJob:
 
     def _compare_known(self, block: RenderedBlock, rows: Sequence[tuple[int, Any]], columns: Mapping[int, int]) -> None:
         for view, digests in self.known_digests.items():
-            if view not in columns:
-                continue
             found = block.digests[:, columns[view]]
             wrong = np.nonzero(found != digests[self.rows : self.rows + len(found)])[0]
             if len(wrong):
@@ -320,10 +323,10 @@ class ShardJob:
         return JobResult(self.rows, len(first.skipped), size_bytes, documents, self._table())
 
     def _pixels_by_view(self) -> dict[int, Digest]:
-        digests = np.concatenate(self._digests) if self._digests else np.zeros((0, len(self.missing.all_views)), np.uint64)
+        digests = np.concatenate(self._digests) if self._digests else np.zeros((0, len(self.rendered_views)), np.uint64)
         return {
             view: blake2b_128(np.ascontiguousarray(digests[:, column], dtype="<u8").tobytes())
-            for column, view in enumerate(self.missing.all_views)
+            for column, view in enumerate(self.rendered_views)
         }
 
     def _table(self) -> np.ndarray[Any, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .cache import Cache, pixel_drift
-from .errors import CorruptError, DriftError, KDCacheError, MissingError, StudentError
+from .errors import CorruptError, DriftError, KDCacheError, MissingError, ShardError, StudentError
 from .format import ViewRange
 from .images import UnreadableImageError, decode_image
 from .plan import canonical_json
@@ -207,9 +207,12 @@ class CachedViews(Dataset[Batch]):
 
     def _render_row(self, group: _Group, number: int, params: ViewParams) -> np.ndarray[Any, np.dtype[np.uint8]]:
         rows = self.cache.rows
-        offset, size = int(rows.offset[number]), int(rows.size[number])
+        source, offset, size = self.cache.source(group.shard), int(rows.offset[number]), int(rows.size[number])
         try:
-            data = self._files.read(self.cache.source(group.shard), f"row {int(rows.row[number])}", offset, size)
+            data = self._files.read(source, "", offset, size)
+        except ShardError:
+            data = self._files.read(source, self._key(number), offset, size)  # keys are read for messages only
+        try:
             return render(decode_image(data), params)
         except (UnreadableImageError, CorruptError) as error:
             raise DriftError(

@@ -97,7 +97,7 @@ def _build(name: str, args: Mapping[str, Any], *, view_size: int, pretrained: bo
     return attempt(args), False
 
 
-def export_student(student: Student, folder: Path, *, record: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+def export_student(student: Student, folder: Path, *, record: Mapping[str, Any], figures: Mapping[str, float]) -> None:
     """Write `folder` so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives this student: config.json,
     model.safetensors and a README.md card. It appears whole or not at all.
 
@@ -127,11 +127,11 @@ def export_student(student: Student, folder: Path, *, record: Mapping[str, Any],
     os.rename(attempt, folder)
 
 
-def _card(student: Student, record: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+def _card(student: Student, record: Mapping[str, Any], figures: Mapping[str, float]) -> str:
     teacher = record.get("teacher")
     taught = f"distilled from a cached `{teacher['model']}` (weights {teacher['weights']})" if teacher else "trained on labels, with no teacher"
     recipe = "\n".join(f"| {name} | `{value}` |" for name, value in record.get("recipe", {}).items())
-    measured = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    measured = "\n".join(f"| {name} | {value:.6g} |" for name, value in figures.items())
     return f"""---
 library_name: timm
 pipeline_tag: image-classification

@@ -6,6 +6,7 @@ four overlap, and every queue between them is bounded in bytes. The unit of comm
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from kdcache.cache import Cache, open_cache
 from kdcache.console import human_bytes, human_seconds, say
-from kdcache.errors import MismatchError, ShardError, TeacherError, UsageError
+from kdcache.errors import KDCacheError, MismatchError, ShardError, TeacherError, UsageError
 from kdcache.format import CacheIdentity, Document, check_teacher_name
 from kdcache.index import is_current, write_index
 from kdcache.plan import POLICIES, Policy, ViewPlan, require_same
@@ -520,6 +521,10 @@ class _Run:
         try:
             with tqdm(total=total, unit="view", desc="extract", disable=not self.progress or not self.pending) as bar:
                 self._work(bar)
+        except KDCacheError:
+            with contextlib.suppress(KDCacheError):  # the first error is the one to tell; what was committed stays indexed
+                self._finish_index()
+            raise
         finally:
             self.pool.close()
             for job in self.jobs.values():
@@ -589,6 +594,7 @@ class _Run:
             if known is not None:
                 rows = np.arange(known.rows)
                 have = [view for view in missing.all_views if any(view in record.identity.views for record in records)]
+                have = have or [known.views.start]  # new views only: one old view is rendered too, to notice drift
                 known_digests = {view: self.cache.read_pixel_digests(source.name, view, rows) for view in have}
             job = self.jobs[number] = ShardJob(
                 index=index,
@@ -601,7 +607,7 @@ class _Run:
                 known=known,
                 known_digests=known_digests,
             )
-            yield from job.tasks(number, samples_per_task(self.cache.plan, len(missing.all_views)))
+            yield from job.tasks(number, samples_per_task(self.cache.plan, len(job.rendered_views)))
 
     # --- after the work ---
 

@@ -76,7 +76,9 @@ class TrainConfig:
     data: str | None = None
     """SHARDS, where the tars lie now. Default: where they lay when the cache was made."""
     val: str | None = None
-    """SHARDS to measure accuracy on after every epoch. Default: none."""
+    """SHARDS to measure accuracy on. Default: none."""
+    val_interval: int = 1
+    """Epochs between two measurements; the last epoch is always measured."""
     val_crop_pct: float | None = None
     """Share of the side that the evaluation crop keeps. Default: the student's own."""
     out: str = "runs"
@@ -138,6 +140,7 @@ class TrainConfig:
             ("--check-views", self.check_views, 0 <= self.check_views <= 1, "a fraction from 0 to 1"),
             ("--val-crop-pct", self.val_crop_pct, self.val_crop_pct is None or 0 < self.val_crop_pct <= 1, "a fraction above 0, at most 1"),
             ("--limit-shards", self.limit_shards, self.limit_shards is None or self.limit_shards >= 1, "at least 1"),
+            ("--val-interval", self.val_interval, self.val_interval >= 1, "at least 1"),
             ("--num-classes", self.num_classes, self.num_classes is None or self.num_classes >= 1, "at least 1"),
             ("--log-interval", self.log_interval, self.log_interval >= 1, "at least 1"),
             ("--sched", self.sched, self.sched in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
@@ -210,7 +213,7 @@ def _open_data(config: TrainConfig) -> _Data:
     for shard in shards:
         cache.source(shard)  # raises UsageError for a shard that --data lacks
     num_classes = _num_classes(config, cache, teacher, targets)
-    data = _Data(
+    return _Data(
         cache=cache,
         settings=settings,
         teacher=teacher if targets else None,
@@ -221,7 +224,6 @@ def _open_data(config: TrainConfig) -> _Data:
         num_classes=num_classes,
         val=tuple(scan_shard(source) for source in resolve_shards(config.val)) if config.val is not None else (),
     )
-    return data
 
 
 def _method_settings(config: TrainConfig) -> dict[str, Any]:
@@ -283,8 +285,10 @@ def _check_labels(data: _Data, config: TrainConfig) -> None:
     where = f"shard {shard}: key {data.cache.keys(shard)[rows.row[number]]!r}"
     if labels[bad[0]] == NO_LABEL:
         without = int((labels == NO_LABEL).sum())
-        remedy = "pass --task-loss-weight 0 --distill-loss-weight 1 to train without labels" if data.targets else "choose a method that distils, such as kd"
-        raise ShardError(f"{where} has no label ({without} of {len(labels)} rows have none), and method {config.method!r} learns from labels; {remedy}")
+        remedy = "pass --task-loss-weight 0 to train without labels" if data.targets else "choose a method that distils, such as kd"
+        raise ShardError(
+            f"{where} has no label ({without} of {len(labels)} rows have none), and method {config.method!r} learns from labels; {remedy}"
+        )
     raise ShardError(
         f"{where} has label {labels[bad[0]]}, the student has {data.num_classes} classes (0 to {data.num_classes - 1});"
         + (" the teacher's classes are not the dataset's: pass --task-loss-weight 0" if "logits" in data.targets else " pass a larger --num-classes")
@@ -329,6 +333,7 @@ class _Run:
             "warmup_epochs": min(5.0, config.epochs / 10) if config.warmup_epochs is None else float(config.warmup_epochs),
             "min_lr": config.min_lr,
             "val_crop_pct": config.val_crop_pct,
+            "val_interval": config.val_interval,
             "data": data.describe(),
         }
 
@@ -339,7 +344,9 @@ class _Run:
     def check_folder(self) -> None:
         """Raise StudentError for an unfinished run that was not asked to be resumed: nothing is overwritten."""
         if not self.config.resume and not self.is_finished and self.folder.exists():
-            raise StudentError(f"run {self.folder} is there already and unfinished; pass --resume to continue it, or delete the folder to begin again")
+            raise StudentError(
+                f"run {self.folder} is there already and unfinished; pass --resume to continue it, or delete the folder to begin again"
+            )
 
     def train(self, *, progress: bool) -> dict[str, Any]:
         """Do what is left to do of this run; its entry in the report."""
@@ -357,7 +364,7 @@ class _Run:
         if self.last.is_file():
             loop.load(load_checkpoint(self.last, fingerprint=self.data.cache.fingerprint))
         self._write_args(device, workers)
-        loop.run(evaluator, workers, progress=progress)
+        loop.train(evaluator, workers, progress=progress)
         self._export(student, method, loop.history)
         return self._report(loop.history, loop.seconds, "done")
 
@@ -385,7 +392,7 @@ class _Run:
         config = self.config
         places = {"cache": self.data.cache.store.url, "root": self.data.cache.root, "shards_from": config.data, "val_from": config.val}
         session = {"device": str(device), "workers": workers, "check_views": config.check_views, "log_interval": config.log_interval}
-        text = yaml.safe_dump({"id": self.id, **self.recipe, "cache": places, "session": session}, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump({"id": self.id, **self.recipe, "places": places, "session": session}, sort_keys=False, allow_unicode=True)
         _replace_file(self.folder / "args.yaml", text)
 
     def _export(self, student: Student, method: Method[Any], history: Sequence[Mapping[str, Any]]) -> None:
@@ -425,8 +432,9 @@ def _folder_name(student_name: str) -> str:
 
 
 def _best_epoch(history: Sequence[Mapping[str, Any]]) -> int:
-    """The first epoch with the highest eval_top1."""
-    return max(range(len(history)), key=lambda epoch: (history[epoch]["eval_top1"], -epoch))
+    """The first epoch with the highest eval_top1, of those that were measured."""
+    measured = [epoch for epoch, row in enumerate(history) if "eval_top1" in row]
+    return max(measured, key=lambda epoch: (history[epoch]["eval_top1"], -epoch))
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -436,7 +444,7 @@ class _Loop:
     """Epochs, from the one that the checkpoint is before to the last; each ends in a checkpoint."""
 
     def __init__(self, run: _Run, student: Student, method: Method[Any], device: torch.device) -> None:
-        self.run_of, self.student, self.device = run, student, device
+        self.run, self.student, self.device = run, student, device
         self.config, self.data = run.config, run.data
         self.method = method.to(device)
         self.normalize = student.normalize().to(device)
@@ -458,16 +466,16 @@ class _Loop:
             sched=self.config.sched,
             num_epochs=self.config.epochs,
             min_lr=self.config.min_lr,
-            warmup_epochs=self.run_of.recipe["warmup_epochs"],
+            warmup_epochs=self.run.recipe["warmup_epochs"],
             warmup_lr=min(1e-5, self.config.lr),
             step_on_epochs=False,
             updates_per_epoch=len(self.batches),
         )
         return scheduler
 
-    def run(self, evaluator: Evaluator | None, workers: int, *, progress: bool) -> None:
+    def train(self, evaluator: Evaluator | None, workers: int, *, progress: bool) -> None:
         """All epochs that are left. Raises StudentError for a loss that is not finite."""
-        run, total = self.run_of, self.config.epochs
+        run, total = self.run, self.config.epochs
         self._rewrite_logs()
         if self.epoch >= total:
             return
@@ -479,7 +487,8 @@ class _Loop:
             while self.epoch < total:
                 begin = time.perf_counter()
                 row = {"epoch": self.epoch, **self._train_epoch(loader, bar)}
-                if evaluator is not None:
+                measured = evaluator is not None and ((self.epoch + 1) % self.config.val_interval == 0 or self.epoch + 1 == total)
+                if evaluator is not None and measured:
                     evaluation = evaluator(self.method.student, self.device)
                     row |= {"eval_loss": evaluation.loss, "eval_top1": evaluation.top1, "eval_top5": evaluation.top5}
                     self._say_skipped(evaluation)
@@ -487,7 +496,7 @@ class _Loop:
                 self.history.append(row)
                 self.epoch += 1
                 self.seconds += time.perf_counter() - begin
-                if evaluator is not None and _best_epoch(self.history) == len(self.history) - 1:
+                if measured and _best_epoch(self.history) == len(self.history) - 1:
                     self._save(run.best)  # before last/: a kill between the two repeats this epoch
                 self._save(run.last)
                 self._log({**row, "images": images, "seconds": round(time.perf_counter() - begin, 3)})
@@ -508,7 +517,8 @@ class _Loop:
             if self.scheduler is not None:
                 self.scheduler.step_update(num_updates=epoch * steps + step + 1)
             bar.update(len(batch["labels"]))
-            bar.set_postfix({"epoch": f"{epoch + 1}/{total}", **{name: f"{value:.3f}" for name, value in losses.items()}, **self._last_top1()}, refresh=False)
+            shown = {name: f"{value:.3f}" for name, value in losses.items()}
+            bar.set_postfix({"epoch": f"{epoch + 1}/{total}", **shown, **self._last_top1()}, refresh=False)
             if (step + 1) % self.config.log_interval == 0:
                 self._log({"epoch": epoch, "step": step + 1, **losses, "lr": self.optimizer.param_groups[0]["lr"]})
         return {f"train_{name}": value / steps for name, value in sums.items()}
@@ -526,7 +536,7 @@ class _Loop:
             shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
             raise StudentError(
                 f"student {self.student.name}: the loss is not finite in epoch {self.epoch}, step {step + 1} of {len(self.batches)} ({shown});"
-                f" expected a number; try a smaller --lr, or --clip-grad 1; run {self.run_of.folder} keeps its checkpoint of the epoch before"
+                f" expected a number; try a smaller --lr, or --clip-grad 1; run {self.run.folder} keeps its checkpoint of the epoch before"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -536,7 +546,8 @@ class _Loop:
         return values
 
     def _last_top1(self) -> dict[str, str]:
-        return {"top1": f"{self.history[-1]['eval_top1']:.2f}"} if self.history and "eval_top1" in self.history[-1] else {}
+        measured = [row["eval_top1"] for row in self.history if "eval_top1" in row]
+        return {"top1": f"{measured[-1]:.2f}"} if measured else {}
 
     def _say_skipped(self, evaluation: Evaluation) -> None:
         if evaluation.skipped and not any("eval_top1" in row for row in self.history):
@@ -549,7 +560,7 @@ class _Loop:
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {
-            "recipe": self.run_of.recipe,
+            "recipe": self.run.recipe,
             "epoch": self.epoch,
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -562,10 +573,11 @@ class _Loop:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint as if nothing had happened. Raises StudentError for one of another recipe."""
-        if state["recipe"] != self.run_of.recipe:
-            changed = sorted(key for key in self.run_of.recipe if state["recipe"].get(key) != self.run_of.recipe[key])
+        if state["recipe"] != self.run.recipe:
+            changed = sorted(key for key in self.run.recipe if state["recipe"].get(key) != self.run.recipe[key])
             raise StudentError(
-                f"run {self.run_of.folder}: its checkpoint was made with other settings ({', '.join(changed)}); expected this run's; delete the folder"
+                f"run {self.run.folder}: its checkpoint was made with other settings ({', '.join(changed)}), expected this run's;"
+                f" delete the folder to begin again"
             )
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -579,12 +591,12 @@ class _Loop:
     # --- logs ---
 
     def _log(self, line: Mapping[str, Any]) -> None:
-        with open(self.run_of.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(self.run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def _rewrite_logs(self) -> None:
         """Drop what was logged after the checkpoint: those epochs are trained again."""
-        path = self.run_of.folder / "metrics.jsonl"
+        path = self.run.folder / "metrics.jsonl"
         if path.is_file():
             _replace_file(path, "".join(line for line in _whole_lines(path) if json.loads(line)["epoch"] < self.epoch))
         if self.history:
@@ -592,27 +604,28 @@ class _Loop:
 
     def _write_summary(self) -> None:
         text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(self.history[0]), lineterminator="\n")
+        columns = max(self.history, key=len)  # epochs that were not measured leave eval_* empty
+        writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.history)
-        _replace_file(self.run_of.folder / "summary.csv", text.getvalue())
+        _replace_file(self.run.folder / "summary.csv", text.getvalue())
 
 
 def _optimizer(method: Method[Any], config: TrainConfig) -> torch.optim.Optimizer:
     """timm's optimizer over every parameter of the method that wants a gradient. Raises UsageError for one that timm lacks."""
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    known = list_optimizers()
+    known = [str(name) for name in list_optimizers()]
     if config.opt.removeprefix("lookahead_") not in known:
         near = difflib.get_close_matches(config.opt, known, n=3) or ["adamw", "sgd"]
         raise UsageError(f"--opt {config.opt!r}: timm has no such optimizer; near ones: {', '.join(near)}")
-    betas = {"betas": config.opt_betas} if config.opt_betas is not None else {}
+    betas: dict[str, Any] = {"betas": config.opt_betas} if config.opt_betas is not None else {}
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             method, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **betas
         )
     except (TypeError, ValueError) as error:
-        raise UsageError(f"--opt {config.opt} with betas {config.opt_betas} and --momentum {config.momentum}: timm can't build it: {error}") from error
+        raise UsageError(f"--opt {config.opt}: timm can't build it with {betas} and momentum {config.momentum}: {error}") from error
     return optimizer
 
 

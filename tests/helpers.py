@@ -127,6 +127,16 @@ def make_teacher_dir(folder: Path, *, seed: int = 0, **overrides: Any) -> str:
     return save_local_dir(tiny_model(TINY_VIT, seed=seed, **args), folder, args)
 
 
+def make_cache(folder: Path, *, views: int = 3, targets: Sequence[str] = ("logits", "features@norm"), **shards: Any) -> Path:
+    """Shards in `folder/shards`, a tiny teacher in `folder/teacher`, and a cache of its targets; the cache's path. shards: as `make_shards`."""
+    from pipelines.extract import ExtractConfig, extract
+
+    make_shards(folder / "shards", **shards)
+    teacher = make_teacher_dir(folder / "teacher")
+    extract(ExtractConfig(shards=str(folder / "shards"), cache=str(folder / "cache"), teacher=teacher, targets=targets, views=views, workers=0))
+    return folder / "cache"
+
+
 def run_python(code: str, *arguments: object, check: bool = True, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
     """Run `code` in a fresh interpreter, with the repository's packages importable."""
     result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=timeout_s)

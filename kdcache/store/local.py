@@ -50,6 +50,11 @@ class LocalStore(Store):
     def _path(self, path: str) -> Path:
         return self.root / check_relative(path)
 
+    def _descriptor_lock(self) -> threading.Lock:
+        if self._pid != os.getpid():  # a fork: the parent's descriptors still work, its lock may be held
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        return self._lock
+
     def _open(self, path: str) -> int:
         descriptor = self._descriptors.get(path)
         if descriptor is not None:
@@ -67,9 +72,7 @@ class LocalStore(Store):
         return descriptor
 
     def get_range(self, path: str, offset: int, size: int) -> bytes:
-        if self._pid != os.getpid():  # a fork: the parent's descriptors still work, its lock may be held
-            self._lock, self._pid = threading.Lock(), os.getpid()
-        with self._lock:
+        with self._descriptor_lock():
             descriptor = self._open(path)
             try:
                 data = os.pread(descriptor, size, offset)
@@ -153,7 +156,7 @@ class LocalStore(Store):
 
     def delete(self, path: str) -> None:
         target = self._path(path)
-        with self._lock:
+        with self._descriptor_lock():
             descriptor = self._descriptors.pop(path, None)
             if descriptor is not None:
                 os.close(descriptor)

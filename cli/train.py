@@ -1,0 +1,123 @@
+"""`kdcache train`: stage two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from .main import run_command
+from .options import device_option, json_option, parse_settings, print_json, workers_option
+
+_FRACTION = click.FloatRange(0, 1)
+_POSITIVE = click.FloatRange(0, min_open=True)
+
+
+@click.command(no_args_is_help=True)
+@click.argument("cache")
+# what to train
+@click.option(
+    "--student", "students", multiple=True, required=True, metavar="MODEL",
+    help="timm name, 'hf-hub:org/name' or 'local-dir:FOLDER'. Repeatable: trained one after another.",
+)  # fmt: skip
+@click.option("--pretrained", is_flag=True, help="Start from the student's pretrained weights.")
+@click.option(
+    "--model-kwargs", multiple=True, metavar="K=V",
+    help="Constructor argument of the student, e.g. drop_path_rate=0.1. Repeatable. img_size, where the model takes one, is the view's size.",
+)  # fmt: skip
+@click.option(
+    "--num-classes", type=click.IntRange(1), metavar="K", help="Default: the teacher's if its logits are matched, else the largest label + 1."
+)
+# by what method
+@click.option(
+    "--method", default="kd", show_default=True, metavar="M", help="kd (logits and labels) or ce (labels only: the baseline on the same views)."
+)
+@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="A field of the method, e.g. temperature=2. Repeatable.")
+@click.option("--teacher", metavar="N", help="The teacher's name in the cache. Default: the only one.")
+@click.option("--kd-temperature", type=_POSITIVE, metavar="T", help="Softmax temperature of student and teacher. Default: 4.")
+@click.option(
+    "--distill-loss-weight", type=click.FloatRange(0), metavar="W",
+    help="Weight of the distillation loss. Default, as in timm: 1; 1 - W if only the task's weight W is given.",
+)  # fmt: skip
+@click.option("--task-loss-weight", type=click.FloatRange(0), metavar="W", help="Weight of the labels' cross-entropy; 0 needs no labels. Default: 1.")
+@click.option("--smoothing", type=click.FloatRange(0, 1, max_open=True), metavar="S", help="Label smoothing of the cross-entropy. Default: 0.1.")
+# on what data
+@click.option("--data", metavar="SHARDS", help="Where the tars lie now. Default: where they lay when the cache was made.")
+@click.option("--limit-shards", type=click.IntRange(1), metavar="N", help="Train on the first N shards of the cache only.")
+@click.option("--val", metavar="SHARDS", help="Labelled tars to measure top-1 and top-5 on. Default: none.")
+@click.option("--val-interval", type=click.IntRange(1), default=1, show_default=True, metavar="E", help="Measure every E epochs, and after the last.")
+@click.option(
+    "--val-crop-pct", type=click.FloatRange(0, 1, min_open=True), metavar="P",
+    help="Share of the side that the evaluation crop keeps, e.g. 0.95. Default: the student's own.",
+)  # fmt: skip
+@click.option(
+    "--check-views", type=_FRACTION, default=0.05, show_default=True, metavar="F",
+    help="Fraction of views whose pixels are compared with what the teacher saw; 1 checks all.",
+)  # fmt: skip
+# how
+@click.option("--epochs", type=click.IntRange(1), default=100, show_default=True, metavar="E", help="Epoch e trains on view e mod V of every image.")
+@click.option("--batch-size", "-b", type=click.IntRange(1), default=128, show_default=True, metavar="B", help="Views a step.")
+@click.option("--opt", default="adamw", show_default=True, metavar="NAME", help="Any optimizer of timm, e.g. sgd, lamb, adamw.")
+@click.option("--lr", type=_POSITIVE, default=1e-3, show_default=True, metavar="LR", help="Peak learning rate.")
+@click.option("--weight-decay", type=click.FloatRange(0), default=0.05, show_default=True, metavar="W", help="Biases and norms have none.")
+@click.option("--momentum", type=click.FloatRange(0), default=0.9, show_default=True, metavar="M", help="Of optimizers that have one.")
+@click.option("--opt-betas", type=(float, float), metavar="B1 B2", help="Of optimizers that have them, e.g. 0.9 0.98. Default: the optimizer's.")
+@click.option("--clip-grad", type=_POSITIVE, metavar="NORM", help="Largest norm of the gradient, e.g. 1. Default: no clipping.")
+@click.option(
+    "--sched", type=click.Choice(["cosine", "tanh", "constant", "none"]), default="cosine", show_default=True,
+    help="timm's schedule, stepped after every update.",
+)  # fmt: skip
+@click.option(
+    "--warmup-epochs", type=click.FloatRange(0), metavar="E",
+    help="Linear warm-up, within --epochs. Default: 5, or a tenth of the epochs if that is less.",
+)  # fmt: skip
+@click.option("--min-lr", type=click.FloatRange(0), default=0.0, show_default=True, metavar="LR", help="Where the schedule ends.")
+@click.option("--seed", type=click.IntRange(0), default=42, show_default=True, metavar="S", help="Of the weights, dropout and the order of the rows.")
+# where, and what to show
+@click.option("--out", default="runs", show_default=True, metavar="RUNS", help="Folder of run folders.")
+@click.option("--resume", is_flag=True, help="Continue unfinished runs from their last epoch. Finished ones are left alone in any case.")
+@workers_option
+@device_option
+@click.option("--log-interval", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="Steps between lines in metrics.jsonl.")
+@json_option
+def command(
+    cache: str, *, students: tuple[str, ...], model_kwargs: tuple[str, ...], settings: tuple[str, ...], as_json: bool, **options: object
+) -> None:  # fmt: skip
+    """Train students against CACHE, with no teacher in memory.
+
+    Replays the views that the teacher saw and reads its targets from the cache. Each run has a folder RUNS/<student>-<method>-<id>
+    with args.yaml, summary.csv, metrics.jsonl, last/, best/ and export/, which timm.create_model("local-dir:.../export",
+    pretrained=True) loads. The id is a digest of all that decides the result: a repeated command finds its finished runs.
+
+    \b
+    Examples:
+      kdcache train cache --student resnet50 --val 'val-{00..63}.tar' --epochs 300 --lr 2e-3
+      kdcache train cache --student vit_tiny_patch16_224 --student resnet18 --kd-temperature 2 --resume
+      kdcache train cache --student resnet18 --task-loss-weight 0      (no labels needed)
+      kdcache train cache --student resnet18 --method ce               (the baseline)
+    """
+
+    def action() -> None:
+        from pipelines.train import TrainConfig, train
+
+        config = TrainConfig(
+            cache=cache, students=students, model_kwargs=parse_settings(model_kwargs, option="--model-kwargs"),
+            settings=parse_settings(settings, option="--set"), **options,  # type: ignore[arg-type]  # names and types are click's above
+        )  # fmt: skip
+        runs = train(config, progress=True)
+        click.echo(_table(runs), err=True)
+        if as_json:
+            print_json({"runs": runs})
+
+    run_command(action)
+
+
+def _table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """For the person at the terminal: one line a run."""
+    rows = [("student", "method", "epochs", "top1 %", "seconds", "status", "path")]
+    for run in runs:
+        top1 = "-" if run["top1"] is None else f"{run['top1']:.2f}"
+        rows.append((run["student"], run["method"], str(run["epochs"]), top1, f"{run['seconds']:.1f}", run["status"], run["path"]))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

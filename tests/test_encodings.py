@@ -1,0 +1,195 @@
+"""Encodings: the stated error on hard values, finite on any, the same bits on every device setting, and old bytes decode for ever.
+
+The files in tests/fixtures/encodings/ are what version 1 of each encoding wrote; they are never written again. Those of a
+new encoding:  PYTHONPATH=tests python -c "import test_encodings; test_encodings.write_fixture('features', 'NAME')"
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kdcache.arrays import array_spec, encode_chunk
+from kdcache.encodings import ENCODINGS, ChannelStatistics, Encoding, TargetShape, build_encoding, default_encoding
+from kdcache.errors import UsageError
+from kdcache.fidelity import Fidelity, combine_fidelity
+from kdcache.testing import check_encoding
+
+FIXTURES = Path(__file__).parent / "fixtures" / "encodings"
+ALL = [(kind, name) for kind, encodings in ENCODINGS.items() for name in encodings]
+SMALL = {
+    "logits": TargetShape(num_classes=37),
+    "features": TargetShape(grid=(3, 4), channels=16, prefix_tokens=2),
+}
+
+
+def make_value(kind: str, shape: TargetShape, *, rows: int, seed: int, outlier: float = 1.0, massive: float = 1.0) -> dict[str, Tensor]:
+    """Features: offset channels, three of them `outlier` times as wide, two grid tokens and the prefix `massive` times as large."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "logits":
+        logits = torch.randn(rows, shape.num_classes, generator=generator)
+        logits[torch.arange(rows), torch.arange(rows) % shape.num_classes] += 4 + 6 * torch.rand(rows, generator=generator)
+        return {"logits": logits}
+    width = torch.ones(shape.channels)
+    width[torch.randperm(shape.channels, generator=generator)[:3]] = outlier
+    offset = torch.randn(shape.channels, generator=generator) * width
+    value = {"grid": torch.randn(rows, shape.num_tokens, shape.channels, generator=generator) * width + offset}
+    value["grid"][:, :2] *= massive
+    if shape.prefix_tokens:
+        value["prefix"] = massive * (torch.randn(rows, shape.prefix_tokens, shape.channels, generator=generator) * width + offset)
+    return value
+
+
+def calibrated(kind: str, name: str, shape: TargetShape, value: dict[str, Tensor]) -> Encoding:
+    encoding = build_encoding(kind, name, shape)
+    if encoding.needs_calibration:
+        statistics = ChannelStatistics()
+        statistics.update(value)
+        encoding.load_calibration(statistics.result())
+    return encoding
+
+
+def fidelity_of(encoding: Encoding, value: dict[str, Tensor]) -> dict[str, float]:
+    fidelity = Fidelity(encoding.calibration if encoding.needs_calibration else None)
+    assert fidelity.update(value, encoding.decode(encoding.encode(value)))
+    return fidelity.result()
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+@pytest.mark.parametrize("prefix_tokens", [0, 2])
+def test_encodings_keep_the_contract(kind: str, name: str, prefix_tokens: int) -> None:
+    shape = SMALL["logits"] if kind == "logits" else TargetShape(grid=(3, 4), channels=16, prefix_tokens=prefix_tokens)
+    value = make_value(kind, shape, rows=5, seed=0, outlier=60, massive=100)
+    check_encoding(calibrated(kind, name, shape, value), value)
+
+
+@given(st.integers(0, 999), st.sampled_from([1.0, 60.0, 100.0]), st.sampled_from([1.0, 100.0]), st.sampled_from([48, 384]))
+def test_int8_loses_less_than_a_bf16_teacher_does(seed: int, outlier: float, massive: float, channels: int) -> None:
+    shape = TargetShape(grid=(6, 6), channels=channels, prefix_tokens=1)
+    encoding = calibrated("features", "int8", shape, make_value("features", shape, rows=64, seed=seed, outlier=outlier, massive=massive))
+    value = make_value("features", shape, rows=4, seed=seed, outlier=outlier, massive=massive)
+    assert fidelity_of(encoding, value)["z_l2"] <= 0.01
+    decoded = encoding.decode(encoding.encode(value))["grid"][:, 2:]  # the massive tokens must not hide the others
+    std = encoding.calibration["grid_std"]
+    ordinary = value["grid"][:, 2:]
+    error = ((decoded - ordinary) / std).norm() / ((ordinary - encoding.calibration["grid_mean"]) / std).norm()
+    assert float(error) <= 0.01
+
+
+@given(st.integers(0, 999), st.sampled_from([1.0, 60.0]), st.sampled_from([1.0, 100.0]))
+def test_fp16_loses_less_than_a_thousandth_of_each_value(seed: int, outlier: float, massive: float) -> None:
+    value = make_value("features", SMALL["features"], rows=4, seed=seed, outlier=outlier, massive=massive)
+    encoding = build_encoding("features", "fp16", SMALL["features"])
+    decoded = encoding.decode(encoding.encode(value))
+    for part, tokens in value.items():
+        assert bool(((decoded[part] - tokens).abs() <= 1e-3 * tokens.abs() + 1e-7).all())
+
+
+@given(st.integers(0, 999))
+def test_dense_logits_take_a_kilobyte_and_keep_the_distribution_at_any_temperature(seed: int) -> None:
+    shape = TargetShape(num_classes=1000)
+    encoding = build_encoding("logits", "dense", shape)
+    value = make_value("logits", shape, rows=64, seed=seed)
+    result = fidelity_of(encoding, value)
+    assert result["kl_t1"] <= 1e-4
+    assert result["kl_t4"] <= 1e-4
+    num_bytes = 0
+    for name, tensor in encoding.encode(value).items():
+        component = encoding.components()[name]
+        num_bytes += len(encode_chunk(array_spec(name, component.dtype, component.shape, views=1, max_rows=64), tensor.numpy()))
+    assert num_bytes / 64 <= 1000
+
+
+def test_the_largest_logit_stays_the_largest() -> None:
+    value = make_value("logits", SMALL["logits"], rows=200, seed=1)
+    encoding = build_encoding("logits", "dense", SMALL["logits"])
+    assert torch.equal(encoding.decode(encoding.encode(value))["logits"].argmax(1), value["logits"].argmax(1))
+
+
+def test_constant_logits_decode_to_themselves() -> None:
+    encoding = build_encoding("logits", "dense", SMALL["logits"])
+    value = {"logits": torch.tensor([[-2.5], [0.0], [1e-44]]).expand(3, 37)}
+    assert torch.equal(encoding.decode(encoding.encode(value))["logits"], value["logits"])
+
+
+def test_statistics_do_not_depend_on_batches_and_floor_a_dead_channel() -> None:
+    value = make_value("features", SMALL["features"], rows=9, seed=0)
+    value["grid"][..., 5] = 2.0
+    one, many = ChannelStatistics(), ChannelStatistics()
+    one.update(value)
+    for row in range(9):
+        many.update({part: tokens[row : row + 1] for part, tokens in value.items()})
+    for name, tensor in one.result().items():
+        assert torch.allclose(tensor, many.result()[name], rtol=1e-5, atol=1e-6)
+    wide = value["grid"].double().flatten(0, 1)
+    assert torch.allclose(one.result()["grid_mean"], wide.mean(0).float())
+    alive = torch.arange(16) != 5
+    assert torch.allclose(one.result()["grid_std"][alive], wide.std(0, correction=0).float()[alive])
+    assert 0 < float(one.result()["grid_std"][5]) < 1e-5
+    encoding = calibrated("features", "int8", SMALL["features"], value)
+    assert torch.allclose(encoding.decode(encoding.encode(value))["grid"][..., 5], torch.tensor(2.0))
+
+
+def test_fidelity_adds_up_over_shards_and_notices_what_is_not_finite() -> None:
+    value = make_value("features", SMALL["features"], rows=8, seed=0)
+    encoding = calibrated("features", "int8", SMALL["features"], value)
+    parts = []
+    for rows in (slice(0, 3), slice(3, 8)):
+        part = {name: tokens[rows] for name, tokens in value.items()}
+        fidelity = Fidelity(encoding.calibration)
+        assert fidelity.update(part, encoding.decode(encoding.encode(part)))
+        parts.append(fidelity.sums)
+    whole = fidelity_of(encoding, value)
+    assert combine_fidelity(parts) == pytest.approx(whole, rel=1e-4)
+    assert whole["cosine"] > 0.9999
+    fidelity = Fidelity(encoding.calibration)
+    value["grid"][0, 0, 0] = torch.nan
+    assert not fidelity.update(value, value)
+    assert fidelity.result() == {}
+
+
+def fixture_path(kind: str, name: str) -> Path:
+    return FIXTURES / f"{kind}-{name}.npz"
+
+
+def write_fixture(kind: str, name: str) -> None:
+    """Encode a small value and keep the components, the calibration and the decoded value. Refuses to replace a file."""
+    value = make_value(kind, SMALL[kind], rows=3, seed=7, outlier=60, massive=100)
+    encoding = calibrated(kind, name, SMALL[kind], value)
+    components = encoding.encode(value)
+    arrays = {f"component:{key}": tensor.numpy() for key, tensor in components.items()}
+    arrays |= {f"decoded:{key}": tensor.numpy() for key, tensor in encoding.decode(components).items()}
+    if encoding.needs_calibration:
+        arrays |= {f"calibration:{key}": tensor.numpy() for key, tensor in encoding.calibration.items()}
+    with open(fixture_path(kind, name), "xb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_bytes_of_version_1_decode_for_ever(kind: str, name: str) -> None:
+    parts: dict[str, dict[str, Tensor]] = {"component": {}, "decoded": {}, "calibration": {}}
+    with np.load(fixture_path(kind, name)) as arrays:
+        for key in arrays.files:
+            part, _, field = key.partition(":")
+            parts[part][field] = torch.from_numpy(arrays[key])
+    encoding = build_encoding(kind, name, SMALL[kind])
+    encoding.load_calibration(parts["calibration"])
+    decoded = encoding.decode(parts["component"])
+    assert decoded.keys() == parts["decoded"].keys()
+    for key, tensor in decoded.items():
+        assert torch.allclose(tensor, parts["decoded"][key], rtol=1e-6, atol=1e-6)
+    again = encoding.encode(parts["decoded"])  # what was decoded is on the grid of codes: it encodes to within one code of itself
+    for key, tensor in again.items():
+        assert torch.allclose(tensor.float(), parts["component"][key].float(), rtol=1e-2, atol=1.0)
+
+
+def test_the_first_encoding_of_a_kind_is_its_default() -> None:
+    assert (default_encoding("logits"), default_encoding("features")) == ("dense", "int8")
+    with pytest.raises(UsageError, match=r"'int4' is not known for features; expected one of: int8, fp16"):
+        build_encoding("features", "int4", SMALL["features"])

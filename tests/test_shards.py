@@ -1,0 +1,227 @@
+"""Shards: what kdcache reads from a tar's headers is what webdataset reads from the whole tar, and damage is named."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import Member, image_bytes, make_image, make_shard, make_shards, sample_members, write_tar
+
+from kdcache.errors import ShardError, UsageError
+from kdcache.shards import NO_LABEL, ShardFiles, ShardIndex, ShardSource, default_dataset_id, resolve_shards, scan_shard
+
+
+def scan(path: Path) -> ShardIndex:
+    return scan_shard(ShardSource(name=path.stem, path=str(path)))
+
+
+def read_with_webdataset(path: Path) -> list[dict[str, Any]]:
+    """Every sample as webdataset yields it: `__key__` and extension → bytes."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    with open(path, "rb") as stream:  # WebDataset(path) itself leaves its file open
+        return list(group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])))
+
+
+MIXED: list[Member] = [
+    *sample_members("a/n01_7", 1, label=3),
+    *sample_members("a/n01_8", 2, label=4, extension="png", label_extension="json"),
+    *sample_members("été/日本 x", 3, label=None, extension="webp"),
+    *sample_members("./dot", 4, label=0, extension="jpeg"),
+    ("UPPER.JPG", image_bytes(make_image(5))),
+    ("UPPER.CLS", b" 7\n"),
+    ("__meta__/x.jpg", b"skipped by both"),
+    ("__kept.jpg", image_bytes(make_image(6))),
+    ("no_extension", b"skipped by both"),
+    ("dots.in.name.jpg", image_bytes(make_image(7))),
+    ("a/noimage.cls", b"1"),
+    ("two.jpg", image_bytes(make_image(8))),
+    ("two.png", image_bytes(make_image(8), "png")),
+    ("both.jpg", image_bytes(make_image(9))),
+    ("both.cls", b"5"),
+    ("both.json", b'{"label": 6}'),
+    ("json_without_label.jpg", image_bytes(make_image(9))),
+    ("json_without_label.json", b'{"caption": "a"}'),
+    ("long/" * 40 + "name.jpg", image_bytes(make_image(10))),
+]
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_samples_are_webdatasets(tmp_path: Path, tar_format: int) -> None:
+    path = write_tar(tmp_path / "mixed.tar", MIXED, format=tar_format)
+    index, files = scan(path), ShardFiles()
+    theirs = read_with_webdataset(path)
+    assert [sample.key for sample in index.samples] == [sample["__key__"] for sample in theirs]
+    assert index.cut is None
+    problems = {}
+    for ours, sample in zip(index.samples, theirs, strict=True):
+        if ours.problem is None:
+            image = next(sample[extension] for extension in ("jpg", "jpeg", "png", "webp") if extension in sample)
+            assert files.read(index.source, ours.key, ours.image_offset, ours.image_size) == image
+        else:
+            problems[ours.key] = ours.problem
+    assert problems.keys() == {"a/noimage", "two", "dots"}
+    assert "found jpg and png" in problems["two"]
+    assert [sample.label for sample in index.samples] == [3, 4, NO_LABEL, 0, 7, NO_LABEL, NO_LABEL, 1, NO_LABEL, 5, NO_LABEL, NO_LABEL]
+
+
+def test_tar_order_is_row_order(tmp_path: Path) -> None:
+    keys = ["b", "a", "10", "9", "Z"]
+    path = write_tar(tmp_path / "x.tar", [member for i, key in enumerate(keys) for member in sample_members(key, i)])
+    assert [sample.key for sample in scan(path).samples] == keys
+
+
+def test_every_truncation_keeps_the_whole_samples_and_is_reported(tmp_path: Path) -> None:
+    whole_path = make_shard(tmp_path / "whole.tar", num_samples=4, size_wh=(24, 20), extension="png")
+    data = whole_path.read_bytes()
+    whole = scan(whole_path)
+    assert whole.cut is None
+    with tarfile.open(whole_path) as tar:
+        members = tar.getmembers()
+    content_end = members[-1].offset_data + 512
+    ends = [member.offset_data + member.size for member in members[1::2]]
+    path = tmp_path / "cut.tar"
+    odd = {member.offset_data + extra for member in members for extra in (-1, 1, member.size - 1, member.size, member.size + 1)}
+    for size in sorted({*range(512, content_end + 1, 512), *odd} - {511}):
+        path.write_bytes(data[:size])
+        cut = scan(path)
+        assert cut.cut is not None, size
+        num_whole = sum(end <= size for end in ends)
+        assert list(cut.samples) == list(whole.samples[: len(cut.samples)]), size
+        # the only sample may have lost its label to a cut between two headers: it has none to compare with
+        assert len(cut.samples) == num_whole or (num_whole == 1 and not cut.samples), size
+    path.write_bytes(data[: content_end + 512])
+    assert scan(path).cut is None
+
+
+def test_an_empty_file_is_a_cut_tar(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"")
+    assert (scan(path).samples, scan(path).cut) == ((), "empty file, expected a tar")
+
+
+def test_a_damaged_header_in_the_middle_is_reported(tmp_path: Path) -> None:
+    path = make_shard(tmp_path / "x.tar", num_samples=4)
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[4].offset
+    data = bytearray(path.read_bytes())
+    data[offset + 3] ^= 0x10
+    path.write_bytes(data)
+    index = scan(path)
+    assert [sample.key for sample in index.samples] == ["s0000", "s0001"]
+    assert index.cut is not None
+
+
+@pytest.mark.parametrize("content", [b"hello", b"\x1f\x8b" + b"x" * 2000, b"x" * 5000])
+def test_a_file_that_is_no_tar_is_an_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(content)
+    with pytest.raises(ShardError, match=r"shard x: .* not an uncompressed tar"):
+        scan(path)
+
+
+def test_a_missing_or_unreadable_tar_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"shard x: .*No such file"):
+        scan(tmp_path / "x.tar")
+    with pytest.raises(ShardError, match=r"Is a directory"):
+        scan(tmp_path)
+
+
+def test_a_duplicate_key_names_both_members(tmp_path: Path) -> None:
+    again = write_tar(tmp_path / "again.tar", [*sample_members("a", 0), *sample_members("b", 1), *sample_members("a", 2)])
+    with pytest.raises(ShardError, match=r"key 'a' appears twice: member 'a.jpg' at byte 0 and member 'a.jpg' at byte \d{4}"):
+        scan(again)
+    within = write_tar(tmp_path / "within.tar", [("a.jpg", b"1"), ("a.JPG", b"2")])
+    with pytest.raises(ShardError, match=r"member 'a.jpg' at byte 0 and member 'a.JPG' at byte"):
+        scan(within)
+    apart = write_tar(tmp_path / "apart.tar", [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"3")])
+    with pytest.raises(ShardError, match=r"expected the members of a sample next to each other"):
+        scan(apart)
+
+
+@pytest.mark.parametrize(
+    ("extension", "content"),
+    [
+        ("cls", b"-1"),
+        ("cls", b"cat"),
+        ("cls", b""),
+        ("cls", b"1.5"),
+        ("cls", b"99999999999"),
+        ("cls", b"1" * 5000),
+        ("json", b"{"),
+        ("json", b'{"label": "3"}'),
+        ("json", b'{"label": true}'),
+        ("json", b'{"label": 1.0}'),
+        ("json", b"[" * 100_000),
+        ("json", b"\xff"),
+    ],
+)
+def test_a_bad_label_is_an_error_with_shard_and_key(tmp_path: Path, extension: str, content: bytes) -> None:
+    path = write_tar(tmp_path / "x.tar", [("k.jpg", b"1"), (f"k.{extension}", content)])
+    with pytest.raises(ShardError, match=rf"shard x: key 'k': .*k.{extension}"):
+        scan(path)
+
+
+def test_the_member_table_notices_replaced_members(tmp_path: Path) -> None:
+    members = sample_members("a", 0) + sample_members("b", 1)
+    table = scan(write_tar(tmp_path / "x.tar", members)).member_table
+    assert scan(write_tar(tmp_path / "moved" / "y.tar", members)).member_table == table
+    assert scan(write_tar(tmp_path / "x.tar", members[2:] + members[:2])).member_table != table
+    assert scan(write_tar(tmp_path / "x.tar", [("c.jpg", members[0][1]), *members[1:]])).member_table != table
+    assert scan(write_tar(tmp_path / "x.tar", [(members[0][0], members[0][1] + b"0"), *members[1:]])).member_table != table
+
+
+def test_reading_past_the_end_names_shard_and_key(tmp_path: Path) -> None:
+    path = make_shard(tmp_path / "x.tar", num_samples=1)
+    source = ShardSource(name="x", path=str(path))
+    with pytest.raises(ShardError, match=r"shard x: key 'k': expected 10 bytes at 999999"):
+        ShardFiles().read(source, "k", 999_999, 10)
+    with pytest.raises(ShardError, match=r"--data"):
+        ShardFiles().read(ShardSource(name="y", path=str(tmp_path / "y.tar")), "k", 0, 1)
+
+
+def test_open_files_are_bounded(tmp_path: Path) -> None:
+    sources = [ShardSource(name=path.stem, path=str(path)) for path in make_shards(tmp_path, num_shards=5, num_samples=1)]
+    files = ShardFiles(capacity=2)
+    first = [files.read(source, "k", 0, 10) for source in sources]
+    assert [files.read(source, "k", 0, 10) for source in reversed(sources)] == first[::-1]
+    assert len(files._files) == 2
+
+
+def test_shards_are_named_by_folder_brace_file_or_list(tmp_path: Path) -> None:
+    paths = [str(path) for path in make_shards(tmp_path, num_shards=3, num_samples=1)]
+    (tmp_path / "notes.txt").write_text("not a shard")
+    expected = [ShardSource(name=f"train-{i:04d}", path=path) for i, path in enumerate(paths)]
+    assert resolve_shards(tmp_path) == expected
+    assert resolve_shards(f"{tmp_path}/train-{{0000..0002}}.tar") == expected
+    assert resolve_shards([paths[0], f"file://{paths[1]}", Path(paths[2])]) == expected
+
+
+def test_shard_lists_that_cannot_be_are_usage_errors(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no shards"):
+        resolve_shards(tmp_path)
+    with pytest.raises(UsageError, match="no shards"):
+        resolve_shards([])
+    make_shards(tmp_path, num_shards=1, num_samples=1)
+    with pytest.raises(UsageError, match=r"no file .*train-0001.tar and 2 more; expected 4"):
+        resolve_shards(f"{tmp_path}/train-{{0000..0003}}.tar")
+    with pytest.raises(UsageError, match="only local files"):
+        resolve_shards("s3://bucket/train-{0000..0003}.tar")
+    make_shards(tmp_path / "other", num_shards=1, num_samples=1)
+    with pytest.raises(UsageError, match=r"two shards are called 'train-0000': .*other"):
+        resolve_shards([tmp_path, tmp_path / "other"])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["imagenet1k-train-0000", "imagenet1k-train-1023"], "imagenet1k-train"),
+        (["train-07"], "train"),
+        (["0000", "0001"], "000"),
+        (["a", "b"], "dataset"),
+    ],
+)
+def test_the_default_dataset_id_is_the_common_name(names: list[str], expected: str) -> None:
+    assert default_dataset_id([ShardSource(name=name, path=f"/{name}.tar") for name in names]) == expected
