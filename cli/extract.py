@@ -13,7 +13,9 @@ from .options import device_option, json_option, parse_settings, print_json, wor
 @click.argument("cache")
 @click.option("--teacher", required=True, metavar="NAME", help="timm name, 'hf-hub:org/name', or 'local-dir:FOLDER' as timm's save_for_hf writes.")
 @click.option("--checkpoint", metavar="FILE", help="Weights (safetensors or PyTorch) to load in place of the pretrained ones.")
-@click.option("--model-kwargs", "model_kwargs", multiple=True, metavar="K=V", help="Constructor argument of the teacher, e.g. img_size=224. Repeatable.")
+@click.option(
+    "--model-kwargs", "model_kwargs", multiple=True, metavar="K=V", help="Constructor argument of the teacher, e.g. img_size=224. Repeatable."
+)
 @click.option("--name", metavar="N", help="The teacher's name in the cache. Default: from its model name.")
 @click.option("--dataset", metavar="ID", help="Dataset id, part of the view plan. Default: the shards' common name.")
 @click.option("--for", "methods", multiple=True, metavar="METHOD", help="Record what this method needs. Repeatable.")
@@ -27,9 +29,25 @@ from .options import device_option, json_option, parse_settings, print_json, wor
 @device_option
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="fp32, or autocast to this type. Default: fp32.")
 @click.option("--limit-shards", type=click.IntRange(1), metavar="N", help="Only the first N shards.")
-@click.option("--min-teacher-top1", type=click.FloatRange(0, 100), default=0.0, metavar="P", help="Stop before the work if the teacher's top-1 on the first labelled views is below P percent.")
+@click.option(
+    "--min-teacher-top1",
+    type=click.FloatRange(0, 100),
+    default=0.0,
+    metavar="P",
+    help="Stop before the work if the teacher's top-1 on the first labelled views is below P percent.",
+)
 @json_option
-def command(shards: str, cache: str, *, teacher: str, model_kwargs: tuple[str, ...], methods: tuple[str, ...], targets: tuple[str, ...], as_json: bool, **options: object) -> None:
+def command(
+    shards: str,
+    cache: str,
+    *,
+    teacher: str,
+    model_kwargs: tuple[str, ...],
+    methods: tuple[str, ...],
+    targets: tuple[str, ...],
+    as_json: bool,
+    **options: object,
+) -> None:
     """Run a teacher over seeded views of SHARDS and commit its targets to CACHE.
 
     SHARDS is a tar, a folder of tars or a brace expression. A second run finishes what is missing and touches nothing else;

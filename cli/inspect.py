@@ -25,9 +25,8 @@ def command(cache: str, shard: str | None, key: str | None, view: int | None, as
     """
 
     def action() -> None:
-        from pipelines import inspect
-
         from kdcache.cache import open_cache
+        from pipelines import inspect
 
         inspect.check_selection(shard, key, view)
         opened = open_cache(cache)

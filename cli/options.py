@@ -13,7 +13,14 @@ CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else goes to stderr.")
 device_option = click.option("--device", default=None, metavar="D", help="Torch device. Default: cuda if there is one, else mps, else cpu.")
-workers_option = click.option("-j", "--workers", type=click.IntRange(0), default=None, metavar="W", help="Decoding processes; 0 decodes in this one. Default: one a core, at most 8.")
+workers_option = click.option(
+    "-j",
+    "--workers",
+    type=click.IntRange(0),
+    default=None,
+    metavar="W",
+    help="Decoding processes; 0 decodes in this one. Default: one a core, at most 8.",
+)
 
 
 def print_json(body: Mapping[str, Any]) -> None:

@@ -12,7 +12,9 @@ from .options import json_option, print_json
 @click.argument("images")
 @click.argument("out")
 @click.option("--name", metavar="N", help="Shards are called N-0000.tar and so on. Default: the name of IMAGES.")
-@click.option("--samples-per-shard", type=click.IntRange(1), default=1251, show_default=True, metavar="N", help="ImageNet's 1,024 shards have this many.")
+@click.option(
+    "--samples-per-shard", type=click.IntRange(1), default=1251, show_default=True, metavar="N", help="ImageNet's 1,024 shards have this many."
+)
 @click.option("--shuffle-seed", type=int, default=0, show_default=True, metavar="S", help="Order of samples over shards.")
 @click.option("--no-shuffle", is_flag=True, help="Keep class after class; shards then hold few classes each.")
 @json_option
@@ -27,9 +29,8 @@ def command(images: str, out: str, name: str | None, samples_per_shard: int, shu
     """
 
     def action() -> None:
-        from pipelines.pack import PackConfig, pack
-
         from kdcache.console import human_bytes, say
+        from pipelines.pack import PackConfig, pack
 
         seed = None if no_shuffle else shuffle_seed
         summary = pack(PackConfig(images=images, out=out, name=name, samples_per_shard=samples_per_shard, shuffle_seed=seed), progress=True)

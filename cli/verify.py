@@ -18,7 +18,9 @@ def _parse_views(_ctx: click.Context, _parameter: click.Parameter, text: str | N
 
 @click.command(no_args_is_help=True)
 @click.argument("cache")
-@click.option("--views", callback=_parse_views, metavar="N|all", help="Also render N views a shard (or all) again from the tars and compare their pixels.")
+@click.option(
+    "--views", callback=_parse_views, metavar="N|all", help="Also render N views a shard (or all) again from the tars and compare their pixels."
+)
 @click.option("--data", metavar="SHARDS", help="Where the tars lie now. Default: where they lay when the cache was made.")
 @workers_option
 @json_option
@@ -37,9 +39,8 @@ def command(cache: str, views: int | str | None, data: str | None, workers: int 
     """
 
     def action() -> int:
-        from pipelines.verify import verify
-
         from kdcache.console import human_bytes, say
+        from pipelines.verify import verify
 
         verdict = verify(cache, views=views, data=data, workers=workers, progress=True)  # type: ignore[arg-type]  # parsed above
         for problem in verdict.problems:

@@ -108,9 +108,7 @@ def array_spec(name: str, dtype: str, inner: Sequence[int], *, views: int | None
     numpy_dtype = np.dtype(dtype).newbyteorder("<")
     row_bytes = prod(inner) * numpy_dtype.itemsize
     chunk_rows = max(1, min(CHUNK_BYTES // row_bytes, max_rows))
-    return ArraySpec(
-        name=name, dtype=numpy_dtype, inner=tuple(inner), views=views, chunk_rows=chunk_rows, typesize=typesize or numpy_dtype.itemsize
-    )
+    return ArraySpec(name=name, dtype=numpy_dtype, inner=tuple(inner), views=views, chunk_rows=chunk_rows, typesize=typesize or numpy_dtype.itemsize)
 
 
 def encode_chunk(spec: ArraySpec, rows: np.ndarray[Any, Any]) -> bytes:
@@ -118,9 +116,7 @@ def encode_chunk(spec: ArraySpec, rows: np.ndarray[Any, Any]) -> bytes:
     if len(rows) < spec.chunk_rows:
         rows = np.concatenate([rows, np.zeros((spec.chunk_rows - len(rows), *spec.inner), spec.dtype)])
     raw = np.ascontiguousarray(rows, dtype=spec.dtype)
-    blosc = numcodecs.blosc.Blosc(
-        cname="zstd", clevel=_BLOSC_LEVEL, shuffle=numcodecs.blosc.BITSHUFFLE, blocksize=0, typesize=spec.typesize
-    )
+    blosc = numcodecs.blosc.Blosc(cname="zstd", clevel=_BLOSC_LEVEL, shuffle=numcodecs.blosc.BITSHUFFLE, blocksize=0, typesize=spec.typesize)
     encoded: bytes = blosc.encode(raw)
     return encoded + struct.pack("<I", google_crc32c.value(encoded))
 

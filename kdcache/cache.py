@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 INDEX_CACHE_BYTES = 128 << 20
 """Shard indexes kept in memory, per process."""
 _MAX_CALIBRATION_BYTES = 1 << 30
+
+RowNumbers: TypeAlias = Sequence[int] | np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class TeacherLayer:
 class Cache:
     """An open cache. Cheap to pickle: workers get the documents, and open files of their own."""
 
-    def __init__(self, store: Store, documents: Mapping[str, Document[Any]], index: Index | None, *, sources: Mapping[str, ShardSource], check: bool = True) -> None:
+    def __init__(
+        self, store: Store, documents: Mapping[str, Document[Any]], index: Index | None, *, sources: Mapping[str, ShardSource], check: bool = True
+    ) -> None:
         """check: False only for verify, which lists what documents do not agree on instead of raising."""
         self.store = store
         self.documents = dict(documents)
@@ -287,18 +291,18 @@ class Cache:
             spec = params_spec(views, record.samples) if name == "params" else pixels_spec(views, record.samples)
         return self._reader("views", record.group, spec, record.rows)
 
-    def read_params(self, shard: str, view: int, rows: Sequence[int]) -> list[ViewParams]:
+    def read_params(self, shard: str, view: int, rows: RowNumbers) -> list[ViewParams]:
         """The stored params of rows of one view."""
         record = self.views_record(shard, view)
         stored = self._views_reader(record, "params").read(view - record.views.start, rows)
         return [ViewParams.from_row(row, self.plan) for row in stored]
 
-    def read_pixel_digests(self, shard: str, view: int, rows: Sequence[int]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    def read_pixel_digests(self, shard: str, view: int, rows: RowNumbers) -> np.ndarray[Any, np.dtype[np.uint64]]:
         """uint64 (len(rows),): the stored pixel digests of one view."""
         record = self.views_record(shard, view)
         return self._views_reader(record, "pixels").read(view - record.views.start, rows)
 
-    def read_components(self, teacher: str, target: str, shard: str, view: int, rows: Sequence[int]) -> dict[str, np.ndarray[Any, Any]]:
+    def read_components(self, teacher: str, target: str, shard: str, view: int, rows: RowNumbers) -> dict[str, np.ndarray[Any, Any]]:
         """The encoded components of rows of one view of a target: component → (len(rows), *shape). Raises MissingError."""
         layer = self.layer(teacher)
         if target not in layer.targets:
@@ -373,7 +377,9 @@ class Cache:
         try:
             image = decode_image(data)
         except ValueError as error:
-            raise DriftError(f"shard {shard}: key {key!r}: the image can't be decoded now ({error}), it could when the cache was made; the tar was changed") from error
+            raise DriftError(
+                f"shard {shard}: key {key!r}: the image can't be decoded now ({error}), it could when the cache was made; the tar was changed"
+            ) from error
         return render(image, self.read_params(shard, view, [row])[0])
 
     def source(self, shard: str) -> ShardSource:
@@ -440,7 +446,9 @@ def _targets_problems(cache: Cache, name: str, layer: TeacherLayer, record: Targ
     shard = record.shard
     problems: list[str] = []
     if record.teacher != layer.document.identity_digest:
-        problems.append(f"shard {shard}: a record of teacher {name!r} was made by a teacher with identity {record.teacher}, expected {layer.document.identity_digest}")
+        problems.append(
+            f"shard {shard}: a record of teacher {name!r} was made by a teacher with identity {record.teacher}, expected {layer.document.identity_digest}"
+        )
     for target, digest in record.targets.items():
         card = layer.targets.get(target)
         if card is None or card.identity_digest != digest:
@@ -450,7 +458,11 @@ def _targets_problems(cache: Cache, name: str, layer: TeacherLayer, record: Targ
     except CacheError as error:
         return [*problems, f"shard {shard}: teacher {name!r} has targets of views that are not there: {error}"]
     pixels = {view: one.pixels_by_view[view - one.views.start] for view, one in enumerate(views, start=record.views.start)}
-    if (record.rows, record.samples, record.member_table) != (views[0].rows, views[0].samples, views[0].member_table) or record.pixels != digest_of_pixels(pixels):
+    if (record.rows, record.samples, record.member_table) != (
+        views[0].rows,
+        views[0].samples,
+        views[0].member_table,
+    ) or record.pixels != digest_of_pixels(pixels):
         problems.append(f"shard {shard}: teacher {name!r} saw other rows or pixels than the views record holds")
     return problems
 

@@ -21,7 +21,6 @@ from .errors import CorruptError
 from .format import (
     DigestField,
     Document,
-    FrozenModel,
     Group,
     digest_of_files,
     dump_document,
@@ -29,6 +28,7 @@ from .format import (
 )
 from .index import MAX_DOCUMENT_BYTES
 from .layout import group_folders
+from .plan import FrozenModel
 from .store import Store
 
 _PROVENANCE_PACKAGES = ("kdcache", "numpy", "pillow", "numcodecs", "torch", "timm")
@@ -147,7 +147,9 @@ def publish_group(store: Store, folder: Path, files: Mapping[str, DigestField], 
     for path, field in files.items():
         target = f"{layer}/{group.name}/{path}"
         if not store.put_new(target, folder / path) and store.size(target) != field.size:
-            raise CorruptError(f"{store.url}: {target} exists with {store.size(target)} bytes, expected {field.size}; delete it and run the command again")
+            raise CorruptError(
+                f"{store.url}: {target} exists with {store.size(target)} bytes, expected {field.size}; delete it and run the command again"
+            )
     return group
 
 

@@ -235,9 +235,7 @@ def digest_of_identity(identity: FrozenModel) -> Digest:
     return blake2b_128(canonical_json(identity.to_json()))
 
 
-def dump_document(
-    identity: FrozenModel, *, measured: Mapping[str, Any] | None = None, provenance: Mapping[str, Any] | None = None
-) -> bytes:
+def dump_document(identity: FrozenModel, *, measured: Mapping[str, Any] | None = None, provenance: Mapping[str, Any] | None = None) -> bytes:
     """The bytes of a document. `file_digest` comes first, at a fixed place, and covers every other byte of the file."""
     kind = next(name for name, model in _KINDS.items() if type(identity) is model)
     body = {
@@ -297,11 +295,9 @@ def check_version(body: Mapping[str, Any], *, where: str) -> None:
     """Raises FormatVersionError for a format version other than ours, CorruptError where there is none."""
     version = body.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or body.get("format") != "kdcache":
-        raise CorruptError(f"{where}: expected \"format\": \"kdcache\" and a version number, found {body.get('format')!r} and {version!r}; {REPAIR}")
+        raise CorruptError(f'{where}: expected "format": "kdcache" and a version number, found {body.get("format")!r} and {version!r}; {REPAIR}')
     if version != FORMAT_VERSION:
-        raise FormatVersionError(
-            f"{where}: format version {version}, this kdcache reads version {FORMAT_VERSION}; install the kdcache that wrote it"
-        )
+        raise FormatVersionError(f"{where}: format version {version}, this kdcache reads version {FORMAT_VERSION}; install the kdcache that wrote it")
 
 
 REPAIR = "run 'kdcache verify' to see what else is damaged, delete the damaged segment's record and run 'kdcache extract' again"
@@ -321,9 +317,7 @@ def parse_sealed_json(data: bytes, *, where: str) -> dict[str, Any]:
     body = parse_json_object(data, where=where)
     check_version(body, where=where)
     if not file_digest_holds(data):
-        raise CorruptError(
-            f"{where}: bytes were changed: file_digest says {body.get('file_digest')!r}, the content does not match it; {REPAIR}"
-        )
+        raise CorruptError(f"{where}: bytes were changed: file_digest says {body.get('file_digest')!r}, the content does not match it; {REPAIR}")
     return body
 
 
@@ -351,7 +345,6 @@ def document_from_body(body: Mapping[str, Any], identity_type: type[IdentityT], 
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-
 def name_on_disk(shard: str) -> str:
     """The shard's name as it stands in file names: characters outside [A-Za-z0-9._-] percent-encoded, also a leading dot."""
     quoted = urllib.parse.quote(shard.encode("utf-8", "surrogateescape"), safe="._-")
@@ -374,12 +367,12 @@ def targets_segment_id(targets: Mapping[str, Digest], views: ViewRange) -> str:
     return segment_id({"targets": dict(targets), "views": [views.start, views.stop]})
 
 
-TEACHER_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def check_teacher_name(name: str) -> str:
     """`name` if it can be a folder's name. Raises UsageError."""
-    if not TEACHER_NAME.match(name):
+    if not TEACHER_NAME.fullmatch(name):
         raise UsageError(f"teacher name {name!r}: expected letters, digits, '.', '_' and '-', starting with a letter or digit; pass --name")
     return name
 
@@ -404,9 +397,7 @@ def calibration_path(teacher: str, target: str) -> str:
     return f"teachers/{teacher}/targets/{target}.calibration.safetensors"
 
 
-def root_digest(
-    *, cache: Digest, views: Mapping[str, Digest], teachers: Mapping[str, Mapping[str, Any]]
-) -> Digest:
+def root_digest(*, cache: Digest, views: Mapping[str, Digest], teachers: Mapping[str, Mapping[str, Any]]) -> Digest:
     """The one digest that names a cache's whole content.
 
     cache: identity digest of cache.json. views: record path → identity digest. teachers: name → {"teacher": digest,

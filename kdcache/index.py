@@ -19,7 +19,6 @@ from .format import (
     ZERO_DIGEST,
     CacheIdentity,
     Document,
-    FrozenModel,
     TargetIdentity,
     TargetsIdentity,
     TeacherIdentity,
@@ -31,7 +30,7 @@ from .format import (
     root_digest,
     seal_json,
 )
-from .plan import blake2b_128
+from .plan import FrozenModel, blake2b_128
 from .store import Store
 
 MAX_INDEX_BYTES = 4 << 30
@@ -189,7 +188,9 @@ def read_table(store: Store, index: Index) -> dict[str, np.ndarray[Any, Any]]:
     except MissingError as error:
         raise CorruptError(f"{store.url}/{index.table_path} is missing; run 'kdcache extract' again to rebuild the index") from error
     if blake2b_128(data) != index.table_digest or len(data) != rows * width * 8:
-        raise CorruptError(f"{store.url}/{index.table_path}: bytes were changed; delete the folder index/ and run 'kdcache extract' again to rebuild it")
+        raise CorruptError(
+            f"{store.url}/{index.table_path}: bytes were changed; delete the folder index/ and run 'kdcache extract' again to rebuild it"
+        )
     table = np.frombuffer(data, "<i8").reshape(-1, width)
     return {shard: table[start:stop] for shard, (start, stop) in index.table_shards.items()}
 

@@ -113,7 +113,9 @@ def _runs(marks: Sequence[tuple[str, ...] | None]) -> list[tuple[tuple[str, ...]
 class TargetSegment:
     """Targets × a range of views of one shard: batches views, runs the teacher, encodes, measures, writes."""
 
-    def __init__(self, folder: Path, targets: Sequence[RecordedTarget], views: ViewRange, index: ShardIndex, *, pool: ChunkPool, batch_size: int) -> None:
+    def __init__(
+        self, folder: Path, targets: Sequence[RecordedTarget], views: ViewRange, index: ShardIndex, *, pool: ChunkPool, batch_size: int
+    ) -> None:
         self.targets, self.views = targets, views
         self._index, self._batch_size = index, batch_size
         cards = {recorded.target.name: recorded.card.identity for recorded in targets}
@@ -324,10 +326,7 @@ class ShardJob:
 
     def _pixels_by_view(self) -> dict[int, Digest]:
         digests = np.concatenate(self._digests) if self._digests else np.zeros((0, len(self.rendered_views)), np.uint64)
-        return {
-            view: blake2b_128(np.ascontiguousarray(digests[:, column], dtype="<u8").tobytes())
-            for column, view in enumerate(self.rendered_views)
-        }
+        return {view: blake2b_128(np.ascontiguousarray(digests[:, column], dtype="<u8").tobytes()) for column, view in enumerate(self.rendered_views)}
 
     def _table(self) -> np.ndarray[Any, Any]:
         """int64 (samples, 4), as `kdcache.index.TABLE_COLUMNS`."""
@@ -435,4 +434,3 @@ def check_same_tar(index: ShardIndex, known: ViewsIdentity) -> None:
             f"shard {index.source.name}: {index.source.path} was changed: expected member table {known.member_table} with {known.samples} samples,"
             f" found {index.member_table} with {len(index.samples)}; restore the tar, or make a new cache for the new data"
         )
-

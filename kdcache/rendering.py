@@ -102,7 +102,7 @@ def rendered_blocks(plan: ViewPlan, tasks: Iterable[RenderTask], *, num_workers:
         sampler=tasks,
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=_same,
+        collate_fn=_same,  # type: ignore[arg-type]  # with batch_size=None it takes one item, not a list
         prefetch_factor=2 if num_workers else None,
     )
     return iter(loader)

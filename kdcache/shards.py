@@ -164,9 +164,7 @@ def _members(source: ShardSource, file: IO[bytes], size: int) -> tuple[list[tarf
     return members, cut, torn
 
 
-def _group_samples(
-    source: ShardSource, file: IO[bytes], members: Sequence[tarfile.TarInfo], *, is_cut: bool, torn: str | None
-) -> tuple[Sample, ...]:
+def _group_samples(source: ShardSource, file: IO[bytes], members: Sequence[tarfile.TarInfo], *, is_cut: bool, torn: str | None) -> tuple[Sample, ...]:
     from webdataset.tariterators import base_plus_ext  # imports torch, 3 s: not at start-up
 
     grouped: dict[str, dict[str, tarfile.TarInfo]] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .errors import UsageError
@@ -35,8 +35,8 @@ class TargetSpec:
 
 def parse_target(text: str) -> TargetSpec:
     """The spec that `text` writes. Raises UsageError with the grammar."""
-    match = _SPEC.match(text)
-    if match is None or (match["node"] and not _NODE.match(match["node"])):
+    match = _SPEC.fullmatch(text)
+    if match is None or (match["node"] and not _NODE.fullmatch(match["node"])):
         raise UsageError(f"target {text!r}: expected {SPEC_HELP}")
     views = int(match["views"]) if match["views"] else None
     if views == 0:
@@ -46,13 +46,16 @@ def parse_target(text: str) -> TargetSpec:
 
 
 def parse_targets(texts: Iterable[str]) -> list[TargetSpec]:
-    """All specs, duplicates merged. Raises UsageError when one name is given two encodings."""
+    """All specs, one a name: what one leaves open another may say, and the most views win. Raises UsageError when one name is given two encodings."""
     specs: dict[str, TargetSpec] = {}
     for text in texts:
         spec = parse_target(text)
         earlier = specs.get(spec.name)
-        if earlier is not None and {earlier.encoding, spec.encoding} - {None} and earlier.encoding != spec.encoding:
-            raise UsageError(f"target {spec.name!r} is asked for as {earlier.encoding!r} and as {spec.encoding!r}; expected one encoding a name")
-        if earlier is None or (spec.views or 0) > (earlier.views or 0):
+        if earlier is None:
             specs[spec.name] = spec
+            continue
+        if earlier.encoding and spec.encoding and earlier.encoding != spec.encoding:
+            raise UsageError(f"target {spec.name!r} is asked for as {earlier.encoding!r} and as {spec.encoding!r}; expected one encoding a name")
+        views = max(earlier.views or 0, spec.views or 0) or None
+        specs[spec.name] = replace(earlier, encoding=earlier.encoding or spec.encoding, views=views)
     return list(specs.values())

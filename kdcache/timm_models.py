@@ -59,7 +59,7 @@ def build_model(
         try:
             model.load_state_dict(state, strict=True)
         except RuntimeError as problem:
-            raise error(f"{role} {name!r}: {checkpoint} does not fit the model: {str(problem)[:400]}") from problem
+            raise error(f"{role} {name!r}: {checkpoint} does not fit the model: {' '.join(str(problem).split())[:400]}") from problem
     return model
 
 

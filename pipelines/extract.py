@@ -210,7 +210,9 @@ def _count_finished(summary: ExtractSummary, record: Document[Any]) -> None:
 
 def _note_cut(summary: ExtractSummary, shard: str, cut: str | None) -> None:
     if cut is not None:
-        summary.problems.append({"kind": "source", "shard": shard, "key": "", "detail": f"the tar is cut short: {cut}; its samples before the cut are kept"})
+        summary.problems.append(
+            {"kind": "source", "shard": shard, "key": "", "detail": f"the tar is cut short: {cut}; its samples before the cut are kept"}
+        )
 
 
 def _unchanged(source: ShardSource, record: Document[Any]) -> bool:

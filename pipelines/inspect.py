@@ -62,9 +62,7 @@ def _teacher(cache: Cache, layer: TeacherLayer) -> dict[str, Any]:
 def _target(cache: Cache, layer: TeacherLayer, name: str) -> dict[str, Any]:
     card = layer.targets[name].identity
     segments = [record for records in layer.records.values() for record in records if name in record.identity.targets]
-    size = sum(
-        field.size for record in segments for path, field in record.identity.group.files.items() if path.startswith(f"{name}/")
-    )
+    size = sum(field.size for record in segments for path, field in record.identity.group.files.items() if path.startswith(f"{name}/"))
     row_views = sum(record.identity.rows * len(record.identity.views) for record in segments)
     fidelity = combine_fidelity([record.measured.get("fidelity", {}).get(name, {}).get("sums", {}) for record in segments])
     shape = [card.num_classes] if card.kind == "logits" else [*(card.grid or ()), card.channels]
@@ -114,7 +112,8 @@ def inspect_row(cache: Cache, shard: str, key: str, view: int) -> dict[str, Any]
     """One key and view: label, params in words, and for each teacher the top-5 and each target's shape and statistics."""
     row = cache.row_of(shard, key)
     result: dict[str, Any] = {"shard": shard, "key": _printable(key), "row": row, "view": view, "teachers": {}}
-    for name in sorted(cache.teachers) or [None]:
+    names: list[str | None] = [*sorted(cache.teachers)] or [None]
+    for name in names:
         read = cache.read(shard, key, view, name)
         params = read["params"]
         result["label"] = read["label"]
@@ -153,7 +152,9 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
     plan, policy = facts["plan"], facts["plan"]["policy"]
     shards = facts["shards"]
     crop = policy["crop"]
-    crop_text = f"centre crop {crop['crop_pct']:g}" if crop["kind"] == "center" else f"random resized crop {crop['scale'][0]:g} to {crop['scale'][1]:g}"
+    crop_text = (
+        f"centre crop {crop['crop_pct']:g}" if crop["kind"] == "center" else f"random resized crop {crop['scale'][0]:g} to {crop['scale'][1]:g}"
+    )
     lines = [
         f"{path}",
         f"  root         {facts['root']}",
@@ -163,17 +164,23 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
         f"  rows         {facts['rows']:,} x {facts['views']} views",
         f"  labels       {facts['labels']['labelled']:,} labelled, {facts['labels']['classes']} classes",
         f"  size         {human_bytes(facts['bytes'])} ({human_bytes(facts['views_bytes'])} of them views: keys, params, digests)",
-        f"  skipped      {sum(facts['skipped'].values())}" + "".join(f"\n               {count:5d}  {reason}" for reason, count in facts["skipped"].items()),
+        f"  skipped      {sum(facts['skipped'].values())}"
+        + "".join(f"\n               {count:5d}  {reason}" for reason, count in facts["skipped"].items()),
         f"  made with    {', '.join(f'{name} {version}' for name, version in facts['made_with'].items())}",
     ]
     lines += [f"  cut          {shard}: {cut}" for shard, cut in facts["cut"].items()]
     for name, teacher in facts["teachers"].items():
         accuracy = f", {teacher['top1']:.2f} % top-1 on its own views" if teacher["top1"] is not None else ""
         lines.append(f"  teacher      {name}: {teacher['model']}, weights {teacher['weights']}, {teacher['precision']}{accuracy}")
-        lines.append(f"               {'target':<24} {'encoding':<9} {'views':>5} {'shape':<12} {'B/view':>9} {'rel_l2':>9} {'cosine':>9} {'z_l2':>9} {'KL T=1':>9} {'KL T=4':>9}")
+        lines.append(
+            f"               {'target':<24} {'encoding':<9} {'views':>5} {'shape':<12} {'B/view':>9} {'rel_l2':>9} {'cosine':>9} {'z_l2':>9} {'KL T=1':>9} {'KL T=4':>9}"
+        )
         for target, t in teacher["targets"].items():
             shape = "x".join(map(str, t["shape"])) + (f"+{t['prefix_tokens']}" if t["prefix_tokens"] else "")
-            figures = " ".join(f"{t[k]:9.2g}" if k != "cosine" and k in t else f"{t[k]:9.6f}" if k in t else f"{'':>9}" for k in ("rel_l2", "cosine", "z_l2", "kl_t1", "kl_t4"))
+            figures = " ".join(
+                f"{t[k]:9.2g}" if k != "cosine" and k in t else f"{t[k]:9.6f}" if k in t else f"{'':>9}"
+                for k in ("rel_l2", "cosine", "z_l2", "kl_t1", "kl_t4")
+            )
             size = f"{t['bytes_per_view']:9,.0f}" if t["bytes_per_view"] is not None else f"{'':>9}"
             lines.append(f"               {target:<24} {t['encoding']:<9} {t['views']:5d} {shape:<12} {size} {figures}".rstrip())
     return "\n".join(lines)
@@ -194,7 +201,9 @@ def shard_as_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"  cut          {facts['cut']}")
     for segment in facts["segments"]:
         start, stop = segment["views"]
-        lines.append(f"  segment      {segment['teacher']}: {', '.join(segment['targets'])}; views {start} to {stop - 1}; {human_bytes(segment['bytes'])}")
+        lines.append(
+            f"  segment      {segment['teacher']}: {', '.join(segment['targets'])}; views {start} to {stop - 1}; {human_bytes(segment['bytes'])}"
+        )
         for target, fidelity in segment["fidelity"].items():
             lines.append(f"               {target}: " + ", ".join(f"{name} {value:.3g}" for name, value in fidelity.items()))
     return "\n".join(lines)

@@ -57,11 +57,13 @@ def pack(config: PackConfig, *, progress: bool = False) -> PackSummary:
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
     samples = [(path, label) for label, name in enumerate(classes) for path in _images(root / name)]
     if not samples:
-        raise UsageError(f"images {config.images!r}: no {', '.join(IMAGE_EXTENSIONS)} file in {len(classes)} sub-folders; expected IMAGES/<class>/<file>")
+        raise UsageError(
+            f"images {config.images!r}: no {', '.join(IMAGE_EXTENSIONS)} file in {len(classes)} sub-folders; expected IMAGES/<class>/<file>"
+        )
     if config.samples_per_shard < 1:
         raise UsageError(f"samples per shard must be at least 1, found {config.samples_per_shard}")
     if config.shuffle_seed is not None:
-        random.Random(config.shuffle_seed).shuffle(samples)  # noqa: S311 - Python's Mersenne Twister shuffle is fixed by the language
+        random.Random(config.shuffle_seed).shuffle(samples)
     out = Path(config.out)
     name = config.name or root.resolve().name
     count = -(-len(samples) // config.samples_per_shard)

@@ -38,7 +38,7 @@ POLICY = Policy(crop=RandomResizedCrop(scale=(0.8, 1.0)), hflip=0.0)
 """No flip: a mirrored digit is another one."""
 
 TEACHER_MODEL = "vit_tiny_patch16_224"
-TEACHER_ARGS = {
+TEACHER_ARGS: dict[str, Any] = {
     "img_size": SIZE, "patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0,
     "global_pool": "avg", "class_token": False, "num_classes": NUM_CLASSES,
 }  # fmt: skip
@@ -46,7 +46,7 @@ TEACHER_ARGS = {
 TEACHER_EPOCHS = 20
 TEACHER_BATCH = 32
 
-STUDENT_ARGS = {**TEACHER_ARGS, "patch_size": 8, "embed_dim": 48, "depth": 2}
+STUDENT_ARGS = {name: value for name, value in TEACHER_ARGS.items() if name != "num_classes"} | {"patch_size": 8, "embed_dim": 48, "depth": 2}
 STUDENT_STEPS = 600
 """220 steps are too few to show anything (research: ecosystem §7)."""
 
@@ -99,7 +99,7 @@ def _quickstart(config: QuickstartConfig, *, progress: bool) -> dict[str, Any]:
     if out.exists() and any(out.iterdir()):
         raise StoreError(f"{out} is not empty; expected a new folder: remove it, or name another with 'kdcache quickstart DIR'")
     _step(1, "pack: handwritten digits → shards")
-    num_train = _pack_digits(out, progress=progress)
+    num_train, num_val = _pack_digits(out, progress=progress)
 
     _step(2, "teacher: a small ViT learns the labels")
     teacher_top1, teacher_seconds = _train_teacher(out, config.seed, progress=progress)
@@ -136,6 +136,7 @@ def _quickstart(config: QuickstartConfig, *, progress: bool) -> dict[str, Any]:
         "teacher_seconds": teacher_seconds,
         "extract": summary.to_json(),
         "runs": [{"title": run.title, **result} for run, result in zip(RUNS, results, strict=True)],
+        "val_images": num_val,
         "teacher_passes": passes,
         "teacher_passes_online": sum(_online_passes(run) for run in RUNS),
         "verify": verdict.to_json(),
@@ -153,8 +154,8 @@ def _step(number: int, title: str) -> None:
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def _pack_digits(out: Path, *, progress: bool) -> int:
-    """Write the images as an ImageFolder and pack it; the number of training images.
+def _pack_digits(out: Path, *, progress: bool) -> tuple[int, int]:
+    """Write the images as an ImageFolder and pack it; the numbers of training and validation images.
 
     The first training shard holds 10 images of each class: 'the first shard alone' is the few-label experiment.
     """
@@ -178,12 +179,12 @@ def _pack_digits(out: Path, *, progress: bool) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         pixels = np.round(flat.reshape(8, 8) * (255 / 16)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:04d}.png")
-    for split, folder, per_shard in (("few", "train", FEW_LABELS), ("more", "train", 191), ("val", "val", 360)):
+    for split, shards, per_shard in (("few", "train", FEW_LABELS), ("more", "train", 191), ("val", "val", 360)):
         pack(
-            PackConfig(images=str(out / "images" / split), out=str(out / "shards" / folder), name=f"digits-{split}", samples_per_shard=per_shard),
+            PackConfig(images=str(out / "images" / split), out=str(out / "shards" / shards), name=f"digits-{split}", samples_per_shard=per_shard),
             progress=progress,
         )
-    return num_train
+    return num_train, len(labels) - num_train
 
 
 # --- teacher ---------------------------------------------------------------------------------------------------------
@@ -271,6 +272,7 @@ def _train_student(out: Path, run: StudentRun, num_train: int, seed: int, *, pro
         cache=str(out / "cache"),
         students=(run.model,),
         model_kwargs=run.model_args,
+        num_classes=NUM_CLASSES,
         method=run.method,
         val=str(out / "shards" / "val"),
         val_crop_pct=1.0,
@@ -285,7 +287,7 @@ def _train_student(out: Path, run: StudentRun, num_train: int, seed: int, *, pro
         warmup_epochs=epochs // 10,
         clip_grad=1.0,
         smoothing=0.1,
-        kd_temperature=2.0,
+        kd_temperature=2.0 if run.method == "kd" else None,
         task_loss_weight=0.0 if run.method == "kd" else None,
         distill_loss_weight=1.0 if run.method == "kd" else None,
         workers=0,
@@ -311,7 +313,10 @@ def _report(out: Path, facts: Mapping[str, Any], verdict: Verdict) -> None:
         f"\nteacher passes: {facts['teacher_passes']:,} once for the cache, in place of {facts['teacher_passes_online']:,} for these three distilled"
         f" students online; cache {human_bytes(verdict.bytes)}, {'sound' if verdict.ok else 'NOT SOUND'}, root {verdict.root}"
     )
-    say("360 validation images: differences below about 1.5 points are noise. The teacher has seen all labels.")
+    say(
+        f"{facts['val_images']} validation images: differences below about 1.5 points are noise. Top-1 is that of each run's best evaluation."
+        f" The teacher has seen all labels."
+    )
     say(f"done in {human_seconds(facts['seconds'])}; everything is in {out}/. What to type next:\n")
     say(f"  kdcache inspect {out}/cache")
     say(f"  kdcache inspect {out}/cache --shard digits-few-0000")

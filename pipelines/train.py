@@ -626,6 +626,8 @@ def _optimizer(method: Method[Any], config: TrainConfig) -> torch.optim.Optimize
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"--opt {config.opt}: timm can't build it with {betas} and momentum {config.momentum}: {error}") from error
+    if betas and "betas" not in optimizer.defaults:  # timm drops what an optimizer does not take
+        raise UsageError(f"--opt-betas {config.opt_betas}: {config.opt} has no betas; leave the option out")
     return optimizer
 
 

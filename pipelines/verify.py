@@ -69,7 +69,9 @@ class Verdict:
         }
 
 
-def verify(path: str, *, views: int | Literal["all"] | None = None, data: str | None = None, workers: int | None = None, progress: bool = False) -> Verdict:
+def verify(
+    path: str, *, views: int | Literal["all"] | None = None, data: str | None = None, workers: int | None = None, progress: bool = False
+) -> Verdict:
     """Verify a cache. views: how many views a shard to replay, or all. data: where the tars lie now. Raises NotACacheError, FormatVersionError."""
     store = open_store(path)
     if store.size("cache.json") is None:
@@ -162,7 +164,9 @@ def _check_files(store: Store, documents: Mapping[str, Document[Any]], verdict: 
     for path in sorted(found):
         damaged = any(path in detail for detail in suspect)
         if path not in known and not damaged and not _belongs_to_damaged(path, suspect):
-            verdict.problems.append(Problem("extra", _shard_in(path), "", f"{path}: no record names this file; delete it, or run the extraction that was cut off again"))
+            verdict.problems.append(
+                Problem("extra", _shard_in(path), "", f"{path}: no record names this file; delete it, or run the extraction that was cut off again")
+            )
 
 
 def _expect_group(record: str, group: Group, shard: str, expected: dict[str, tuple[DigestField, str]], verdict: Verdict) -> None:
@@ -222,7 +226,14 @@ def _check_index(store: Store, cache: Cache, verdict: Verdict) -> None:
             continue
         if index.documents != cache.documents or index.root != root_of(cache.documents):
             differing = sorted(p for p in index.documents.keys() | cache.documents.keys() if index.documents.get(p) != cache.documents.get(p))
-            verdict.problems.append(Problem("index", "", "", f"{path} does not say what the documents say, for example {differing[:1]}; run 'kdcache extract' again to rebuild it"))
+            verdict.problems.append(
+                Problem(
+                    "index",
+                    "",
+                    "",
+                    f"{path} does not say what the documents say, for example {differing[:1]}; run 'kdcache extract' again to rebuild it",
+                )
+            )
         for shard, records in cache.views.items():
             if shard not in table or not np.array_equal(table[shard], cache.table_from_group(records[0].identity)):
                 verdict.problems.append(Problem("index", shard, "", f"{index.table_path}: the rows of this shard differ from its views group"))
@@ -252,10 +263,14 @@ def _note_completeness(cache: Cache, verdict: Verdict) -> None:
         for target in layer.targets:
             lacking = [shard for shard in cache.views if not layer.segments(shard, target)]
             if lacking:
-                verdict.notes.append(f"unfinished: teacher {name}, {target}: {len(lacking)} of {len(cache.views)} shards lack it, {lacking[0]} is the first")
+                verdict.notes.append(
+                    f"unfinished: teacher {name}, {target}: {len(lacking)} of {len(cache.views)} shards lack it, {lacking[0]} is the first"
+                )
     for shard, records in cache.views.items():
         if records[0].identity.cut is not None:
-            verdict.notes.append(f"shard {shard}: the tar was cut short when it was read ({records[0].identity.cut}); its samples before the cut are cached")
+            verdict.notes.append(
+                f"shard {shard}: the tar was cut short when it was read ({records[0].identity.cut}); its samples before the cut are cached"
+            )
 
 
 # --- replay ----------------------------------------------------------------------------------------------------------
@@ -316,7 +331,9 @@ class _Replay:
             self.verdict.problems.append(Problem("source", shard, "", f"{error}; pass --data with the folder that holds the tars now"))
             return None, None
         if index.member_table != record.member_table:
-            detail = f"{source.path} is not the tar that the cache was made from: expected member table {record.member_table}, found {index.member_table}"
+            detail = (
+                f"{source.path} is not the tar that the cache was made from: expected member table {record.member_table}, found {index.member_table}"
+            )
             self.verdict.problems.append(Problem("source", shard, "", f"{detail}; restore the tar"))
             return None, None
         return source, index
@@ -350,7 +367,11 @@ class _Replay:
                 self.verdict.views_replayed += 1
                 sample = task.samples[place][1]
                 if block.digests[i, column] != digests[i]:
-                    self._problem(shard, sample, f"view {view}: expected pixel digest {int(digests[i]):016x}, found {int(block.digests[i, column]):016x}; {self._decoders(shard)}")
+                    self._problem(
+                        shard,
+                        sample,
+                        f"view {view}: expected pixel digest {int(digests[i]):016x}, found {int(block.digests[i, column]):016x}; {self._decoders(shard)}",
+                    )
                 elif not np.array_equal(block.params[i, column], params[i].to_row()):
                     self._problem(shard, sample, f"view {view}: the stored params are not those that the plan draws")
 
@@ -366,5 +387,3 @@ class _Replay:
             self.unlisted[shard] = self.unlisted.get(shard, 0) + 1
         else:
             self.verdict.problems.append(Problem("pixels", shard, sample.key, detail))
-
-

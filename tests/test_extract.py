@@ -19,9 +19,9 @@ import timm
 import torch
 import zarr
 from click.testing import CliRunner
+from helpers import make_shard, make_shards, make_teacher_dir, save_local_dir, tiny_model
 
 from cli.main import main
-from helpers import make_shard, make_shards, make_teacher_dir, save_local_dir, tiny_model
 from kdcache import open_cache
 from kdcache.errors import DriftError, KDCacheError, MismatchError, NotACacheError, TeacherError, UsageError
 from kdcache.format import ViewRange

@@ -185,7 +185,7 @@ def test_a_tar_that_is_gone_names_the_key_and_the_option_that_helps(folder: Path
     shutil.copytree(folder / "shards", tmp_path / "shards")
     cache = open_cache(folder / "cache", data=str(tmp_path / "shards"))
     (tmp_path / "shards" / "train-0001.tar").unlink()
-    with pytest.raises(ShardError, match="shard train-0001: key 's0000': .*pass --data"):
+    with pytest.raises(ShardError, match=r"shard train-0001: key 's0000': .*pass --data"):
         CachedViews(cache).__getitems__([(4, 0)])
 
 
@@ -203,9 +203,9 @@ def test_a_flipped_byte_in_a_target_is_refused(folder: Path, tmp_path: Path) -> 
     data[len(data) // 3] ^= 1
     path.write_bytes(bytes(data))
     dataset = CachedViews(open_cache(tmp_path / "cache"), targets=("logits",))
+    items = [(number, view) for number in range(4) for view in range(3)]
     with pytest.raises(CorruptError, match="crc32c"):
-        for view in range(3):
-            dataset.__getitems__([(number, view) for number in range(4)])
+        dataset.__getitems__(items)
 
 
 # --- views ---

@@ -48,7 +48,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
     """Where the formula comes from, or '' for none."""
     Settings: ClassVar[type[MethodSettings]]
 
-    def __init__(self, *, student: nn.Module, cache: Cache, teacher: TeacherLayer | None, settings: SettingsT) -> None:  # noqa: ARG002
+    def __init__(self, *, student: nn.Module, cache: Cache, teacher: TeacherLayer | None, settings: SettingsT) -> None:
         """cache, teacher: for methods that take more than targets from the cache; teacher is None for one that requires no target."""
         super().__init__()
         self.student = student

@@ -150,7 +150,11 @@ class LocalStore(Store):
                     else:
                         yield str(Path(entry.path).relative_to(self.root)) + "/", 0
                 elif entry.is_file(follow_symlinks=False):
-                    yield str(Path(entry.path).relative_to(self.root)), entry.stat(follow_symlinks=False).st_size
+                    try:
+                        size = entry.stat(follow_symlinks=False).st_size
+                    except FileNotFoundError:  # deleted by another process since
+                        continue
+                    yield str(Path(entry.path).relative_to(self.root)), size
                 else:
                     yield str(Path(entry.path).relative_to(self.root)), 0  # a link or device: nobody's file, shown as extra
 

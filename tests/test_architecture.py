@@ -1,0 +1,70 @@
+"""The shape of the project: who may import whom, what start-up may load, and that every command is documented."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from helpers import run_python
+
+from cli.main import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_imports_run_downwards_and_stage_two_never_reaches_the_teacher() -> None:
+    result = subprocess.run([Path(sys.executable).parent / "lint-imports"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("module", ["kdcache", "cli.main", "kdcache.errors", "kdcache.plan", "kdcache.shards"])
+def test_start_up_loads_no_torch(module: str) -> None:
+    code = f"import {module}, json, sys; print(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    loaded = set(json.loads(run_python(code).stdout))
+    assert not loaded & {"torch", "timm", "torchvision", "zarr", "webdataset", "sklearn"}
+
+
+def test_help_loads_no_command() -> None:
+    code = "import sys; from cli.main import main; main(['--help'], standalone_mode=False); print([n for n in sys.modules if n.startswith('cli.')])"
+    assert run_python(code).stdout.splitlines()[-1] == "['cli.main']"
+
+
+def test_every_exported_name_is_there() -> None:
+    import kdcache
+
+    for name in kdcache.__all__:
+        assert getattr(kdcache, name) is not None
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_every_option_explained(name: str) -> None:
+    result = CliRunner().invoke(main, [name, "--help"])
+    assert result.exit_code == 0, result.output
+    context = click.Context(main)
+    command = main.get_command(context, name)
+    assert command is not None
+    assert command.help
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, f"{name} {parameter.opts}"
+    assert all(len(line) <= 110 for line in result.output.splitlines())
+
+
+def test_the_group_names_every_command() -> None:
+    output = CliRunner().invoke(main, ["--help"]).output
+    assert all(f"  {name} " in output for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_in_the_readme(name: str) -> None:
+    assert f"kdcache {name}" in (ROOT / "README.md").read_text()
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    assert CliRunner().invoke(main, ["extrct"]).exit_code == 2
+    assert CliRunner().invoke(main, ["--version"]).output.startswith("kdcache ")

@@ -1,0 +1,544 @@
+"""Stage two end to end on tiny real tars and tiny real timm models: no teacher, exact resume, loadable exports, clear errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from click.testing import CliRunner
+from helpers import TINY_VIT, make_cache, make_shard, make_shards, make_teacher_dir, run_python
+
+import pipelines.train
+from cli.main import main
+from kdcache.cache import open_cache
+from kdcache.checkpoint import load_checkpoint, save_checkpoint
+from kdcache.errors import CorruptError, DriftError, MismatchError, MissingError, ShardError, StudentError, UsageError
+from kdcache.students import build_student
+from pipelines.extract import ExtractConfig, extract
+from pipelines.train import TrainConfig, train
+
+STUDENT_ARGS: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "drop_rate": 0.1, "drop_path_rate": 0.1}
+CNN = "resnet18"
+CNN_ARGS: dict[str, Any] = {"channels": [4, 4, 8, 8], "stem_width": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """cache/ of 2 shards × 6 images × 3 views, shards/ and val/."""
+    folder = tmp_path_factory.mktemp("train")
+    make_cache(folder, num_shards=2, num_samples=6, views=3)
+    make_shard(folder / "val" / "val-00.tar", num_samples=10, seed=7)
+    return folder
+
+
+@pytest.fixture
+def config(folder: Path, tmp_path: Path) -> Any:
+    """TrainConfig with defaults that are quick; keywords override."""
+
+    def make(**overrides: Any) -> TrainConfig:
+        options = {
+            "cache": str(folder / "cache"),
+            "students": (TINY_VIT,),
+            "model_kwargs": STUDENT_ARGS,
+            "out": str(tmp_path / "runs"),
+            "epochs": 3,
+            "batch_size": 4,
+            "workers": 0,
+            "device": "cpu",
+            "check_views": 1.0,
+        }
+        return TrainConfig(**{**options, **overrides})
+
+    return make
+
+
+def state_of(run: dict[str, Any], name: str = "last") -> dict[str, Any]:
+    return torch.load(Path(run["path"], name, "checkpoint.pt"), weights_only=True)
+
+
+def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Every tensor, number and row alike to the last bit; times aside."""
+    found_leaves, expected_leaves = (dict(leaves({**state, "seconds": 0})) for state in (found, expected))
+    assert list(found_leaves) == list(expected_leaves)
+    for path, value in expected_leaves.items():
+        same = torch.equal(found_leaves[path], value) if isinstance(value, torch.Tensor) else found_leaves[path] == value
+        assert same, path
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{path}.{key}")
+    else:
+        yield path, value
+
+
+# --- what it trains, and with what ---
+
+
+def test_a_run_writes_what_it_promises(config: Any, folder: Path) -> None:
+    (run,) = train(config(val=str(folder / "val"), log_interval=1))
+    path = Path(run["path"])
+    assert run["id"] == path.name
+    assert run["id"].startswith(f"{TINY_VIT}-kd-")
+    assert (run["student"], run["method"], run["epochs"], run["status"]) == (TINY_VIT, "kd", 3, "done")
+    assert sorted(child.name for child in path.iterdir()) == ["args.yaml", "best", "export", "last", "metrics.jsonl", "summary.csv"]
+    with open(path / "summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["epoch", "train_loss", "train_distill", "train_task", "eval_loss", "eval_top1", "eval_top5", "lr"]
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert run["top1"] == max(float(row["eval_top1"]) for row in rows)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line.get("step")) for line in lines] == [(epoch, step) for epoch in range(3) for step in (1, 2, 3, None)]
+    args = yaml.safe_load((path / "args.yaml").read_text())
+    assert args["id"] == run["id"]
+    assert args["settings"] == {"temperature": 4.0, "smoothing": 0.1}
+    assert args["data"]["fingerprint"] == open_cache(folder / "cache").fingerprint
+
+
+def test_stage_two_never_builds_a_teacher(folder: Path, tmp_path: Path) -> None:
+    code = """
+import sys
+
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        assert name not in ("kdcache.teacher", "kdcache.commit", "kdcache.jobs"), f"stage two imported {name}"
+
+sys.meta_path.insert(0, Forbid())
+import timm
+built, create = [], timm.create_model
+timm.create_model = lambda name, **kwargs: built.append(name) or create(name, **kwargs)
+from pipelines.train import TrainConfig, train
+
+for method in ("kd", "ce"):
+    train(TrainConfig(cache=sys.argv[1], out=sys.argv[2], val=sys.argv[3], students=("resnet18",), method=method, num_classes=10, epochs=1,
+                      batch_size=4, workers=0, device="cpu", model_kwargs={"channels": [4, 4, 8, 8], "stem_width": 4}))
+assert set(built) == {"resnet18"}, built
+assert "kdcache.teacher" not in sys.modules
+print("no teacher")
+"""
+    assert run_python(code, folder / "cache", tmp_path / "runs", folder / "val").stdout.strip() == "no teacher"
+
+
+def test_training_needs_no_teacher_weights(folder: Path, tmp_path: Path, config: Any) -> None:
+    moved = folder / "teacher"
+    moved.rename(tmp_path / "teacher")
+    try:
+        assert train(config(epochs=1))[0]["status"] == "done"
+    finally:
+        (tmp_path / "teacher").rename(moved)
+
+
+def test_epochs_replay_the_views_in_turn(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[int]] = []
+
+    class Spy(pipelines.train.CachedViews):
+        def __getitems__(self, items: Any) -> Any:
+            seen.append({view for _, view in items})
+            return super().__getitems__(items)
+
+    monkeypatch.setattr(pipelines.train, "CachedViews", Spy)
+    train(config(epochs=4, batch_size=12))
+    assert seen == [{0}, {1}, {2}, {0}]
+
+
+def test_the_student_learns_what_the_teacher_says(config: Any) -> None:
+    (run,) = train(config(epochs=60, batch_size=6, lr=5e-3, task_loss_weight=0.0, model_kwargs={**STUDENT_ARGS, "drop_rate": 0, "drop_path_rate": 0}))
+    history = state_of(run)["history"]
+    assert history[-1]["train_distill"] < 0.2 * history[0]["train_distill"]
+
+
+# --- the same result, whatever happens ---
+
+
+def step_lines(run: dict[str, Any]) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in Path(run["path"], "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "step" in line]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+@pytest.mark.parametrize("moment", ["before last", "after last"])
+def test_a_run_killed_in_any_epoch_and_resumed_equals_the_uninterrupted_one(
+    config: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, moment: str
+) -> None:
+    options = {"val": str(folder / "val"), "clip_grad": 1.0, "log_interval": 1}
+    (expected,) = train(config(**options, out=str(tmp_path / "whole")))
+
+    def save_then_die(path: Path, state: dict[str, Any], **kwargs: Any) -> None:
+        dying = path.parent.name == "last" and state["epoch"] == stop_after
+        if not (dying and moment == "before last"):
+            save_checkpoint(path, state, **kwargs)
+        if dying:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipelines.train, "save_checkpoint", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(**options))
+    torch.manual_seed(999)
+    (found,) = train(config(**options, resume=True))
+    assert found["id"] == expected["id"]
+    assert (found["top1"], found["status"]) == (expected["top1"], "done")
+    for name in ("last", "best"):
+        assert_same_state(state_of(found, name), state_of(expected, name))
+    for file in ("summary.csv", "export/model.safetensors", "export/config.json"):
+        assert Path(found["path"], file).read_bytes() == Path(expected["path"], file).read_bytes(), file
+    assert step_lines(found) == step_lines(expected)
+
+
+def test_a_process_killed_by_the_system_resumes_to_the_same_bits(config: Any, folder: Path, tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+import pipelines.train
+from pipelines.train import TrainConfig, train
+save = pipelines.train.save_checkpoint
+def save_then_die(path, state, **kwargs):
+    save(path, state, **kwargs)
+    if state["epoch"] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+pipelines.train.save_checkpoint = save_then_die
+train(eval(sys.argv[1]))
+"""
+    killed = run_python(code, repr(config()), check=False)
+    assert killed.returncode == -9, killed.stderr
+    (found,) = train(config(resume=True))
+    (expected,) = train(config(out=str(tmp_path / "whole")))
+    assert_same_state(state_of(found), state_of(expected))
+
+
+@pytest.mark.parametrize("changed", [{"workers": 2}, {"log_interval": 1}, {"check_views": 0.0}])
+def test_what_does_not_change_the_result_does_not_change_the_id(config: Any, tmp_path: Path, changed: dict[str, Any]) -> None:
+    (first,) = train(config(epochs=2))
+    (second,) = train(config(epochs=2, out=str(tmp_path / "again"), **changed))
+    assert second["id"] == first["id"]
+    assert_same_state(state_of(second), state_of(first))
+
+
+def test_what_changes_the_result_changes_the_id(config: Any, folder: Path) -> None:
+    changes: list[dict[str, Any]] = [{}, {"seed": 1}, {"lr": 2e-3}, {"kd_temperature": 2.0}, {"method": "ce"}, {"batch_size": 3}, {"limit_shards": 1}]
+    changes += [{"val": str(folder / "val")}, {"opt": "sgd"}, {"model_kwargs": {**STUDENT_ARGS, "depth": 2}}]
+    ids = [train(config(epochs=1, **change))[0]["id"] for change in changes]
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_cache_that_grew_by_what_a_run_does_not_read_leaves_its_id_alone(tmp_path: Path, config: Any) -> None:
+    cache = make_cache(tmp_path, num_shards=1, num_samples=4, views=1, targets=["logits"])
+    (first,) = train(config(cache=str(cache), epochs=1))
+    teacher = make_teacher_dir(tmp_path / "second", seed=5)
+    extract(ExtractConfig(shards=str(tmp_path / "shards"), cache=str(cache), teacher=teacher, views=1, workers=0))
+    (again,) = train(config(cache=str(cache), epochs=1, teacher="teacher"))
+    assert (again["id"], again["status"]) == (first["id"], "already done")
+    (other,) = train(config(cache=str(cache), epochs=1, teacher="second"))
+    assert other["id"] != first["id"]
+
+
+def test_a_finished_run_is_reported_and_left_alone(config: Any, folder: Path) -> None:
+    (first,) = train(config(val=str(folder / "val")))
+    before = {path: path.stat().st_mtime_ns for path in Path(first["path"]).rglob("*")}
+    (second,) = train(config(val=str(folder / "val")))
+    assert second == {**first, "status": "already done"}
+    assert {path: path.stat().st_mtime_ns for path in Path(first["path"]).rglob("*")} == before
+
+
+def test_an_unfinished_run_is_not_overwritten_without_resume(config: Any) -> None:
+    (run,) = train(config(epochs=1))
+    shutil.rmtree(Path(run["path"], "export"))
+    with pytest.raises(StudentError, match="unfinished; pass --resume"):
+        train(config(epochs=1))
+    assert train(config(epochs=1, resume=True))[0]["status"] == "done"
+
+
+def test_students_are_trained_one_after_another_as_if_alone(config: Any, tmp_path: Path) -> None:
+    both = train(config(epochs=1, students=(CNN, "resnet34"), model_kwargs=CNN_ARGS))
+    (alone,) = train(config(epochs=1, students=("resnet34",), model_kwargs=CNN_ARGS, out=str(tmp_path / "alone")))
+    assert [run["student"] for run in both] == [CNN, "resnet34"]
+    assert_same_state(state_of(both[1]), state_of(alone))
+
+
+# --- the export ---
+
+
+@pytest.mark.parametrize(("student", "model_args"), [(TINY_VIT, STUDENT_ARGS), (CNN, CNN_ARGS)])
+@pytest.mark.parametrize("with_val", [True, False])
+def test_timm_loads_the_export_and_gives_the_same_logits(config: Any, folder: Path, student: str, model_args: dict[str, Any], with_val: bool) -> None:
+    (run,) = train(config(students=(student,), model_kwargs=model_args, val=str(folder / "val") if with_val else None))
+    export = Path(run["path"], "export")
+    model = timm.create_model(f"local-dir:{export}", pretrained=True).eval()
+    trained = build_student(student, num_classes=10, view_size=32, model_args=model_args).model.eval()
+    state = state_of(run, "best" if with_val else "last")["method"]
+    trained.load_state_dict({name.removeprefix("student."): tensor for name, tensor in state.items()})
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), trained(images), rtol=0, atol=0)
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 32, 32)
+    body = json.loads((export / "config.json").read_text())["kdcache"]
+    cache = open_cache(folder / "cache")
+    assert (body["fingerprint"], body["root"], body["method"]) == (cache.fingerprint, cache.root, "kd")
+    assert body["teacher"]["weights"] == cache.teachers["teacher"].document.identity.weights
+    card = (export / "README.md").read_text()
+    assert cache.fingerprint in card
+    assert cache.root in card
+    assert not list(Path(run["path"]).glob("*.tmp"))
+
+
+def test_an_export_can_be_a_student(config: Any) -> None:
+    (run,) = train(config(epochs=1))
+    (again,) = train(config(epochs=1, students=(f"local-dir:{run['path']}/export",), pretrained=True, model_kwargs={}))
+    assert again["id"].startswith("export-kd-")
+
+
+# --- students ---
+
+
+def test_students_get_views_at_their_own_size_and_as_many_classes_as_the_teacher() -> None:
+    vit = build_student(TINY_VIT, num_classes=7, view_size=32, model_args={"embed_dim": 16, "depth": 1, "num_heads": 2})
+    assert (vit.input_size, vit.model_args["img_size"], vit.model.num_classes) == (32, 32, 7)
+    own = build_student(TINY_VIT, num_classes=7, view_size=32, model_args={"embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 48})
+    assert own.input_size == 48
+    assert own.normalize()(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 3, 48, 48)
+    assert build_student(CNN, num_classes=7, view_size=32, model_args=CNN_ARGS).input_size == 32
+
+
+def test_a_students_weights_are_a_function_of_its_seed() -> None:
+    states = [build_student(CNN, num_classes=3, view_size=32, model_args=CNN_ARGS, seed=seed).model.state_dict() for seed in (1, 1, 2)]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    assert not torch.equal(states[0]["conv1.weight"], states[2]["conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "model_args", "error", "text"),
+    [
+        ("vit_tyni_patch16_224", {}, StudentError, "knows no such model; near ones: .*vit_tiny_patch16_224"),
+        (CNN, {"nonsense": 1}, StudentError, "can't be built with"),
+        (CNN, {"num_classes": 3}, UsageError, "pass --num-classes"),
+        ("local-dir:/nowhere", {}, StudentError, "no /nowhere/config.json"),
+    ],
+)
+def test_a_student_that_cannot_be_built_says_why(name: str, model_args: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        build_student(name, num_classes=3, view_size=32, model_args=model_args)
+
+
+def test_pretrained_weights_that_cannot_be_had_suggest_a_local_folder() -> None:
+    with pytest.raises(StudentError, match=r"student 'resnet18': its pretrained weights can't be had.*local-dir:"):
+        build_student("resnet18", num_classes=3, view_size=32, pretrained=True)
+
+
+# --- labels and classes ---
+
+
+def test_images_without_labels_train_with_the_distillation_loss_alone(tmp_path: Path, config: Any) -> None:
+    cache = make_cache(tmp_path, num_shards=1, num_samples=4, views=1, targets=["logits"], labels=False)
+    assert train(config(cache=str(cache), epochs=1, task_loss_weight=0.0))[0]["status"] == "done"
+    with pytest.raises(ShardError, match=r"shard train-0000: key 's0000' has no label \(4 of 4 rows have none\).*--task-loss-weight 0"):
+        train(config(cache=str(cache), epochs=1))
+    with pytest.raises(UsageError, match="no labels, so the number of classes is not known; pass --num-classes"):
+        train(config(cache=str(cache), epochs=1, method="ce"))
+
+
+def test_a_label_out_of_range_names_its_shard_and_key(tmp_path: Path, config: Any) -> None:
+    cache = make_cache(tmp_path, num_shards=1, num_samples=4, num_classes=4, views=1, targets=["logits"])
+    with pytest.raises(ShardError, match=r"shard train-0000: key 's0002' has label 2, the student has 2 classes \(0 to 1\)"):
+        train(config(cache=str(cache), epochs=1, method="ce", num_classes=2))
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(UsageError, match="--num-classes 2: teacher 'teacher' has 10 classes"):
+        train(config(cache=str(cache), epochs=1, num_classes=2))
+    (run,) = train(config(cache=str(cache), epochs=1, method="ce"))
+    assert state_of(run)["recipe"]["num_classes"] == 4
+
+
+def test_few_labels_leave_the_number_of_classes_alone(config: Any, folder: Path) -> None:
+    (run,) = train(config(epochs=1, method="ce", limit_shards=1))
+    recipe = state_of(run)["recipe"]
+    assert recipe["num_classes"] == int(open_cache(folder / "cache").rows.label.max()) + 1
+    assert list(recipe["data"]["shards"]) == ["train-0000"]
+
+
+# --- validation ---
+
+
+def test_images_that_cannot_be_read_are_left_out_of_validation_and_counted(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_shard(tmp_path / "val" / "val-00.tar", num_samples=4, corrupt=[2])
+    train(config(val=str(tmp_path / "val"), epochs=2))
+    assert capsys.readouterr().err.count("--val: 1 images can't be read and are left out; first: shard val-00: key 's0002': damaged image") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"labels": False}, "has no label; --val needs"), ({"num_classes": 30, "seed": 20}, "has label 20, the student has 10")],
+)
+def test_validation_labels_that_cannot_be_right_are_named(config: Any, tmp_path: Path, options: dict[str, Any], text: str) -> None:
+    make_shard(tmp_path / "val" / "val-00.tar", **options)
+    with pytest.raises(ShardError, match=f"shard val-00: key 's0000' {text}"):
+        train(config(val=str(tmp_path / "val"), epochs=1))
+
+
+def test_validation_can_be_rarer_than_epochs(config: Any, folder: Path) -> None:
+    (run,) = train(config(val=str(folder / "val"), epochs=4, val_interval=3))
+    with open(Path(run["path"], "summary.csv"), newline="") as file:
+        assert [bool(row["eval_top1"]) for row in csv.DictReader(file)] == [False, False, True, True]
+
+
+# --- errors ---
+
+
+@pytest.mark.filterwarnings("ignore:.*overflow.*:RuntimeWarning")
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(config: Any) -> None:
+    with pytest.raises(StudentError, match=r"loss is not finite in epoch \d, step \d of 3 .*smaller --lr"):
+        train(config(lr=1e38, opt="sgd", warmup_epochs=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"method": "kdd"}, "method 'kdd' is not known"),
+        ({"settings": {"temprature": 1}}, "did you mean 'temperature'"),
+        ({"settings": {"temperature": 1.0}, "kd_temperature": 2.0}, "are the same field"),
+        ({"method": "ce", "kd_temperature": 2.0}, "method 'ce' has no field 'temperature'"),
+        ({"teacher": "other"}, "no teacher 'other'; the cache has: teacher"),
+        ({"opt": "adamv"}, "no such optimizer; near ones: adam, radam"),
+        ({"opt": "sgd", "opt_betas": (0.9, 0.99)}, "sgd has no betas"),
+        ({"limit_shards": 3}, "the cache has 2 shards"),
+        ({"device": "warp"}, "device 'warp'"),
+    ],
+)
+def test_a_request_that_cannot_be_right_leaves_no_folder(config: Any, tmp_path: Path, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        train(config(**options))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"epochs": 0}, {"lr": float("nan")}, {"check_views": 2.0}, {"students": ()}, {"sched": "sine"}, {"batch_size": 0}]
+)
+def test_a_config_checks_itself(config: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(options)).replace('_', '-').removesuffix('s')}.*expected"):
+        config(**options)
+
+
+def test_a_cache_that_is_not_finished_is_not_trained_on_unless_asked(tmp_path: Path, config: Any) -> None:
+    cache = make_cache(tmp_path, num_shards=2, num_samples=3, views=1, targets=["logits"])
+    for layer in ("views", "teachers/teacher"):
+        (record,) = (cache / layer).glob("train-0001.*.json")
+        record.unlink()
+    with pytest.raises(MissingError, match=r"1 of 2 shards are done, 'train-0001' is not.*--limit-shards 1"):
+        train(config(cache=str(cache)))
+    assert train(config(cache=str(cache), epochs=1, limit_shards=1))[0]["status"] == "done"
+
+
+def test_tars_that_moved_are_found_with_data(folder: Path, tmp_path: Path, config: Any) -> None:
+    shutil.copytree(folder / "shards", tmp_path / "moved")
+    (run,) = train(config(data=str(tmp_path / "moved"), epochs=1))
+    (tmp_path / "moved" / "train-0001.tar").unlink()
+    with pytest.raises(UsageError, match="shard train-0001: not among the 1 tars given with --data"):
+        train(config(data=str(tmp_path / "moved"), epochs=2))
+    assert run["status"] == "done"
+
+
+def test_other_images_under_the_same_names_are_not_trained_on(folder: Path, tmp_path: Path, config: Any) -> None:
+    make_shards(tmp_path / "shards", num_shards=2, num_samples=6, size_wh=(60, 60))
+    with pytest.raises((DriftError, ShardError), match=r"shard train-000[01]: key"):
+        train(config(data=str(tmp_path / "shards"), epochs=1))
+
+
+# --- checkpoints ---
+
+
+def test_a_torn_changed_or_foreign_checkpoint_is_refused(config: Any, tmp_path: Path, folder: Path) -> None:
+    (run,) = train(config(epochs=1))
+    fingerprint = open_cache(folder / "cache").fingerprint
+    path = Path(run["path"], "last", "checkpoint.pt")
+    whole = path.read_bytes()
+    assert load_checkpoint(path, fingerprint=fingerprint)["epoch"] == 1
+    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CorruptError, match="checkpoint"):
+            load_checkpoint(path, fingerprint=fingerprint)
+    middle = bytearray(whole)
+    place = whole.index(state_of_bytes(whole, tmp_path)["method"]["student.head.weight"].numpy().tobytes())
+    middle[place + 3] ^= 1
+    path.write_bytes(bytes(middle))
+    with pytest.raises(CorruptError, match="fails its crc32"):
+        load_checkpoint(path, fingerprint=fingerprint)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(CorruptError, match="another file of torch"):
+        load_checkpoint(path, fingerprint=fingerprint)
+    path.unlink()
+    with pytest.raises(CorruptError, match="found no file"):
+        load_checkpoint(path, fingerprint=fingerprint)
+
+
+def state_of_bytes(data: bytes, tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "copy.pt").write_bytes(data)
+    return torch.load(tmp_path / "copy.pt", weights_only=True)
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (os.environ["KDCACHE_TRAP"],)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDCACHE_TRAP", str(tmp_path / "trapped"))
+    torch.save({"format": "kdcache-checkpoint", "method": Trap()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CorruptError, match="can't be read as one"):
+        load_checkpoint(tmp_path / "checkpoint.pt", fingerprint="0" * 32)
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_a_checkpoint_of_another_cache_is_refused(config: Any) -> None:
+    (run,) = train(config(epochs=1))
+    with pytest.raises(MismatchError, match="field 'fingerprint' differs"):
+        load_checkpoint(Path(run["path"], "last", "checkpoint.pt"), fingerprint="0" * 32)
+
+
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last" / "checkpoint.pt"
+    save_checkpoint(path, {"epoch": 1}, fingerprint="a", root="b")
+    before = path.read_bytes()
+
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(Exception, match="No space left on device; the checkpoint before it is whole"):
+        save_checkpoint(path, {"epoch": 2}, fingerprint="a", root="b")
+    assert path.read_bytes() == before
+    assert [child.name for child in path.parent.iterdir()] == ["checkpoint.pt"]
+
+
+# --- the command ---
+
+
+def test_the_command_prints_one_json_object_on_stdout(folder: Path, tmp_path: Path) -> None:
+    arguments = ["train", str(folder / "cache"), "--student", TINY_VIT, "--out", str(tmp_path), "--epochs", "1", "-b", "4", "-j", "0", "--json"]
+    for key, value in STUDENT_ARGS.items():
+        arguments += ["--model-kwargs", f"{key}={value}"]
+    arguments += ["--set", "temperature=2", "--opt-betas", "0.9", "0.98", "--val", str(folder / "val"), "--lr", "1e-3"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    (run,) = json.loads(result.stdout)["runs"]
+    assert set(run) == {"id", "student", "method", "epochs", "top1", "seconds", "path", "status"}
+    assert f"{run['top1']:.2f}" in result.stderr
+    assert "img/s" in result.stderr
+    recipe = state_of(run)["recipe"]
+    assert (recipe["settings"]["temperature"], recipe["opt_betas"]) == (2.0, [0.9, 0.98])
+
+
+def test_the_command_exits_2_for_usage_and_1_for_problems(folder: Path, tmp_path: Path) -> None:
+    base = ["train", str(folder / "cache"), "--out", str(tmp_path), "--student"]
+    assert CliRunner().invoke(main, [*base, TINY_VIT, "--method", "nope"]).exit_code == 2
+    result = CliRunner().invoke(main, [*base, "no_such_model"])
+    assert result.exit_code == 1
+    assert "knows no such model" in result.output
