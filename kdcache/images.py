@@ -21,7 +21,17 @@ _FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class UnreadableImageError(ValueError):
-    """An image that is skipped; the message is the reason that the record keeps."""
+    """An image that is skipped.
+
+    reason: what the record keeps, the same with every decoder version. detail: what the decoder said, for people.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(reason, detail)
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -33,16 +43,16 @@ def decode_image(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore")  # bombs have our own limit; damaged EXIF data is not looked at
             image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
             if image.width * image.height > MAX_PIXELS:
-                raise UnreadableImageError(f"decompression bomb: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
+                raise UnreadableImageError("decompression bomb", f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
             image.load()
     except Image.DecompressionBombError as error:
-        raise UnreadableImageError(f"decompression bomb: more than {MAX_PIXELS} pixels") from error
+        raise UnreadableImageError("decompression bomb", f"more than {MAX_PIXELS} pixels") from error
     except UnidentifiedImageError as error:
         raise UnreadableImageError("not a JPEG, PNG or WebP image") from error
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, MemoryError) as error:  # what Pillow's decoders raise on damage
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:  # what Pillow's decoders raise on damage
         if isinstance(error, UnreadableImageError):
             raise
-        raise UnreadableImageError(f"damaged image: {type(error).__name__}: {error}"[:200]) from error
+        raise UnreadableImageError("damaged image", f"{type(error).__name__}: {error}"[:200]) from error
     if image.mode.startswith("I"):  # 16-bit grey: convert("RGB") would clip instead of scale
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if image.mode == "P" and "transparency" in image.info:

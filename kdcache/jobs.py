@@ -222,6 +222,7 @@ class ShardJob:
         self.spool = self.store.new_spool()
         self._kept: list[int] = []
         self._skipped: list[Skipped] = []
+        self._details: dict[str, str] = {}
         self._digests: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
         samples = len(self.index.samples)
         self._views_writers = [
@@ -265,7 +266,8 @@ class ShardJob:
                     f"shard {self.index.source.name}: key {sample.key!r}: can't be decoded now ({reason}), it could when the cache was made;"
                     f" install the recorded Pillow version, or make a new cache"
                 )
-            self._skipped.append(Skipped(key=sample.key, index=position, reason=reason))
+            self._skipped.append(Skipped(key=sample.key, index=position, reason=reason.reason))
+            self._details[sample.key] = reason.detail
         rows = [samples[place] for place in block.kept]
         columns = {view: column for column, view in enumerate(block.task.views)}
         self._compare_known(block, rows, columns)
@@ -376,7 +378,9 @@ class ShardJob:
         )
         path = views_record_path(shard, views)
         source = {"path": self.index.source.path, "size": self.index.size, "mtime_ns": self.index.mtime_ns}
-        document, created = create_document(self.store, path, identity, provenance={**provenance, "source": source})
+        document, created = create_document(
+            self.store, path, identity, measured={"skip_details": self._details}, provenance={**provenance, "source": source}
+        )
         self._settle(document.identity.group, group, created, layer="views")
         if (document.identity.rows, document.identity.pixels_by_view) != (identity.rows, identity.pixels_by_view):
             raise DriftError(f"shard {shard}: another run has just recorded other views for it; both must decode alike: compare Pillow versions")

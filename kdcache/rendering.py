@@ -42,7 +42,7 @@ class RenderedBlock:
     task: RenderTask
     kept: list[int]
     """Which of the task's samples have a row."""
-    reasons: dict[int, str]
+    reasons: dict[int, UnreadableImageError]
     """Which have none, and why."""
     pixels: torch.Tensor
     """uint8 (n, V, S, S, 3)"""
@@ -69,7 +69,7 @@ class Renderer(Dataset[RenderedBlock]):
             self._files = ShardFiles()
         plan, num_views = self._plan, len(task.views)
         kept: list[int] = []
-        reasons: dict[int, str] = {}
+        reasons: dict[int, UnreadableImageError] = {}
         pixels = np.empty((len(task.samples), num_views, plan.size, plan.size, 3), np.uint8)
         params = np.empty((len(task.samples), num_views, len(PARAM_FIELDS)), np.int32)
         digests = np.empty((len(task.samples), num_views), np.uint64)
@@ -78,7 +78,7 @@ class Renderer(Dataset[RenderedBlock]):
             try:
                 image = decode_image(data)
             except UnreadableImageError as error:
-                reasons[place] = str(error)
+                reasons[place] = error
                 continue
             row = len(kept)
             for column, view in enumerate(task.views):

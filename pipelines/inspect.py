@@ -94,13 +94,14 @@ def inspect_shard(cache: Cache, shard: str) -> dict[str, Any]:
         for record in layer.records.get(shard, [])
     ]
     keys = cache.keys(shard)
+    details = cache.views[shard][0].measured.get("skip_details", {})
     return {
         "shard": shard,
         "source": cache.views[shard][0].provenance.get("source", {}),
         "member_table": first.member_table,
         "samples": first.samples,
         "rows": first.rows,
-        "skipped": [skip.to_json() for skip in first.skipped],
+        "skipped": [{**skip.to_json(), "detail": details.get(skip.key, "")} for skip in first.skipped],
         "cut": first.cut,
         "views": [[r.identity.views.start, r.identity.views.stop] for r in cache.views[shard]],
         "segments": targets,
@@ -196,7 +197,9 @@ def shard_as_text(facts: Mapping[str, Any]) -> str:
         f"  views        {views}",
         f"  first keys   {', '.join(facts['keys'])}",
     ]
-    lines += [f"  skipped      {skip['key']}: {skip['reason']}" for skip in facts["skipped"]]
+    for skip in facts["skipped"]:
+        detail = f" ({skip['detail']})" if skip["detail"] else ""
+        lines.append(f"  skipped      {skip['key']}: {skip['reason']}{detail}")
     if facts["cut"]:
         lines.append(f"  cut          {facts['cut']}")
     for segment in facts["segments"]:
