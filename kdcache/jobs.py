@@ -49,13 +49,13 @@ from .teacher import Teacher, TeacherTarget
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedTarget:
-    """A target that this run records: what the teacher gives, how it is stored, in how many views."""
+    """A target that this run records: what the teacher gives and how it is stored."""
 
     target: TeacherTarget
     card: Document[TargetIdentity]
     encoding: Encoding
     calibration: Mapping[str, Tensor] | None
-    views: int
+    """Channel statistics of a feature target, None for logits."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,27 +7,35 @@ four overlap, and every queue between them is bounded in bytes. The unit of comm
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from kdcache.cache import Cache, open_cache
 from kdcache.console import human_bytes, human_seconds, say
-from kdcache.errors import KDCacheError, MismatchError, ShardError, TeacherError, UsageError
+from kdcache.errors import KDCacheError, ShardError, TeacherError, UsageError
 from kdcache.format import CacheIdentity, Document, check_teacher_name
 from kdcache.index import is_current, write_index
 from kdcache.plan import POLICIES, Policy, ViewPlan, require_same
 from kdcache.shards import ShardIndex, ShardSource, default_dataset_id, resolve_shards, scan_shard
 from kdcache.store import Store, open_store
 from kdcache.targets import TargetSpec, parse_targets
+from kdcache.teacher_source import default_teacher_name, weight_files
+
+if TYPE_CHECKING:  # these import torch, which a finished run does without
+    from torch import Tensor
+
+    from kdcache.jobs import JobResult, Missing, ShardJob
+    from kdcache.preflight import Preflight
+    from kdcache.rendering import RenderTask
+    from kdcache.teacher import TeacherTarget
 
 DEFAULT_VIEWS = 8
 """Views of a random policy when the user names no number: about 50 suffice for ImageNet logits (research: peers §6)."""
@@ -170,8 +178,6 @@ def _num_views(config: ExtractConfig, specs: Sequence[TargetSpec], plan: ViewPla
 
 def _finished_already(config: ExtractConfig, cache: Cache, sources: Sequence[ShardSource], specs: Sequence[TargetSpec]) -> ExtractSummary | None:
     """The summary, if everything asked for is there already; found without loading torch or scanning a tar that has not changed."""
-    from kdcache.teacher_names import default_teacher_name
-
     layer = cache.teachers.get(config.name or default_teacher_name(config.teacher))
     if layer is None or not _same_weight_files(config, layer.document.provenance):
         return None
@@ -225,27 +231,6 @@ def _unchanged(source: ShardSource, record: Document[Any]) -> bool:
     return bool((stat.st_size, stat.st_mtime_ns) == (remembered.get("size"), remembered.get("mtime_ns")))
 
 
-def weight_files(teacher: str, checkpoint: str | None) -> dict[str, str]:
-    """File name → BLAKE2b-128 of the local files that a teacher's weights come from; empty for weights from the hub."""
-    paths: list[Path] = []
-    if checkpoint is not None:
-        paths = [Path(checkpoint)]
-    elif teacher.startswith("local-dir:"):
-        folder = Path(teacher.partition(":")[2])
-        paths = sorted(path for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".json", ".pth"))
-    digests: dict[str, str] = {}
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                digest = hashlib.blake2b(digest_size=16)
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
-        except OSError as error:
-            raise TeacherError(f"teacher {teacher!r}: {path} can't be read: {error.strerror}") from error
-        digests[path.name] = digest.hexdigest()
-    return digests
-
-
 def _same_weight_files(config: ExtractConfig, provenance: Mapping[str, Any]) -> bool:
     found = weight_files(config.teacher, config.checkpoint)
     if found:
@@ -272,7 +257,6 @@ class _Run:
         from kdcache.commit import ChunkPool
         from kdcache.device import resolve_device
         from kdcache.teacher import load_teacher
-        from kdcache.teacher_names import default_teacher_name
 
         self.config, self.store, self.sources, self.progress = config, store, sources, progress
         self.teacher_name = check_teacher_name(config.name or default_teacher_name(config.teacher))
@@ -324,32 +308,20 @@ class _Run:
 
     # --- before the work: teacher's card, calibration, accuracy, estimate ---
 
-    def _prepare(self, specs: Sequence[TargetSpec], resolved: Mapping[TargetSpec, Any]) -> None:
-        from kdcache.encodings import ChannelStatistics, build_encoding, default_encoding
+    def _prepare(self, specs: Sequence[TargetSpec], resolved: Mapping[TargetSpec, TeacherTarget]) -> None:
+        from kdcache.cards import TargetPlan, create_cards, create_teacher, plan_targets
 
         layer = self.cache.teachers.get(self.teacher_name)
         self.wanted = {resolved[spec].name: spec.views or self.wanted_views for spec in specs}
+        plans: list[TargetPlan] = plan_targets(resolved, layer, teacher_name=self.teacher_name)
         self.pending = [source for source in self.sources if not self._is_complete(source)]
-        encodings: dict[str, Any] = {}
-        for spec in specs:
-            target = resolved[spec]
-            card = layer.targets.get(target.name) if layer is not None else None
-            name = spec.encoding or (card.identity.encoding if card is not None else default_encoding(target.kind))
-            encodings[target.name] = build_encoding(target.kind, name, target.shape)
-            if card is not None and card.identity.encoding != name:
-                raise MismatchError(
-                    f"target {target.name!r} of teacher {self.teacher_name!r}",
-                    "encoding",
-                    expected=card.identity.encoding,
-                    found=name,
-                    remedy="a target has one encoding a cache: leave it out, or record under another --name",
-                )
-        targets = {resolved[spec].name: resolved[spec] for spec in specs}
-        new_features = [t for t in targets.values() if t.kind == "features" and (layer is None or t.name not in layer.targets)]
-        statistics = {target.name: ChannelStatistics() for target in new_features}
-        if self.pending or new_features:
-            self._preflight(list(targets.values()), statistics, CALIBRATION_VIEWS if new_features else ACCURACY_VIEWS)
-        self._create_cards(targets, encodings, {name: one.result() for name, one in statistics.items()})
+        statistics: dict[str, dict[str, Tensor]] = {}
+        uncalibrated = [plan.target for plan in plans if plan.needs_statistics]
+        if self.pending or uncalibrated:
+            statistics = self._preflight([plan.target for plan in plans], uncalibrated)
+        provenance = {"source": self.config.teacher, "weight_files": weight_files(self.config.teacher, self.config.checkpoint)}
+        self.teacher_document = create_teacher(self.store, self.teacher_name, self.teacher.identity, provenance=provenance)
+        self.recorded = create_cards(self.store, self.teacher_name, plans, statistics)
 
     def _is_complete(self, source: ShardSource) -> bool:
         records = self.cache.views.get(source.name)
@@ -359,7 +331,7 @@ class _Run:
             return False  # scanned again, and refused if its members differ
         return not self._missing(source.name)
 
-    def _missing(self, shard: str) -> Any:
+    def _missing(self, shard: str) -> Missing:
         from kdcache.jobs import find_missing
 
         layer = self.cache.teachers.get(self.teacher_name)
@@ -372,145 +344,50 @@ class _Run:
             self._indexes[source.name] = scan_shard(source)
         return self._indexes[source.name]
 
-    def _preflight(self, targets: Sequence[Any], statistics: Mapping[str, Any], num_views: int) -> None:
-        """Run the teacher on view 0 of the first samples: calibration, its accuracy, and how long a view takes."""
-        views, labels = self._first_views(num_views)
-        num_classes = self.teacher.identity.num_classes
-        scored = [t for t in targets if t.kind == "logits"]
-        correct = labelled = 0
-        seconds: list[float] = []
-        for start in range(0, len(views), self.config.batch_size):
-            batch = views[start : start + self.config.batch_size]
-            begin = time.perf_counter()
-            values = self.teacher(batch, targets)
-            if scored:
-                guesses = values["logits"]["logits"].argmax(dim=1).cpu().tolist()
-                some = [(label, guess) for label, guess in zip(labels[start:], guesses, strict=False) if 0 <= label < num_classes]
-                labelled += len(some)
-                correct += sum(label == guess for label, guess in some)
-            for name, one in statistics.items():
-                one.update(values[name])
-            seconds.append((time.perf_counter() - begin) / len(batch))
-        self.seconds_per_view = float(np.median(seconds))
+    def _preflight(self, targets: Sequence[TeacherTarget], uncalibrated: Sequence[TeacherTarget]) -> dict[str, dict[str, Tensor]]:
+        """Run the teacher on view 0 of the first samples; its channel statistics for targets that have none yet.
+
+        Raises TeacherError for an accuracy below what the user expects.
+        """
+        from kdcache.preflight import first_views, run_preflight
+
+        views, labels = first_views(self.cache.plan, self.sources, self._scan, CALIBRATION_VIEWS if uncalibrated else ACCURACY_VIEWS)
+        found = run_preflight(self.teacher, targets, uncalibrated, views, labels, batch_size=self.config.batch_size)
         if self.progress:
-            self._say_estimate(targets)
-        self._check_accuracy(bool(scored), correct, labelled, labels)
+            self._say_estimate(targets, found.seconds_per_view)
+        if any(target.kind == "logits" for target in targets):
+            self._check_accuracy(found)
+        return found.statistics
 
-    def _first_views(self, count: int) -> tuple[Any, list[int]]:
-        import torch
-
-        from kdcache.images import UnreadableImageError, decode_image
-        from kdcache.shards import ShardFiles
-        from kdcache.views import draw, render
-
-        plan, files = self.cache.plan, ShardFiles()
-        views: list[np.ndarray[Any, Any]] = []
-        labels: list[int] = []
-        for source in self.sources:
-            try:
-                index = self._scan(source)
-            except ShardError:
-                continue  # reported when its turn comes
-            for sample in index.samples:
-                if sample.problem is not None:
-                    continue
-                try:
-                    image = decode_image(files.read(source, sample.key, sample.image_offset, sample.image_size))
-                except UnreadableImageError:
-                    continue
-                views.append(render(image, draw(plan, source.name, sample.key, 0, image.size)))
-                labels.append(sample.label)
-                if len(views) == count:
-                    return torch.from_numpy(np.stack(views)), labels
-        if not views:
-            raise ShardError(f"no sample of the {len(self.sources)} shards can be decoded; the first is {self.sources[0].path}; look at its images")
-        return torch.from_numpy(np.stack(views)), labels
-
-    def _check_accuracy(self, has_logits: bool, correct: int, labelled: int, labels: Sequence[int]) -> None:
-        if not has_logits:
-            return
-        num_classes = self.teacher.identity.num_classes
-        beyond = [label for label in labels if label >= num_classes]
-        if beyond:
+    def _check_accuracy(self, found: Preflight) -> None:
+        wanted, num_classes = self.config.min_teacher_top1, self.teacher.identity.num_classes
+        if found.highest_label >= num_classes:
             say(
-                f"the teacher has {num_classes} classes, labels reach {max(beyond)}: its classes are not the dataset's; only losses that"
-                f" need no label match apply"
+                f"the teacher has {num_classes} classes, labels reach {found.highest_label}: its classes are not the dataset's; only losses"
+                f" that need no label match apply"
             )
-        if not labelled:
-            if self.config.min_teacher_top1:
+        if not found.labelled:
+            if wanted:
                 raise UsageError("--min-teacher-top1: none of the first samples has a label of the teacher's classes; leave the option out")
             return
-        top1 = 100 * correct / labelled
+        top1 = 100 * found.correct / found.labelled
         if self.progress:
-            say(f"teacher: {top1:.1f} % top-1 on the first {labelled} labelled views")
-        if top1 < self.config.min_teacher_top1:
+            say(f"teacher: {top1:.1f} % top-1 on the first {found.labelled} labelled views")
+        if top1 < wanted:
             raise TeacherError(
-                f"teacher {self.config.teacher}: {top1:.1f} % top-1 on the first {labelled} labelled views, expected at least"
-                f" {self.config.min_teacher_top1:g} %; check its normalisation, its class order and the labels; nothing was extracted"
+                f"teacher {self.config.teacher}: {top1:.1f} % top-1 on the first {found.labelled} labelled views, expected at least"
+                f" {wanted:g} %; check its normalisation, its class order and the labels; nothing was extracted"
             )
 
-    def _say_estimate(self, targets: Sequence[Any]) -> None:
-        known = list(self._indexes.values())
-        samples_per_byte = sum(len(index.samples) for index in known) / max(1, sum(index.size for index in known))
-        samples = round(sum(os.path.getsize(source.path) for source in self.pending) * samples_per_byte)
+    def _say_estimate(self, targets: Sequence[TeacherTarget], seconds_per_view: float) -> None:
+        samples = self._estimated_samples()
         views = max(self.wanted.values())
         passes = max(self.wanted[target.name] for target in targets)
         say(
             f"{len(self.pending)} of {len(self.sources)} shards to do: about {samples:,} samples x {views} views;"
-            f" the teacher needs about {human_seconds(samples * passes * self.seconds_per_view)} ({1e3 * self.seconds_per_view:.1f} ms a view)"
+            f" the teacher needs about {human_seconds(samples * passes * seconds_per_view)} ({1e3 * seconds_per_view:.1f} ms a view)"
         )
         say(f"break-even: a student trained online for E epochs costs E teacher passes an image, this cache {passes} for all of them")
-
-    def _create_cards(self, targets: Mapping[str, Any], encodings: Mapping[str, Any], statistics: Mapping[str, Mapping[str, Any]]) -> None:
-        """teacher.json and the targets' cards, each created if absent; the loser of a race goes on with the winner's."""
-        from kdcache.cache import read_calibration
-        from kdcache.commit import create_document
-        from kdcache.format import TargetIdentity, target_path, teacher_path
-        from kdcache.jobs import RecordedTarget
-
-        provenance = {"source": self.config.teacher, "weight_files": weight_files(self.config.teacher, self.config.checkpoint)}
-        document, _ = create_document(self.store, teacher_path(self.teacher_name), self.teacher.identity, provenance=provenance)
-        require_same(f"teacher {self.teacher_name!r}", document.identity, self.teacher.identity, remedy="pass another --name")
-        self.teacher_document = document
-        self.documents = {**self.cache.documents, teacher_path(self.teacher_name): document}
-        self.recorded: dict[str, RecordedTarget] = {}
-        for name, target in targets.items():
-            encoding, path, shape = encodings[name], target_path(self.teacher_name, name), target.shape
-            card = self.documents.get(path)
-            if card is None:
-                calibration = self._store_calibration(name, statistics[name]) if name in statistics else None
-                is_features = target.kind == "features"
-                identity = TargetIdentity(
-                    name=name,
-                    kind=target.kind,
-                    node=target.node,
-                    encoding=encoding.name,
-                    num_classes=None if is_features else shape.num_classes,
-                    channels=shape.channels if is_features else None,
-                    grid=shape.grid if is_features else None,
-                    prefix_tokens=shape.prefix_tokens if is_features else None,
-                    components=encoding.components(),
-                    calibration=calibration,
-                )
-                card, _ = create_document(self.store, path, identity)
-                require_same(f"target {name!r}", card.identity, identity, remedy="another run has just recorded it otherwise; pass another --name")
-                self.documents[path] = card
-            tensors = read_calibration(self.store, self.teacher_name, card.identity) if card.identity.calibration is not None else None
-            if tensors is not None:
-                encoding.load_calibration(tensors)
-            self.recorded[name] = RecordedTarget(target=target, card=card, encoding=encoding, calibration=tensors, views=self.wanted[name])
-
-    def _store_calibration(self, target: str, statistics: Mapping[str, Any]) -> Any:
-        """Create the calibration file if absent; size and digest of the one that is there now."""
-        import safetensors.torch
-
-        from kdcache.format import DigestField, calibration_path
-        from kdcache.plan import blake2b_128
-
-        path = calibration_path(self.teacher_name, target)
-        self.store.put_new(path, safetensors.torch.save(dict(statistics)))
-        data = self.store.get(path, max_size=1 << 30)
-        return DigestField(size=len(data), digest=blake2b_128(data))
 
     # --- the work ---
 
@@ -518,8 +395,8 @@ class _Run:
         """Do every pending shard, write the index, sum up."""
         self.store.sweep_spools()
         self.committed: dict[str, np.ndarray[Any, Any]] = {}
-        self.jobs: dict[int, Any] = {}
-        total = self._estimated_views()
+        self.jobs: dict[int, ShardJob] = {}
+        total = self._estimated_samples() * max(self.wanted.values())
         try:
             with tqdm(total=total, unit="view", desc="extract", disable=not self.progress or not self.pending) as bar:
                 self._work(bar)
@@ -535,15 +412,16 @@ class _Run:
         self._sum_up()
         return self.summary
 
-    def _estimated_views(self) -> int:
-        known = list(self._indexes.values())
-        per_byte = sum(len(index.samples) for index in known) / max(1, sum(index.size for index in known))
-        return round(sum(os.path.getsize(source.path) for source in self.pending) * per_byte) * max(self.wanted.values())
+    def _estimated_samples(self) -> int:
+        """Samples of the pending shards, from the sizes of their tars and what the scanned ones hold a byte."""
+        scanned = list(self._indexes.values())
+        per_byte = sum(len(index.samples) for index in scanned) / max(1, sum(index.size for index in scanned))
+        return round(sum(os.path.getsize(source.path) for source in self.pending) * per_byte)
 
     def _work(self, bar: Any) -> None:
         from kdcache.rendering import rendered_blocks
 
-        committing: Future[Any] | None = None
+        committing: Future[JobResult] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="kdcache-commit") as committer:
             for block in rendered_blocks(self.cache.plan, self._tasks(), num_workers=self.num_workers):
                 job = self.jobs[block.task.job]
@@ -566,13 +444,12 @@ class _Run:
         bar.total = bar.n
         bar.refresh()
 
-    def _settle(self, result: Any) -> None:
-        self.documents |= result.documents
+    def _settle(self, result: JobResult) -> None:
         self.summary.bytes += result.size_bytes
         shard = next(iter(result.documents.values())).identity.shard
         self.committed[shard] = result.table
 
-    def _tasks(self) -> Iterator[Any]:
+    def _tasks(self) -> Iterator[RenderTask]:
         """Render tasks of every pending shard in order. Drawn from by the loader, in this process, as workers become free."""
         from kdcache.jobs import ShardJob, check_same_tar
         from kdcache.rendering import samples_per_task

@@ -1,6 +1,6 @@
 """Distillation methods: one a file, under the interface of `base`. Chosen by name in train, built around a student.
 
-    method = kdcache.methods.build("kd", student=model, cache=cache, settings={"temperature": 2.0})
+method = kdcache.methods.build("kd", student=model, cache=cache, settings={"temperature": 2.0})
 """
 
 from __future__ import annotations

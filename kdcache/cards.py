@@ -1,0 +1,110 @@
+"""The cards of a teacher and its targets: created if absent, so that of several runs one makes them and all go on with them.
+
+A target's calibration file is created before its card, and the card holds the digest of whatever file is then there: the loser
+of that race uses the winner's statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from .cache import TeacherLayer, read_calibration
+from .commit import create_document
+from .encodings import Encoding, build_encoding, default_encoding
+from .errors import MismatchError
+from .format import DigestField, Document, TargetIdentity, TeacherIdentity, calibration_path, target_path, teacher_path
+from .jobs import RecordedTarget
+from .plan import blake2b_128, require_same
+from .store import Store
+from .targets import TargetSpec
+from .teacher import TeacherTarget
+
+_MAX_CALIBRATION_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetPlan:
+    """A target to be recorded: its encoding, and its card if the cache has one."""
+
+    target: TeacherTarget
+    encoding: Encoding
+    card: Document[TargetIdentity] | None
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Every feature target has channel statistics: encodings may need them, and `z_l2` does."""
+        return self.card is None and self.target.kind == "features"
+
+
+def plan_targets(resolved: Mapping[TargetSpec, TeacherTarget], layer: TeacherLayer | None, *, teacher_name: str) -> list[TargetPlan]:
+    """Choose each target's encoding: as asked, else as in the cache, else the default. Raises MismatchError, UsageError."""
+    plans: list[TargetPlan] = []
+    for spec, target in resolved.items():
+        card = layer.targets.get(target.name) if layer is not None else None
+        name = spec.encoding or (card.identity.encoding if card is not None else default_encoding(target.kind))
+        encoding = build_encoding(target.kind, name, target.shape)
+        if card is not None and card.identity.encoding != name:
+            raise MismatchError(
+                f"target {target.name!r} of teacher {teacher_name!r}",
+                "encoding",
+                expected=card.identity.encoding,
+                found=name,
+                remedy="a target has one encoding a cache: leave it out, or record under another --name",
+            )
+        plans.append(TargetPlan(target=target, encoding=encoding, card=card))
+    return plans
+
+
+def create_teacher(store: Store, name: str, identity: TeacherIdentity, *, provenance: Mapping[str, Any]) -> Document[TeacherIdentity]:
+    """teacher.json as it is now. Raises MismatchError if another run has just recorded another model under this name."""
+    document, _ = create_document(store, teacher_path(name), identity, provenance=provenance)
+    require_same(f"teacher {name!r}", document.identity, identity, remedy="pass another --name")
+    return document
+
+
+def create_cards(
+    store: Store, teacher_name: str, plans: Sequence[TargetPlan], statistics: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, RecordedTarget]:
+    """Target name → target with its card and calibrated encoding. statistics: of every target that `needs_statistics`."""
+    recorded: dict[str, RecordedTarget] = {}
+    for plan in plans:
+        name = plan.target.name
+        card = plan.card or _create_card(store, teacher_name, plan, statistics.get(name))
+        tensors = read_calibration(store, teacher_name, card.identity) if card.identity.calibration is not None else None
+        if tensors is not None:
+            plan.encoding.load_calibration(tensors)
+        recorded[name] = RecordedTarget(target=plan.target, card=card, encoding=plan.encoding, calibration=tensors)
+    return recorded
+
+
+def _create_card(store: Store, teacher_name: str, plan: TargetPlan, statistics: Mapping[str, Tensor] | None) -> Document[TargetIdentity]:
+    target, shape = plan.target, plan.target.shape
+    is_features = target.kind == "features"
+    identity = TargetIdentity(
+        name=target.name,
+        kind=target.kind,
+        node=target.node,
+        encoding=plan.encoding.name,
+        num_classes=None if is_features else shape.num_classes,
+        channels=shape.channels if is_features else None,
+        grid=shape.grid if is_features else None,
+        prefix_tokens=shape.prefix_tokens if is_features else None,
+        components=plan.encoding.components(),
+        calibration=_store_calibration(store, teacher_name, target.name, statistics) if statistics is not None else None,
+    )
+    card, _ = create_document(store, target_path(teacher_name, target.name), identity)
+    require_same(f"target {target.name!r}", card.identity, identity, remedy="another run has just recorded it otherwise; pass another --name")
+    return card
+
+
+def _store_calibration(store: Store, teacher_name: str, target: str, statistics: Mapping[str, Tensor]) -> DigestField:
+    """Create the calibration file if absent; size and digest of the one that is there now."""
+    path = calibration_path(teacher_name, target)
+    store.put_new(path, safetensors.torch.save(dict(statistics)))
+    data = store.get(path, max_size=_MAX_CALIBRATION_BYTES)
+    return DigestField(size=len(data), digest=blake2b_128(data))

@@ -1,0 +1,101 @@
+"""Before hours are spent: the teacher on view 0 of the first samples. Gives channel statistics, its accuracy, and seconds a view."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .encodings import ChannelStatistics
+from .errors import ShardError
+from .images import UnreadableImageError, decode_image
+from .plan import ViewPlan
+from .shards import ShardFiles, ShardIndex, ShardSource
+from .teacher import Teacher, TeacherTarget
+from .views import draw, render
+
+MAX_BYTES = 512 << 20
+"""Views held at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """What the first views showed."""
+
+    statistics: dict[str, dict[str, Tensor]]
+    """Target name → `ChannelStatistics.result`, for the targets that were asked for."""
+    correct: int
+    labelled: int
+    """Views with a label of the teacher's classes; of these `correct` were classified right."""
+    highest_label: int
+    seconds_per_view: float
+
+
+def first_views(plan: ViewPlan, sources: Sequence[ShardSource], scan: Callable[[ShardSource], ShardIndex], count: int) -> tuple[Tensor, list[int]]:
+    """View 0 of the first `count` readable samples (fewer if there are no more, or they are large), and their labels.
+
+    Returns uint8 (n, S, S, 3) and n labels. A shard that can't be scanned is passed over: its turn comes. Raises ShardError if
+    no sample can be decoded.
+    """
+    files = ShardFiles()
+    count = max(1, min(count, MAX_BYTES // (3 * plan.size * plan.size)))
+    views: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+    labels: list[int] = []
+    for source in sources:
+        try:
+            samples = [sample for sample in scan(source).samples if sample.problem is None]
+        except ShardError:
+            continue
+        for sample in samples:
+            if len(views) == count:
+                return torch.from_numpy(np.stack(views)), labels
+            try:
+                image = decode_image(files.read(source, sample.key, sample.image_offset, sample.image_size))
+            except UnreadableImageError:
+                continue
+            views.append(render(image, draw(plan, source.name, sample.key, 0, image.size)))
+            labels.append(sample.label)
+    if not views:
+        raise ShardError(f"no sample of the {len(sources)} shards can be decoded; the first is {sources[0].path}; look at its images")
+    return torch.from_numpy(np.stack(views)), labels
+
+
+def run_preflight(
+    teacher: Teacher,
+    targets: Sequence[TeacherTarget],
+    uncalibrated: Sequence[TeacherTarget],
+    views_BHWC: Tensor,
+    labels: Sequence[int],
+    *,
+    batch_size: int,
+) -> Preflight:
+    """Run the teacher over the views in batches. uncalibrated: the feature targets to gather statistics of."""
+    num_classes = teacher.identity.num_classes
+    statistics = {target.name: ChannelStatistics() for target in uncalibrated}
+    correct = labelled = 0
+    seconds: list[float] = []
+    for start in range(0, len(views_BHWC), batch_size):
+        batch = views_BHWC[start : start + batch_size]
+        begin = time.perf_counter()
+        values = teacher(batch, targets)
+        if "logits" in values:
+            guesses = values["logits"]["logits"].argmax(dim=1).cpu().tolist()
+            scored = [(label, guess) for label, guess in zip(labels[start : start + batch_size], guesses, strict=True) if 0 <= label < num_classes]
+            labelled += len(scored)
+            correct += sum(label == guess for label, guess in scored)
+        for name, one in statistics.items():
+            one.update(values[name])
+        seconds.append((time.perf_counter() - begin) / len(batch))
+    return Preflight(
+        statistics={name: one.result() for name, one in statistics.items()},
+        correct=correct,
+        labelled=labelled,
+        highest_label=max(labels),
+        seconds_per_view=median(seconds),
+    )
