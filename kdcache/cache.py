@@ -6,6 +6,7 @@ when they are read. Nothing here needs the teacher.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 INDEX_CACHE_BYTES = 128 << 20
 """Shard indexes kept in memory, per process."""
+KEY_CACHE_BYTES = 64 << 20
+"""Sample keys kept in memory, per process, counted at 150 bytes each."""
 _MAX_CALIBRATION_BYTES = 1 << 30
 
 RowNumbers: TypeAlias = Sequence[int] | np.ndarray[Any, Any]
@@ -94,8 +97,7 @@ class Cache:
         self._given_sources = dict(sources)
         self._readers: ByteLRU[tuple[str, str], ArrayReader] = ByteLRU(INDEX_CACHE_BYTES)
         self._files = ShardFiles()
-        self._keys: dict[str, list[str]] = {}
-        self._row_numbers: dict[str, dict[str, int]] = {}
+        self._keys: ByteLRU[str, dict[str, int]] = ByteLRU(KEY_CACHE_BYTES)
         self.document: Document[CacheIdentity] = documents["cache.json"]
         self.views: dict[str, list[Document[ViewsIdentity]]] = {}
         self.teachers: dict[str, TeacherLayer] = {}
@@ -166,9 +168,9 @@ class Cache:
 
     @property
     def all_shards(self) -> list[str]:
-        """Shards that the cache was begun with or has, sorted: done or not."""
-        remembered = [str(entry["name"]) for entry in self.document.provenance.get("shards", [])]
-        return sorted({*remembered, *self.views})
+        """Shards that any run was asked for, sorted: done or not."""
+        asked = [document.identity.shards for document in self.documents.values() if document.kind == "source"]
+        return sorted({*self.views, *(shard for shards in asked for shard in shards)})
 
     def target_views(self, teacher: str, target: str) -> int:
         """Views of a target that every shard has, counted from 0."""
@@ -202,11 +204,18 @@ class Cache:
         """Shard → int64 (samples, 4): offset, size, label, skip in tar order; from the index, or from the views groups."""
         tables: dict[str, np.ndarray[Any, Any]] = {}
         if self._index is not None:
-            tables = {shard: table for shard, table in read_table(self.store, self._index).items() if shard in self.views}
+            with contextlib.suppress(MissingError):  # replaced by a writer, or gone: the groups say the same
+                tables = {shard: table for shard, table in read_table(self.store, self._index).items() if self._is_indexed(shard)}
         for shard, records in self.views.items():
             if shard not in tables or len(tables[shard]) != records[0].identity.samples:
                 tables[shard] = self.table_from_group(records[0].identity)
         return tables
+
+    def _is_indexed(self, shard: str) -> bool:
+        """Whether the index's table speaks of the views records that are there now."""
+        assert self._index is not None
+        current = {path for path, document in self.documents.items() if document.kind == "views" and document.identity.shard == shard}
+        return bool(current) and all(self._index.documents.get(path) == self.documents[path] for path in current)
 
     def table_from_group(self, record: ViewsIdentity) -> np.ndarray[Any, Any]:
         """A shard's part of the numeric table, from its views group."""
@@ -238,28 +247,42 @@ class Cache:
 
     def keys(self, shard: str) -> list[str]:
         """The shard's sample keys in row order."""
-        if shard not in self._keys:
-            record = self.views_record(shard, 0)
-            ends = self._views_reader(record, "keys/ends").read(0, np.arange(record.rows))
-            total = int(ends[-1]) if len(ends) else 0
-            if (np.diff(ends, prepend=0) < 0).any() or total > 1 << 30:
-                raise CorruptError(f"{self.store.url}: shard {shard}: key ends are not increasing")
-            data = self._reader("views", record.group, key_bytes_spec(total), total).read(0, np.arange(total))
-            self._keys[shard] = arrays_to_keys(data, ends)
-        return self._keys[shard]
+        return list(self._key_rows(shard))
+
+    def _key_rows(self, shard: str) -> dict[str, int]:
+        """Key → row, in row order."""
+        return self._keys.get_or(shard, lambda: self._read_keys(shard), lambda keys: 150 * len(keys))
+
+    def _read_keys(self, shard: str) -> dict[str, int]:
+        record = self.views_record(shard, 0)
+        ends = self._views_reader(record, "keys/ends").read(0, np.arange(record.rows))
+        total = int(ends[-1]) if len(ends) else 0
+        if (np.diff(ends, prepend=0) < 0).any() or total > 1 << 30:
+            raise CorruptError(f"{self.store.url}: shard {shard}: key ends are not increasing; run 'kdcache verify' on the cache")
+        data = self._reader("views", record.group, key_bytes_spec(total), total).read(0, np.arange(total))
+        return {key: row for row, key in enumerate(arrays_to_keys(data, ends))}
 
     def row_of(self, shard: str, key: str) -> int:
         """The row of a key. Raises MissingError, saying why if the sample was skipped."""
-        if shard not in self._row_numbers:
-            self._row_numbers[shard] = {name: row for row, name in enumerate(self.keys(shard))}
-        row = self._row_numbers[shard].get(key)
-        if row is not None:
-            return row
+        rows = self._key_rows(shard)
+        if key in rows:
+            return rows[key]
         for skip in self.views_record(shard, 0).skipped:
             if skip.key == key:
                 raise MissingError(f"shard {shard}: key {key!r} was skipped when the cache was made: {skip.reason}")
-        near = ", ".join(repr(name) for name in self.keys(shard)[:3])
-        raise MissingError(f"shard {shard}: no key {key!r}; the shard has {len(self.keys(shard))} keys, the first are {near}")
+        near = ", ".join(repr(name) for name in list(rows)[:3])
+        raise MissingError(f"shard {shard}: no key {key!r}; the shard has {len(rows)} keys, the first are {near}")
+
+    def close(self) -> None:
+        """Close the files that reading keeps open; the cache can still be used."""
+        self.store.close()
+        self._files.close()
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
 
     def views_record(self, shard: str, view: int) -> ViewsIdentity:
         """The views record that holds this view of the shard. Raises MissingError."""
@@ -425,7 +448,10 @@ def read_calibration(store: Store, teacher: str, card: TargetIdentity) -> dict[s
 
 
 def document_problems(cache: Cache) -> list[tuple[str, str, str]]:
-    """What documents say of each other and do not agree on: (kind of problem, text, shard). Empty for a sound cache."""
+    """What documents say of each other and do not agree on: (kind of problem, text, shard). Empty for a sound cache.
+
+    kind is 'plan', 'teacher', or 'missing' for targets without their views: that one an extraction mends.
+    """
     problems: list[tuple[str, str, str]] = []
     for shard, records in cache.views.items():
         first = records[0].identity
@@ -438,33 +464,34 @@ def document_problems(cache: Cache) -> list[tuple[str, str, str]]:
     for name, layer in cache.teachers.items():
         for shard, targets_records in layer.records.items():
             for targets_document in targets_records:
-                problems += [("teacher", text, shard) for text in _targets_problems(cache, name, layer, targets_document.identity)]
+                problems += [(kind, text, shard) for kind, text in _targets_problems(cache, name, layer, targets_document.identity)]
     return problems
 
 
-def _targets_problems(cache: Cache, name: str, layer: TeacherLayer, record: TargetsIdentity) -> list[str]:
+def _targets_problems(cache: Cache, name: str, layer: TeacherLayer, record: TargetsIdentity) -> list[tuple[str, str]]:
     shard = record.shard
-    problems: list[str] = []
+    found: list[str] = []
     if record.teacher != layer.document.identity_digest:
-        problems.append(
+        found.append(
             f"shard {shard}: a record of teacher {name!r} was made by a teacher with identity {record.teacher}, expected {layer.document.identity_digest}"
         )
     for target, digest in record.targets.items():
         card = layer.targets.get(target)
         if card is None or card.identity_digest != digest:
-            problems.append(f"shard {shard}: teacher {name!r}, target {target!r}: the record names a card that is not there")
+            found.append(f"shard {shard}: teacher {name!r}, target {target!r}: the record names a card that is not there")
     try:
         views = [cache.views_record(shard, view) for view in range(record.views.start, record.views.stop)]
     except CacheError as error:
-        return [*problems, f"shard {shard}: teacher {name!r} has targets of views that are not there: {error}"]
+        text = f"shard {shard}: teacher {name!r} has targets of views that are not there ({error})"
+        return [("missing", text), *(("teacher", one) for one in found)]
     pixels = {view: one.pixels_by_view[view - one.views.start] for view, one in enumerate(views, start=record.views.start)}
     if (record.rows, record.samples, record.member_table) != (
         views[0].rows,
         views[0].samples,
         views[0].member_table,
     ) or record.pixels != digest_of_pixels(pixels):
-        problems.append(f"shard {shard}: teacher {name!r} saw other rows or pixels than the views record holds")
-    return problems
+        found.append(f"shard {shard}: teacher {name!r} saw other rows or pixels than the views record holds")
+    return [("teacher", one) for one in found]
 
 
 def open_cache(path: str | os.PathLike[str], *, data: str | os.PathLike[str] | Sequence[str] | None = None) -> Cache:
@@ -481,6 +508,25 @@ def open_cache(path: str | os.PathLike[str], *, data: str | os.PathLike[str] | S
         for document in layer.targets.values():
             if document.identity.calibration is not None:
                 calibration = calibration_path(name, document.identity.name)
+                if store.size(calibration) is None:
+                    raise MissingError(f"{store.url}/{calibration} is missing; {_CALIBRATION_REMEDY}")
                 if blake2b_128(store.get(calibration, max_size=_MAX_CALIBRATION_BYTES)) != document.identity.calibration.digest:
-                    raise CorruptError(f"{store.url}/{calibration}: bytes were changed; expected digest {document.identity.calibration.digest}")
+                    raise CorruptError(f"{store.url}/{calibration}: bytes were changed; delete the file, then {_CALIBRATION_REMEDY}")
+    return cache
+
+
+_CALIBRATION_REMEDY = "run 'kdcache extract' again with the same teacher, batch size and device to compute it again; it must come out the same"
+
+
+def open_to_write(path: str | os.PathLike[str]) -> Cache:
+    """Open a cache to add to it: every document is read itself, and what an extraction mends is no error.
+
+    That is a damaged or missing index, a missing calibration file, and targets whose views are gone. Raises as `open_cache` for the rest.
+    """
+    store = open_store(path)
+    documents, _ = load_documents(store, use_index=False)
+    cache = Cache(store, documents, None, sources={}, check=False)
+    for kind, text, _shard in document_problems(cache):
+        if kind != "missing":
+            raise CorruptError(f"{store.url}: {text}; run 'kdcache verify' on the cache")
     return cache

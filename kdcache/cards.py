@@ -16,7 +16,7 @@ from torch import Tensor
 from .cache import TeacherLayer, read_calibration
 from .commit import create_document
 from .encodings import Encoding, build_encoding, default_encoding
-from .errors import MismatchError
+from .errors import CorruptError, MismatchError
 from .format import DigestField, Document, TargetIdentity, TeacherIdentity, calibration_path, target_path, teacher_path
 from .jobs import RecordedTarget
 from .plan import blake2b_128, require_same
@@ -34,14 +34,13 @@ class TargetPlan:
     target: TeacherTarget
     encoding: Encoding
     card: Document[TargetIdentity] | None
+    requested: str
+    """The target's name as the user wrote it, e.g. with a negative node."""
+    needs_statistics: bool
+    """Every feature target has channel statistics: encodings may need them, and `z_l2` does. False if they are there."""
 
-    @property
-    def needs_statistics(self) -> bool:
-        """Every feature target has channel statistics: encodings may need them, and `z_l2` does."""
-        return self.card is None and self.target.kind == "features"
 
-
-def plan_targets(resolved: Mapping[TargetSpec, TeacherTarget], layer: TeacherLayer | None, *, teacher_name: str) -> list[TargetPlan]:
+def plan_targets(store: Store, resolved: Mapping[TargetSpec, TeacherTarget], layer: TeacherLayer | None, *, teacher_name: str) -> list[TargetPlan]:
     """Choose each target's encoding: as asked, else as in the cache, else the default. Raises MismatchError, UsageError."""
     plans: list[TargetPlan] = []
     for spec, target in resolved.items():
@@ -56,7 +55,9 @@ def plan_targets(resolved: Mapping[TargetSpec, TeacherTarget], layer: TeacherLay
                 found=name,
                 remedy="a target has one encoding a cache: leave it out, or record under another --name",
             )
-        plans.append(TargetPlan(target=target, encoding=encoding, card=card))
+        calibrated = card is not None and store.size(calibration_path(teacher_name, target.name)) is not None
+        needs_statistics = target.kind == "features" and not calibrated
+        plans.append(TargetPlan(target=target, encoding=encoding, card=card, requested=spec.name, needs_statistics=needs_statistics))
     return plans
 
 
@@ -74,7 +75,8 @@ def create_cards(
     recorded: dict[str, RecordedTarget] = {}
     for plan in plans:
         name = plan.target.name
-        card = plan.card or _create_card(store, teacher_name, plan, statistics.get(name))
+        calibration = _store_calibration(store, teacher_name, name, statistics[name], plan.card) if name in statistics else None
+        card = plan.card or _create_card(store, teacher_name, plan, calibration)
         tensors = read_calibration(store, teacher_name, card.identity) if card.identity.calibration is not None else None
         if tensors is not None:
             plan.encoding.load_calibration(tensors)
@@ -82,7 +84,7 @@ def create_cards(
     return recorded
 
 
-def _create_card(store: Store, teacher_name: str, plan: TargetPlan, statistics: Mapping[str, Tensor] | None) -> Document[TargetIdentity]:
+def _create_card(store: Store, teacher_name: str, plan: TargetPlan, calibration: DigestField | None) -> Document[TargetIdentity]:
     target, shape = plan.target, plan.target.shape
     is_features = target.kind == "features"
     identity = TargetIdentity(
@@ -95,16 +97,24 @@ def _create_card(store: Store, teacher_name: str, plan: TargetPlan, statistics: 
         grid=shape.grid if is_features else None,
         prefix_tokens=shape.prefix_tokens if is_features else None,
         components=plan.encoding.components(),
-        calibration=_store_calibration(store, teacher_name, target.name, statistics) if statistics is not None else None,
+        calibration=calibration,
     )
-    card, _ = create_document(store, target_path(teacher_name, target.name), identity)
+    card, _ = create_document(store, target_path(teacher_name, target.name), identity, provenance={"requested": plan.requested})
     require_same(f"target {target.name!r}", card.identity, identity, remedy="another run has just recorded it otherwise; pass another --name")
     return card
 
 
-def _store_calibration(store: Store, teacher_name: str, target: str, statistics: Mapping[str, Tensor]) -> DigestField:
-    """Create the calibration file if absent; size and digest of the one that is there now."""
+def _store_calibration(
+    store: Store, teacher_name: str, target: str, statistics: Mapping[str, Tensor], card: Document[TargetIdentity] | None
+) -> DigestField:
+    """Create the calibration file if absent; size and digest of the one that is there now. Raises CorruptError if a card wants another."""
     path = calibration_path(teacher_name, target)
-    store.put_new(path, safetensors.torch.save(dict(statistics)))
+    new = safetensors.torch.save(dict(statistics))
+    if card is not None and card.identity.calibration is not None and blake2b_128(new) != card.identity.calibration.digest:
+        raise CorruptError(
+            f"{store.url}/{path} is missing, and comes out otherwise now (expected digest {card.identity.calibration.digest}, found"
+            f" {blake2b_128(new)}); use the batch size and device that it was made with, or record the target under another --name"
+        )
+    store.put_new(path, new)
     data = store.get(path, max_size=_MAX_CALIBRATION_BYTES)
     return DigestField(size=len(data), digest=blake2b_128(data))

@@ -6,6 +6,7 @@ content's digest, create the record if it is absent. No record, no segment; what
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections import deque
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from .index import MAX_DOCUMENT_BYTES
 from .layout import group_folders
 from .plan import FrozenModel
 from .store import Store
+
+READ_BYTES = 4 << 20
 
 _PROVENANCE_PACKAGES = ("kdcache", "numpy", "pillow", "numcodecs", "torch", "timm")
 
@@ -141,16 +144,29 @@ class GroupWriter:
 
 
 def publish_group(store: Store, folder: Path, files: Mapping[str, DigestField], *, layer: str, stem: str) -> Group:
-    """Move a spooled group to `<layer>/<stem>.<digest12>.zarr`. An identical group that is there already is kept."""
+    """Move a spooled group to `<layer>/<stem>.<digest12>.zarr`.
+
+    A file that is there already was left by an attempt that was killed before its record, or belongs to a run that is racing
+    this one: it must have the same bytes. If it was damaged since, and no record vouches for it, it is replaced.
+    """
     digest = digest_of_files(files)
     group = Group(name=f"{stem}.{digest[:12]}.zarr", digest=digest, files=dict(files))
     for path, field in files.items():
         target = f"{layer}/{group.name}/{path}"
-        if not store.put_new(target, folder / path) and store.size(target) != field.size:
-            raise CorruptError(
-                f"{store.url}: {target} exists with {store.size(target)} bytes, expected {field.size}; delete it and run the command again"
-            )
+        if not store.put_new(target, folder / path) and digest_of_file(store, target) != field:
+            if store.size(f"{layer}/{stem}.json") is not None:
+                raise CorruptError(f"{store.url}: {target} is damaged; delete the record {layer}/{stem}.json and run the command again to replace it")
+            store.delete(target)
+            store.put_new(target, folder / path)
     return group
+
+
+def digest_of_file(store: Store, path: str) -> DigestField:
+    """Size and digest of an object as it is now. Raises MissingError."""
+    digest, size = hashlib.blake2b(digest_size=16), store.size(path) or 0
+    for offset in range(0, size, READ_BYTES):
+        digest.update(store.get_range(path, offset, min(READ_BYTES, size - offset)))
+    return DigestField(size=size, digest=digest.hexdigest())
 
 
 def unpublish_group(store: Store, group: Group, *, layer: str) -> None:

@@ -204,8 +204,16 @@ def digest_of_pixels(pixels_by_view: Mapping[int, Digest]) -> Digest:
 
 IdentityT = TypeVar("IdentityT", bound=FrozenModel)
 
+
+class SourceIdentity(FrozenModel):
+    """Identity of `sources/<digest12>.json`: the shards that a run was asked for, done or not. Bookkeeping: no part of the root."""
+
+    shards: tuple[str, ...]
+
+
 _KINDS: dict[str, type[FrozenModel]] = {
     "cache": CacheIdentity,
+    "source": SourceIdentity,
     "views": ViewsIdentity,
     "teacher": TeacherIdentity,
     "target": TargetIdentity,
@@ -383,6 +391,10 @@ def views_record_path(shard: str, views: ViewRange) -> str:
 
 def targets_record_path(teacher: str, shard: str, targets: Mapping[str, Digest], views: ViewRange) -> str:
     return f"teachers/{teacher}/{name_on_disk(shard)}.{targets_segment_id(targets, views)}.json"
+
+
+def source_path(source: SourceIdentity) -> str:
+    return f"sources/{digest_of_identity(source)[:12]}.json"
 
 
 def teacher_path(teacher: str) -> str:

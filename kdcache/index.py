@@ -19,6 +19,7 @@ from .format import (
     ZERO_DIGEST,
     CacheIdentity,
     Document,
+    SourceIdentity,
     TargetIdentity,
     TargetsIdentity,
     TeacherIdentity,
@@ -47,6 +48,8 @@ def identity_type_of(path: str) -> type[FrozenModel] | None:
         return CacheIdentity
     if not path.endswith(".json"):
         return None
+    if parts[0] == "sources" and len(parts) == 2:
+        return SourceIdentity
     if parts[0] == "views" and len(parts) == 2:
         return ViewsIdentity
     if parts[0] == "teachers" and len(parts) == 3:
@@ -56,17 +59,15 @@ def identity_type_of(path: str) -> type[FrozenModel] | None:
     return None
 
 
-def document_paths(store: Store) -> Iterator[str]:
-    """Every document there is, by listing folders only; cache.json first."""
-    yield "cache.json"
-    folders = ["views/"]
-    for path, _ in store.list("teachers/", deep=False):
-        if path.endswith("/"):
-            folders += [path, f"{path}targets/"]
-    for folder in folders:
-        for path, _ in store.list(folder, deep=False):
+def document_paths(store: Store) -> Iterator[tuple[str, int]]:
+    """(path, size in bytes) of every document there is, by listing folders only; cache.json first."""
+    yield "cache.json", store.size("cache.json") or 0
+    teachers = [path for path, _ in store.list("teachers/", deep=False) if path.endswith("/")]
+    # What is created first is listed last, so that a cache that is being written never seems to lack a parent.
+    for folder in [*teachers, *(f"{teacher}targets/" for teacher in teachers), "views/", "sources/"]:
+        for path, size in store.list(folder, deep=False):
             if identity_type_of(path) is not None:
-                yield path
+                yield path, size
 
 
 def read_document(store: Store, path: str) -> Document[Any]:
@@ -83,6 +84,8 @@ class Index:
     path: str
     root: str
     documents: dict[str, Document[Any]]
+    sizes: dict[str, int]
+    """Path → bytes of the document's file when it was indexed: another size means another document."""
     table_path: str
     table_digest: str
     table_shards: dict[str, tuple[int, int]]
@@ -97,7 +100,10 @@ def index_paths(store: Store) -> list[str]:
 def read_index(store: Store, path: str) -> Index:
     """Parse and prove one index file. Raises CorruptError."""
     where = f"{store.url}/{path}"
-    body = parse_sealed_json(store.get(path, max_size=MAX_INDEX_BYTES), where=where)
+    try:
+        body = parse_sealed_json(store.get(path, max_size=MAX_INDEX_BYTES), where=where)
+    except CorruptError as error:
+        raise CorruptError(f"{where}: the index is damaged; run 'kdcache extract' again to rebuild it, nothing else is lost") from error
     try:
         documents: dict[str, Document[Any]] = {}
         for document_path, document_body in body["documents"].items():
@@ -107,27 +113,39 @@ def read_index(store: Store, path: str) -> Index:
             documents[document_path] = document_from_body(document_body, identity_type, where=f"{where}: {document_path}")
         table = body["table"]
         shards = {str(name): (int(start), int(stop)) for name, (start, stop) in table["shards"].items()}
-        return Index(path, str(body["root"]), documents, str(table["path"]), str(table["digest"]), shards)
+        sizes = {str(name): int(size) for name, size in body["sizes"].items()}
+        return Index(path, str(body["root"]), documents, sizes, str(table["path"]), str(table["digest"]), shards)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(f"{where}: not an index: {error!r}; run 'kdcache extract' again to rebuild it") from error
 
 
-def load_documents(store: Store) -> tuple[dict[str, Document[Any]], Index | None]:
+def load_documents(store: Store, *, use_index: bool = True) -> tuple[dict[str, Document[Any]], Index | None]:
     """Every document of the cache, through the index where it serves, and the index used.
 
-    Raises NotACacheError without cache.json. A damaged index is an error here, not a detour: nothing damaged is passed over.
+    use_index: False reads every document itself, as a writer must. Raises NotACacheError without cache.json. A damaged index is
+    an error for a reader, not a detour: nothing damaged is passed over.
     """
     if store.size("cache.json") is None:
         raise NotACacheError(f"{store.url}: no cache.json; expected a folder that 'kdcache extract' wrote")
-    paths = list(document_paths(store))
-    best: Index | None = None
-    for path in index_paths(store):
-        index = read_index(store, path)
-        if best is None or len(index.documents) > len(best.documents):
-            best = index
-    known = best.documents if best is not None else {}
-    documents = {path: known[path] if path in known and path != "cache.json" else read_document(store, path) for path in paths}
-    return documents, best
+    index = _best_index(store) if use_index else None
+    documents: dict[str, Document[Any]] = {}
+    for path, size in document_paths(store):
+        indexed = index.documents.get(path) if index is not None and index.sizes.get(path) == size else None
+        documents[path] = indexed if indexed is not None and path != "cache.json" else read_document(store, path)
+    return documents, index
+
+
+def _best_index(store: Store) -> Index | None:
+    """The index file that knows most; several lie there after a race."""
+    for attempt in range(5):
+        try:
+            indexes = [read_index(store, path) for path in index_paths(store)]
+        except MissingError:  # a writer has just replaced it
+            if attempt == 4:
+                raise
+            continue
+        return max(indexes, key=lambda index: len(index.documents), default=None)
+    raise AssertionError("unreachable")
 
 
 def root_of(documents: Mapping[str, Document[Any]]) -> str:
@@ -148,7 +166,9 @@ def root_of(documents: Mapping[str, Document[Any]]) -> str:
     return root_digest(cache=documents["cache.json"].identity_digest, views=views, teachers=teachers)
 
 
-def build_index(documents: Mapping[str, Document[Any]], tables: Mapping[str, np.ndarray[Any, Any]]) -> tuple[str, bytes, str, bytes]:
+def build_index(
+    documents: Mapping[str, Document[Any]], sizes: Mapping[str, int], tables: Mapping[str, np.ndarray[Any, Any]]
+) -> tuple[str, bytes, str, bytes]:
     """(index path, its bytes, table path, its bytes). tables: shard → int64 (samples, len(TABLE_COLUMNS)) in tar order."""
     shards, start = {}, 0
     for shard in sorted(tables):
@@ -163,6 +183,7 @@ def build_index(documents: Mapping[str, Document[Any]], tables: Mapping[str, np.
         "kind": "index",
         "root": root_of(documents),
         "table": {"path": table_path, "digest": blake2b_128(table), "columns": list(TABLE_COLUMNS), "shards": shards},
+        "sizes": {path: sizes[path] for path in sorted(documents)},
         "documents": {path: body_of(documents[path]) for path in sorted(documents)},
     }
     data = seal_json(body)
@@ -170,38 +191,47 @@ def build_index(documents: Mapping[str, Document[Any]], tables: Mapping[str, np.
 
 
 def write_index(store: Store, documents: Mapping[str, Document[Any]], tables: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Write the index of `documents` and remove the ones before it."""
-    path, data, table_path, table = build_index(documents, tables)
-    store.put_new(table_path, table)
-    store.put_new(path, data)
-    for old, _ in list(store.list("index/", deep=False)):
+    """Write the index of `documents` and remove those that lay there before; one that another run writes meanwhile stays."""
+    before = [path for path, _ in store.list("index/", deep=False)]
+    path, data, table_path, table = build_index(documents, dict(document_paths(store)), tables)
+    for new, content in ((table_path, table), (path, data)):
+        if not store.put_new(new, content) and blake2b_128(store.get(new, max_size=MAX_INDEX_BYTES)) != blake2b_128(content):
+            store.delete(new)  # damaged since
+            store.put_new(new, content)
+    for old in before:
         if old not in (path, table_path):
             store.delete(old)
 
 
+def drop_index(store: Store) -> None:
+    """Remove the index: a document that it holds was deleted, and may soon be there with other content."""
+    for path, _ in list(store.list("index/", deep=False)):
+        store.delete(path)
+
+
 def read_table(store: Store, index: Index) -> dict[str, np.ndarray[Any, Any]]:
-    """Shard → int64 (samples, 4) from the index's table. Raises CorruptError."""
+    """Shard → int64 (samples, 4) from the index's table. Raises CorruptError if it was changed, MissingError if it is gone."""
     rows = max((stop for _, stop in index.table_shards.values()), default=0)
     width = len(TABLE_COLUMNS)
-    try:
-        data = store.get(index.table_path, max_size=max(rows * width * 8, 1))
-    except MissingError as error:
-        raise CorruptError(f"{store.url}/{index.table_path} is missing; run 'kdcache extract' again to rebuild the index") from error
+    data = store.get(index.table_path, max_size=max(rows * width * 8, 1))
     if blake2b_128(data) != index.table_digest or len(data) != rows * width * 8:
         raise CorruptError(
-            f"{store.url}/{index.table_path}: bytes were changed; delete the folder index/ and run 'kdcache extract' again to rebuild it"
+            f"{store.url}/{index.table_path}: bytes were changed; run 'kdcache extract' again to rebuild the index, nothing else is lost"
         )
     table = np.frombuffer(data, "<i8").reshape(-1, width)
     return {shard: table[start:stop] for shard, (start, stop) in index.table_shards.items()}
 
 
 def is_current(store: Store, documents: Mapping[str, Document[Any]]) -> bool:
-    """Whether exactly one index lies in the cache and says what the documents say."""
+    """Whether exactly one sound index lies in the cache, with its table and nothing else, and says what the documents say."""
     paths = index_paths(store)
     if len(paths) != 1:
         return False
     try:
         index = read_index(store, paths[0])
+        read_table(store, index)
     except CacheError:
         return False
-    return index.documents == dict(documents) and index.root == root_of(documents) and store.size(index.table_path) is not None
+    files = {path for path, _ in store.list("index/", deep=False)}
+    sizes = dict(document_paths(store))
+    return files == {index.path, index.table_path} and index.documents == dict(documents) and index.sizes == sizes

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .encodings import ChannelStatistics
+from .encodings import ChannelStatistics, TargetShape
 from .errors import ShardError
 from .images import UnreadableImageError, decode_image
 from .plan import ViewPlan
@@ -22,6 +22,8 @@ from .views import draw, render
 
 MAX_BYTES = 512 << 20
 """Views held at once."""
+SPREAD = 8
+"""Shards that the views come from: scanning one costs up to half a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,31 +40,38 @@ class Preflight:
 
 
 def first_views(plan: ViewPlan, sources: Sequence[ShardSource], scan: Callable[[ShardSource], ShardIndex], count: int) -> tuple[Tensor, list[int]]:
-    """View 0 of the first `count` readable samples (fewer if there are no more, or they are large), and their labels.
+    """View 0 of up to `count` readable samples, the first of each of a few shards spread over the list, and their labels.
 
-    Returns uint8 (n, S, S, 3) and n labels. A shard that can't be scanned is passed over: its turn comes. Raises ShardError if
-    no sample can be decoded.
+    Returns uint8 (n, S, S, 3) and n labels. Spread, because shards are often sorted by class. A shard that can't be scanned is
+    passed over: its turn comes. Raises ShardError if no sample can be decoded, with the first shard's own error if it has one.
     """
     files = ShardFiles()
     count = max(1, min(count, MAX_BYTES // (3 * plan.size * plan.size)))
+    num_shards = min(SPREAD, len(sources))
+    quota = -(-count // num_shards)
+    first_error: ShardError | None = None
     views: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     labels: list[int] = []
-    for source in sources:
+    for source in [sources[i * len(sources) // num_shards] for i in range(num_shards)]:
+        wanted = min(count, len(views) + quota)
         try:
             samples = [sample for sample in scan(source).samples if sample.problem is None]
-        except ShardError:
+        except ShardError as error:
+            first_error = first_error or error
             continue
         for sample in samples:
-            if len(views) == count:
-                return torch.from_numpy(np.stack(views)), labels
+            if len(views) == wanted:
+                break
             try:
                 image = decode_image(files.read(source, sample.key, sample.image_offset, sample.image_size))
             except UnreadableImageError:
                 continue
             views.append(render(image, draw(plan, source.name, sample.key, 0, image.size)))
             labels.append(sample.label)
+    if not views and first_error is not None:
+        raise first_error
     if not views:
-        raise ShardError(f"no sample of the {len(sources)} shards can be decoded; the first is {sources[0].path}; look at its images")
+        raise ShardError(f"no sample of {num_shards} of the {len(sources)} shards can be decoded; the first is {sources[0].path}; look at its images")
     return torch.from_numpy(np.stack(views)), labels
 
 
@@ -77,6 +86,8 @@ def run_preflight(
 ) -> Preflight:
     """Run the teacher over the views in batches. uncalibrated: the feature targets to gather statistics of."""
     num_classes = teacher.identity.num_classes
+    if teacher.has_logits and all(target.kind != "logits" for target in targets):  # for the accuracy
+        targets = [*targets, TeacherTarget(name="logits", kind="logits", node=None, shape=TargetShape(num_classes=num_classes))]
     statistics = {target.name: ChannelStatistics() for target in uncalibrated}
     correct = labelled = 0
     seconds: list[float] = []

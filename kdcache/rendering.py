@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .errors import KDCacheError, StoreError
 from .images import UnreadableImageError, decode_image
 from .plan import ViewPlan
 from .shards import Sample, ShardFiles, ShardSource
 from .views import PARAM_FIELDS, draw, pixel_digest, render
 
 BLOCK_BYTES = 8 << 20
-"""Views of one task; with two tasks ahead per worker, 8 workers hold at most 128 MiB."""
+"""Views of one task, if that holds more than one sample; 8 workers with two tasks ahead then hold 128 MiB. A task holds at least one
+sample's views: 300 views of 224 pixels are 45 MB."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,28 @@ def samples_per_task(plan: ViewPlan, num_views: int) -> int:
     return max(1, BLOCK_BYTES // (plan.size * plan.size * 3 * max(1, num_views)))
 
 
-class Renderer(Dataset[RenderedBlock]):
+@dataclass
+class FailedTask:
+    """A task that could not be done, and why."""
+
+    task: RenderTask
+    error: KDCacheError
+
+
+class Renderer(Dataset[RenderedBlock | FailedTask]):
     """Renders tasks; the dataset's index is the task itself. Each process keeps tars of its own open."""
 
     def __init__(self, plan: ViewPlan) -> None:
         self._plan = plan
         self._files: ShardFiles | None = None
 
-    def __getitem__(self, task: RenderTask) -> RenderedBlock:
+    def __getitem__(self, task: RenderTask) -> RenderedBlock | FailedTask:
+        try:
+            return self._render(task)
+        except KDCacheError as error:  # raised in a worker, it would arrive wrapped in that worker's traceback
+            return FailedTask(task, type(error)(*error.args))
+
+    def _render(self, task: RenderTask) -> RenderedBlock:
         if self._files is None:
             self._files = ShardFiles()
         plan, num_views = self._plan, len(task.views)
@@ -91,13 +107,16 @@ class Renderer(Dataset[RenderedBlock]):
         return RenderedBlock(task, kept, reasons, torch.from_numpy(pixels[:n]), params[:n], digests[:n])
 
 
-def _same(block: RenderedBlock) -> RenderedBlock:
+def _same(block: RenderedBlock | FailedTask) -> RenderedBlock | FailedTask:
     return block
 
 
-def rendered_blocks(plan: ViewPlan, tasks: Iterable[RenderTask], *, num_workers: int) -> Iterator[RenderedBlock]:
-    """Blocks in task order. `tasks` is drawn from as workers become free; 0 workers render in this process."""
-    loader: DataLoader[RenderedBlock] = DataLoader(
+def rendered_blocks(plan: ViewPlan, tasks: Iterable[RenderTask], *, num_workers: int) -> Iterator[RenderedBlock | FailedTask]:
+    """Blocks in task order. `tasks` is drawn from as workers become free; 0 workers render in this process.
+
+    Raises StoreError if a worker process was killed.
+    """
+    loader: DataLoader[RenderedBlock | FailedTask] = DataLoader(
         Renderer(plan),
         sampler=tasks,
         batch_size=None,
@@ -105,4 +124,17 @@ def rendered_blocks(plan: ViewPlan, tasks: Iterable[RenderTask], *, num_workers:
         collate_fn=_same,  # type: ignore[arg-type]  # with batch_size=None it takes one item, not a list
         prefetch_factor=2 if num_workers else None,
     )
-    return iter(loader)
+    blocks = iter(loader)
+    while True:
+        try:
+            block = next(blocks)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise StoreError(
+                f"a decoding process was killed ({reason}), often for lack of memory; run the command again, with fewer --workers"
+            ) from error
+        yield block

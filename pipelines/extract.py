@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache, TeacherLayer, open_cache, open_to_write
 from kdcache.console import human_bytes, human_seconds, say
-from kdcache.errors import KDCacheError, ShardError, TeacherError, UsageError
-from kdcache.format import CacheIdentity, Document, check_teacher_name
-from kdcache.index import is_current, write_index
+from kdcache.errors import CacheError, KDCacheError, ShardError, TeacherError, UsageError
+from kdcache.format import CacheIdentity, Document, SourceIdentity, ViewsIdentity, check_teacher_name, source_path
+from kdcache.index import drop_index, is_current, write_index
 from kdcache.plan import POLICIES, Policy, ViewPlan, require_same
 from kdcache.shards import ShardIndex, ShardSource, default_dataset_id, resolve_shards, scan_shard
 from kdcache.store import Store, open_store
@@ -32,6 +33,7 @@ from kdcache.teacher_source import default_teacher_name, weight_files
 if TYPE_CHECKING:  # these import torch, which a finished run does without
     from torch import Tensor
 
+    from kdcache.cards import TargetPlan
     from kdcache.jobs import JobResult, Missing, ShardJob
     from kdcache.preflight import Preflight
     from kdcache.rendering import RenderTask
@@ -42,6 +44,8 @@ DEFAULT_VIEWS = 8
 CALIBRATION_VIEWS = 256
 ACCURACY_VIEWS = 64
 WRITE_QUEUE_BYTES = 256 << 20
+TYPICAL_EPOCHS = 100
+"""Of one student's training online, for the break-even line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +120,16 @@ def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
     begin = time.perf_counter()
     sources = resolve_shards(config.shards)[: config.limit_shards]
     store = open_store(config.cache)
-    cache = open_cache(config.cache) if store.size("cache.json") is not None else None
     specs = _requested_specs(config)
-    if cache is not None:
-        _check_given_plan(config, cache, sources)
-        summary = _finished_already(config, cache, sources, specs)
+    cache: Cache | None = None
+    if store.size("cache.json") is not None:
+        summary = _finished_already(config, sources, specs)
         if summary is not None:
             summary.seconds = time.perf_counter() - begin
             _report(config, summary)
             return summary
+        cache = open_to_write(config.cache)
+        _check_given_plan(config, cache, sources)
 
     run = _Run(config, store, cache, sources, specs, progress=progress)  # imports torch
     summary = run.extract()
@@ -176,14 +181,17 @@ def _num_views(config: ExtractConfig, specs: Sequence[TargetSpec], plan: ViewPla
 # --- nothing to do? --------------------------------------------------------------------------------------------------
 
 
-def _finished_already(config: ExtractConfig, cache: Cache, sources: Sequence[ShardSource], specs: Sequence[TargetSpec]) -> ExtractSummary | None:
+def _finished_already(config: ExtractConfig, sources: Sequence[ShardSource], specs: Sequence[TargetSpec]) -> ExtractSummary | None:
     """The summary, if everything asked for is there already; found without loading torch or scanning a tar that has not changed."""
+    try:
+        cache = open_cache(config.cache)
+    except CacheError:
+        return None  # what an extraction can't mend is raised again on opening to write
+    _check_given_plan(config, cache, sources)
     layer = cache.teachers.get(config.name or default_teacher_name(config.teacher))
-    if layer is None or not _same_weight_files(config, layer.document.provenance):
+    if layer is None or not _same_teacher(config, layer.document.provenance) or config.precision not in (None, layer.document.identity.precision):
         return None
-    identity = layer.document.identity
-    if config.precision not in (None, identity.precision) or any(identity.model_args.get(k) != v for k, v in config.model_args.items()):
-        return None
+    names = {spec: _recorded_name(layer, spec) for spec in specs}
     wanted_views = _num_views(config, specs, cache.plan, cache)
     views = max(wanted_views, *(spec.views or 0 for spec in specs))
     summary = ExtractSummary(views=views)
@@ -192,18 +200,24 @@ def _finished_already(config: ExtractConfig, cache: Cache, sources: Sequence[Sha
         if not records or not all(any(view in record.identity.views for record in records) for view in range(views)):
             return None
         for spec in specs:
-            card = layer.targets.get(spec.name)
+            card = layer.targets.get(names[spec])
             if card is None or spec.encoding not in (None, card.identity.encoding):
                 return None
-            segments = layer.segments(source.name, spec.name)
+            segments = layer.segments(source.name, names[spec])
             if not all(any(view in segment.identity.views for segment in segments) for view in range(spec.views or wanted_views)):
                 return None
         if not _unchanged(source, records[0]):
             return None
         _count_finished(summary, records[0])
-    if not is_current(cache.store, cache.documents):
-        write_index(cache.store, cache.documents, cache.tables)
+    if not is_current(cache.store, cache.documents) or set(cache.all_shards) < {source.name for source in resolve_shards(config.shards)}:
+        return None
     return summary
+
+
+def _recorded_name(layer: TeacherLayer, spec: TargetSpec) -> str:
+    """The name under which a spec was recorded: a negative node was written down beside the card it led to."""
+    asked = (name for name, card in layer.targets.items() if card.provenance.get("requested") == spec.name)
+    return spec.name if spec.name in layer.targets else next(asked, spec.name)
 
 
 def _count_finished(summary: ExtractSummary, record: Document[Any]) -> None:
@@ -222,20 +236,25 @@ def _note_cut(summary: ExtractSummary, shard: str, cut: str | None) -> None:
 
 
 def _unchanged(source: ShardSource, record: Document[Any]) -> bool:
-    """Whether the tar is, by size and time of change, the one that was scanned; a remembered tar that is gone counts as unchanged."""
+    """Whether the tar is the one that was scanned: by size and time of change, else by its member table."""
     remembered = record.provenance.get("source", {})
     try:
         stat = os.stat(source.path)
     except OSError as error:
         raise ShardError(f"shard {source.name}: {source.path} can't be read: {error.strerror}") from error
-    return bool((stat.st_size, stat.st_mtime_ns) == (remembered.get("size"), remembered.get("mtime_ns")))
+    if (stat.st_size, stat.st_mtime_ns) == (remembered.get("size"), remembered.get("mtime_ns")):
+        return True
+    try:
+        return bool(scan_shard(source).member_table == record.identity.member_table)
+    except ShardError:
+        return False  # told when its turn comes
 
 
-def _same_weight_files(config: ExtractConfig, provenance: Mapping[str, Any]) -> bool:
+def _same_teacher(config: ExtractConfig, provenance: Mapping[str, Any]) -> bool:
     found = weight_files(config.teacher, config.checkpoint)
-    if found:
-        return sorted(found.values()) == sorted(provenance.get("weight_files", {}).values())
-    return bool(provenance.get("source") == config.teacher and not provenance.get("weight_files"))
+    same_files = sorted(found.values()) == sorted(provenance.get("weight_files", {}).values())
+    same_model = provenance.get("source") == config.teacher or (bool(found) and config.checkpoint is None)  # a folder may be moved
+    return bool(same_files and same_model and provenance.get("model_args") == dict(config.model_args))
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -277,8 +296,9 @@ class _Run:
                 remedy="a teacher's targets must come from one model: restore it, or record this one under another --name",
             )
         resolved = self.teacher.resolve(specs)
-        self.cache = cache if cache is not None else self._create_cache()
-        self.wanted_views = _num_views(config, specs, self.cache.plan, cache)
+        self.cache = cache
+        self.plan = cache.plan if cache is not None else self._make_plan()
+        self.wanted_views = _num_views(config, specs, self.plan, cache)
         self.num_workers = config.workers if config.workers is not None else min(8, os.cpu_count() or 1)
         self.pool = ChunkPool(num_threads=min(4, os.cpu_count() or 1), max_bytes=WRITE_QUEUE_BYTES)
         self.summary = ExtractSummary()
@@ -289,42 +309,60 @@ class _Run:
             self.pool.close()
             raise
 
-    def _create_cache(self) -> Cache:
-        from kdcache.commit import create_document
-
+    def _make_plan(self) -> ViewPlan:
         config = self.config
-        plan = ViewPlan(
+        return ViewPlan(
             dataset=config.dataset or default_dataset_id(self.sources),
             policy=_policy(config) or POLICIES["weak"],
             size=config.size or self.teacher.identity.preprocessing.input_size,
             seed=config.seed or 0,
         )
-        remembered = resolve_shards(config.shards)
-        shards = [{"name": source.name, "path": source.path} for source in remembered]
-        identity = CacheIdentity(plan=plan)
-        document, _ = create_document(self.store, "cache.json", identity, provenance={"shards": shards})
-        require_same("view plan", document.identity.plan, plan, remedy="another run has just made this cache; use another folder")
-        return open_cache(config.cache)
+
+    def _create_cache(self) -> Cache:
+        """cache.json, if it is not there; and the note of which shards this run was asked for, done or not."""
+        from kdcache.commit import create_document
+
+        document, _ = create_document(self.store, "cache.json", CacheIdentity(plan=self.plan))
+        require_same("view plan", document.identity.plan, self.plan, remedy="another run has just made this cache; use another folder")
+        source = SourceIdentity(shards=tuple(sorted(one.name for one in resolve_shards(self.config.shards))))
+        create_document(self.store, source_path(source), source)
+        cache = open_to_write(self.config.cache)
+        if self.pending and not is_current(self.store, cache.documents):
+            drop_index(self.store)  # what it holds beyond the documents may be committed again with other content
+        return cache
 
     # --- before the work: teacher's card, calibration, accuracy, estimate ---
 
     def _prepare(self, specs: Sequence[TargetSpec], resolved: Mapping[TargetSpec, TeacherTarget]) -> None:
-        from kdcache.cards import TargetPlan, create_cards, create_teacher, plan_targets
+        from kdcache.cards import create_cards, create_teacher, plan_targets
 
-        layer = self.cache.teachers.get(self.teacher_name)
+        layer = self._layer()
         self.wanted = {resolved[spec].name: spec.views or self.wanted_views for spec in specs}
-        plans: list[TargetPlan] = plan_targets(resolved, layer, teacher_name=self.teacher_name)
+        self.views = max(self.wanted_views, *self.wanted.values())
+        plans = plan_targets(self.store, resolved, layer, teacher_name=self.teacher_name)
         self.pending = [source for source in self.sources if not self._is_complete(source)]
         statistics: dict[str, dict[str, Tensor]] = {}
         uncalibrated = [plan.target for plan in plans if plan.needs_statistics]
         if self.pending or uncalibrated:
-            statistics = self._preflight([plan.target for plan in plans], uncalibrated)
-        provenance = {"source": self.config.teacher, "weight_files": weight_files(self.config.teacher, self.config.checkpoint)}
+            statistics = self._preflight(plans, uncalibrated)
+        self.cache = self._create_cache()
+        config = self.config
+        provenance = {
+            "source": config.teacher,
+            "model_args": dict(config.model_args),
+            "weight_files": weight_files(config.teacher, config.checkpoint),
+        }
         self.teacher_document = create_teacher(self.store, self.teacher_name, self.teacher.identity, provenance=provenance)
         self.recorded = create_cards(self.store, self.teacher_name, plans, statistics)
 
+    def _layer(self) -> TeacherLayer | None:
+        return self.cache.teachers.get(self.teacher_name) if self.cache is not None else None
+
+    def _records(self, shard: str) -> list[Document[ViewsIdentity]]:
+        return self.cache.views.get(shard, []) if self.cache is not None else []
+
     def _is_complete(self, source: ShardSource) -> bool:
-        records = self.cache.views.get(source.name)
+        records = self._records(source.name)
         if not records:
             return False
         if not _unchanged(source, records[0]):
@@ -334,29 +372,32 @@ class _Run:
     def _missing(self, shard: str) -> Missing:
         from kdcache.jobs import find_missing
 
-        layer = self.cache.teachers.get(self.teacher_name)
+        layer = self._layer()
         have = {name: [r.identity.views for r in layer.segments(shard, name)] for name in self.wanted} if layer is not None else {}
-        have_views = [record.identity.views for record in self.cache.views.get(shard, [])]
-        return find_missing(have_views, have, want_views=max(self.wanted.values()), want_targets=self.wanted)
+        have_views = [record.identity.views for record in self._records(shard)]
+        return find_missing(have_views, have, want_views=self.views, want_targets=self.wanted)
 
     def _scan(self, source: ShardSource) -> ShardIndex:
         if source.name not in self._indexes:
             self._indexes[source.name] = scan_shard(source)
         return self._indexes[source.name]
 
-    def _preflight(self, targets: Sequence[TeacherTarget], uncalibrated: Sequence[TeacherTarget]) -> dict[str, dict[str, Tensor]]:
+    def _preflight(self, plans: Sequence[TargetPlan], uncalibrated: Sequence[TeacherTarget]) -> dict[str, dict[str, Tensor]]:
         """Run the teacher on view 0 of the first samples; its channel statistics for targets that have none yet.
 
         Raises TeacherError for an accuracy below what the user expects.
         """
         from kdcache.preflight import first_views, run_preflight
 
-        views, labels = first_views(self.cache.plan, self.sources, self._scan, CALIBRATION_VIEWS if uncalibrated else ACCURACY_VIEWS)
+        targets = [plan.target for plan in plans]
+        views, labels = first_views(self.plan, self.sources, self._scan, CALIBRATION_VIEWS if uncalibrated else ACCURACY_VIEWS)
         found = run_preflight(self.teacher, targets, uncalibrated, views, labels, batch_size=self.config.batch_size)
         if self.progress:
-            self._say_estimate(targets, found.seconds_per_view)
-        if any(target.kind == "logits" for target in targets):
+            self._say_estimate(plans, found.seconds_per_view)
+        if self.teacher.has_logits:
             self._check_accuracy(found)
+        elif self.config.min_teacher_top1:
+            raise UsageError("--min-teacher-top1: the teacher has no classifier; leave the option out")
         return found.statistics
 
     def _check_accuracy(self, found: Preflight) -> None:
@@ -379,15 +420,21 @@ class _Run:
                 f" {wanted:g} %; check its normalisation, its class order and the labels; nothing was extracted"
             )
 
-    def _say_estimate(self, targets: Sequence[TeacherTarget], seconds_per_view: float) -> None:
+    def _say_estimate(self, plans: Sequence[TargetPlan], seconds_per_view: float) -> None:
         samples = self._estimated_samples()
-        views = max(self.wanted.values())
-        passes = max(self.wanted[target.name] for target in targets)
+        passes = max(self.wanted[plan.target.name] for plan in plans)
         say(
-            f"{len(self.pending)} of {len(self.sources)} shards to do: about {samples:,} samples x {views} views;"
+            f"{len(self.pending)} of {len(self.sources)} shards to do: about {samples:,} samples x {self.views} views;"
             f" the teacher needs about {human_seconds(samples * passes * seconds_per_view)} ({1e3 * seconds_per_view:.1f} ms a view)"
         )
-        say(f"break-even: a student trained online for E epochs costs E teacher passes an image, this cache {passes} for all of them")
+        size = samples * sum(self.wanted[plan.target.name] * plan.encoding.bytes_per_view for plan in plans)
+        free = shutil.disk_usage(_existing(self.config.cache)).free
+        say(f"at most {human_bytes(size)} of targets, before compression; {human_bytes(free)} are free")
+        students = -(-passes // TYPICAL_EPOCHS)
+        say(
+            f"break-even: {passes} teacher passes an image once, in place of {TYPICAL_EPOCHS} for each student trained online for {TYPICAL_EPOCHS}"
+            f" epochs: it pays from {'the first student' if students == 1 else f'{students} students'} on"
+        )
 
     # --- the work ---
 
@@ -396,7 +443,7 @@ class _Run:
         self.store.sweep_spools()
         self.committed: dict[str, np.ndarray[Any, Any]] = {}
         self.jobs: dict[int, ShardJob] = {}
-        total = self._estimated_samples() * max(self.wanted.values())
+        total = self._estimated_samples() * self.views
         try:
             with tqdm(total=total, unit="view", desc="extract", disable=not self.progress or not self.pending) as bar:
                 self._work(bar)
@@ -419,32 +466,50 @@ class _Run:
         return round(sum(os.path.getsize(source.path) for source in self.pending) * per_byte)
 
     def _work(self, bar: Any) -> None:
-        from kdcache.rendering import rendered_blocks
+        from kdcache.rendering import FailedTask, rendered_blocks
 
-        committing: Future[JobResult] | None = None
+        committing: tuple[int, Future[JobResult]] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="kdcache-commit") as committer:
-            for block in rendered_blocks(self.cache.plan, self._tasks(), num_workers=self.num_workers):
-                job = self.jobs[block.task.job]
+            for block in rendered_blocks(self.plan, self._tasks(), num_workers=self.num_workers):
+                number = block.task.job
+                if number not in self.jobs:
+                    continue  # the shard has failed
+                if isinstance(block, FailedTask):
+                    self._fail(number, block.error)
+                    continue
+                job = self.jobs[number]
                 job.add(block, self.teacher)
                 bar.update(len(block.task.samples) * len(block.task.views))
                 if block.task.is_last:
                     job.finish(self.teacher)
                     if committing is not None:
-                        self._settle(committing.result())
-                    committing = committer.submit(
-                        job.commit,
-                        teacher_name=self.teacher_name,
-                        teacher_digest=self.teacher_document.identity_digest,
-                        provenance={"device": str(self.teacher.device), "batch_size": self.config.batch_size},
+                        self._settle(*committing)
+                    committing = (
+                        number,
+                        committer.submit(
+                            job.commit,
+                            teacher_name=self.teacher_name,
+                            teacher_digest=self.teacher_document.identity_digest,
+                            provenance={"device": str(self.teacher.device), "batch_size": self.config.batch_size},
+                        ),
                     )
                     self.summary.teacher_seconds += job.teacher_seconds
-                    del self.jobs[block.task.job]
             if committing is not None:
-                self._settle(committing.result())
+                self._settle(*committing)
         bar.total = bar.n
         bar.refresh()
 
-    def _settle(self, result: JobResult) -> None:
+    def _fail(self, number: int, error: KDCacheError) -> None:
+        """One shard can't be done: it becomes a problem, and the others go on. Anything else ends the run."""
+        if not isinstance(error, ShardError):
+            raise error
+        job = self.jobs.pop(number)
+        job.abandon()
+        self.summary.problems.append({"kind": "source", "shard": job.index.source.name, "key": "", "detail": str(error)})
+
+    def _settle(self, number: int, committed: Future[JobResult]) -> None:
+        result = committed.result()
+        del self.jobs[number]
         self.summary.bytes += result.size_bytes
         shard = next(iter(result.documents.values())).identity.shard
         self.committed[shard] = result.table
@@ -455,7 +520,7 @@ class _Run:
         from kdcache.rendering import samples_per_task
 
         for number, source in enumerate(self.pending):
-            records = self.cache.views.get(source.name, [])
+            records = self._records(source.name)
             known = records[0].identity if records else None
             try:
                 index = self._scan(source)
@@ -474,40 +539,39 @@ class _Run:
                 rows = np.arange(known.rows)
                 have = [view for view in missing.all_views if any(view in record.identity.views for record in records)]
                 have = have or [known.views.start]  # new views only: one old view is rendered too, to notice drift
+                assert self.cache is not None
                 known_digests = {view: self.cache.read_pixel_digests(source.name, view, rows) for view in have}
             job = self.jobs[number] = ShardJob(
                 index=index,
                 missing=missing,
                 targets=self.recorded,
-                fingerprint=self.cache.fingerprint,
+                fingerprint=self.plan.fingerprint,
                 store=self.store,
                 pool=self.pool,
                 batch_size=self.config.batch_size,
                 known=known,
                 known_digests=known_digests,
             )
-            yield from job.tasks(number, samples_per_task(self.cache.plan, len(job.rendered_views)))
+            yield from job.tasks(number, samples_per_task(self.plan, len(job.rendered_views)))
 
     # --- after the work ---
 
     def _finish_index(self) -> None:
         """Bring the index up to date with the documents, those of other runs included."""
-        documents = open_cache(self.config.cache).documents
-        if is_current(self.store, documents):
+        fresh = open_to_write(self.config.cache)
+        if is_current(self.store, fresh.documents):
             return
-        tables = dict(self.cache.tables) if self.cache.views else {}
-        tables |= self.committed
-        fresh = Cache(self.store, documents, None, sources={})
-        for shard, records in fresh.views.items():
-            if shard not in tables:
-                tables[shard] = fresh.table_from_group(records[0].identity)
-        write_index(self.store, documents, tables)
+        tables = {
+            shard: self.committed[shard] if shard in self.committed else fresh.table_from_group(records[0].identity)
+            for shard, records in fresh.views.items()
+        }
+        write_index(self.store, fresh.documents, tables)
 
     def _sum_up(self) -> None:
         fresh = open_cache(self.config.cache)
         failed = {problem["shard"] for problem in self.summary.problems}
         pending = {source.name for source in self.pending}
-        self.summary.views = max(self.wanted.values())
+        self.summary.views = self.views
         for source in self.sources:
             records = fresh.views.get(source.name)
             if not records or source.name in failed:
@@ -516,6 +580,14 @@ class _Run:
             _count_finished(self.summary, records[0])
             if source.name in pending:
                 self.summary.resumed_shards = before
+
+
+def _existing(path: str) -> str:
+    """The nearest folder above `path` that is there."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return str(folder)
 
 
 def _report(config: ExtractConfig, summary: ExtractSummary) -> None:

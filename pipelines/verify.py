@@ -6,6 +6,7 @@ the digests of what the teacher saw. Nothing is changed; the verdict is a list o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from kdcache.cache import Cache, document_problems
 from kdcache.errors import CacheError, CorruptError, FormatVersionError, KDCacheError, MissingError, NotACacheError
 from kdcache.format import DigestField, Document, Group, ViewsIdentity, calibration_path, digest_of_files, file_digest_holds
-from kdcache.index import MAX_DOCUMENT_BYTES, document_paths, index_paths, read_document, read_index, read_table, root_of
+from kdcache.index import MAX_DOCUMENT_BYTES, document_paths, index_paths, read_document, read_index, read_table
 from kdcache.plan import blake2b_128, canonical_json
 from kdcache.shards import Sample, ShardIndex, ShardSource, resolve_shards, scan_shard
 from kdcache.store import Store, open_store
@@ -86,17 +87,16 @@ def verify(
         return verdict
     verdict.root, verdict.shards, verdict.rows = cache.root, len(cache.views), cache.num_rows
     verdict.problems += [Problem(_problem_kind(kind), shard, "", text) for kind, text, shard in document_problems(cache)]
-    if not any(problem.kind in ("missing", "corrupt") for problem in verdict.problems):
-        _check_index(store, cache, verdict)
-        _check_pixel_columns(cache, verdict)
+    _check_index(store, cache, verdict)
+    _check_pixel_columns(cache, verdict)
     _note_completeness(cache, verdict)
     if views is not None:
         _replay(cache, views, verdict, workers=workers, progress=progress)
     return verdict
 
 
-def _problem_kind(kind: str) -> Literal["plan", "teacher"]:
-    return "plan" if kind == "plan" else "teacher"
+def _problem_kind(kind: str) -> Literal["plan", "missing", "teacher"]:
+    return "plan" if kind == "plan" else "missing" if kind == "missing" else "teacher"
 
 
 # --- documents -------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def _problem_kind(kind: str) -> Literal["plan", "teacher"]:
 def _read_documents(store: Store, verdict: Verdict) -> dict[str, Document[Any]]:
     """Every document that is sound; the others become problems."""
     documents: dict[str, Document[Any]] = {}
-    for path in document_paths(store):
+    for path, _ in document_paths(store):
         try:
             documents[path] = read_document(store, path)
         except KDCacheError as error:
@@ -160,7 +160,7 @@ def _check_files(store: Store, documents: Mapping[str, Document[Any]], verdict: 
         for path, detail in _digest_all(store, present, bar.update):
             verdict.problems.append(Problem("corrupt", expected[path][1], "", detail))
     known = set(expected) | set(documents) | set(index_paths(store))
-    known |= {path for path in found if path.startswith("index/table.")}
+    known |= _index_tables(store)
     for path in sorted(found):
         damaged = any(path in detail for detail in suspect)
         if path not in known and not damaged and not _belongs_to_damaged(path, suspect):
@@ -216,7 +216,7 @@ def _check_index(store: Store, cache: Cache, verdict: Verdict) -> None:
     """The one index there should be says what the documents and groups say."""
     paths = index_paths(store)
     if len(paths) != 1:
-        verdict.problems.append(Problem("index", "", "", f"expected one index file, found {len(paths)}; run 'kdcache extract' again to rebuild it"))
+        verdict.notes.append(f"{len(paths)} index files, one makes opening fast: run 'kdcache extract' again to finish the cache and its index")
     for path in paths:
         try:
             index = read_index(store, path)
@@ -224,19 +224,32 @@ def _check_index(store: Store, cache: Cache, verdict: Verdict) -> None:
         except KDCacheError as error:
             verdict.problems.append(Problem("index", "", "", str(error)))
             continue
-        if index.documents != cache.documents or index.root != root_of(cache.documents):
-            differing = sorted(p for p in index.documents.keys() | cache.documents.keys() if index.documents.get(p) != cache.documents.get(p))
-            verdict.problems.append(
-                Problem(
-                    "index",
-                    "",
-                    "",
-                    f"{path} does not say what the documents say, for example {differing[:1]}; run 'kdcache extract' again to rebuild it",
-                )
-            )
-        for shard, records in cache.views.items():
-            if shard not in table or not np.array_equal(table[shard], cache.table_from_group(records[0].identity)):
+        wrong = sorted(p for p, document in index.documents.items() if cache.documents.get(p) != document)
+        if wrong or (index.documents.keys() == cache.documents.keys() and index.root != cache.root):
+            detail = f"{path} does not say what the documents say, for example of {wrong[:1]}; run 'kdcache extract' again to rebuild it"
+            verdict.problems.append(Problem("index", "", "", detail))
+        behind = cache.documents.keys() - index.documents.keys()
+        if behind:
+            verdict.notes.append(f"{path} is behind: it lacks {len(behind)} documents; run 'kdcache extract' again to finish the cache and its index")
+        for shard, expected in table.items():
+            if shard in cache.views and not _table_agrees(cache, shard, expected):
                 verdict.problems.append(Problem("index", shard, "", f"{index.table_path}: the rows of this shard differ from its views group"))
+
+
+def _table_agrees(cache: Cache, shard: str, table: np.ndarray[Any, Any]) -> bool:
+    try:
+        return np.array_equal(table, cache.table_from_group(cache.views[shard][0].identity))
+    except CacheError:
+        return True  # the group is damaged, and reported as such
+
+
+def _index_tables(store: Store) -> set[str]:
+    """Tables that a sound index names."""
+    tables = set()
+    for path in index_paths(store):
+        with contextlib.suppress(KDCacheError):  # reported where the index is checked
+            tables.add(read_index(store, path).table_path)
+    return tables
 
 
 def _check_pixel_columns(cache: Cache, verdict: Verdict) -> None:
@@ -278,14 +291,17 @@ def _note_completeness(cache: Cache, verdict: Verdict) -> None:
 
 def _replay(cache: Cache, views: int | Literal["all"], verdict: Verdict, *, workers: int | None, progress: bool) -> None:
     """Render views again from the tars and compare params and pixel digests."""
-    from kdcache.rendering import rendered_blocks
+    from kdcache.rendering import FailedTask, rendered_blocks
 
     plan = _Replay(cache, views, verdict)
     total = sum(plan.count(shard) for shard in cache.shards)
     num_workers = workers if workers is not None else min(8, os.cpu_count() or 1)
     with tqdm(total=total, unit="view", desc="verify views", disable=not progress) as bar:
         for block in rendered_blocks(cache.plan, plan.tasks(), num_workers=num_workers):
-            plan.compare(block)
+            if isinstance(block, FailedTask):
+                verdict.problems.append(Problem("source", block.task.source.name, "", str(block.error)))
+            else:
+                plan.compare(block)
             bar.update(len(block.task.samples) * len(block.task.views))
     for shard, more in plan.unlisted.items():
         verdict.problems.append(Problem("pixels", shard, "", f"{more} more views of this shard differ"))

@@ -49,6 +49,10 @@ class Store(ABC):
     def delete(self, path: str) -> None:
         """Remove the object if it is there."""
 
+    def close(self) -> None:
+        """Release what is kept open for reading; the store can still be used. Nothing to do by default."""
+        return
+
     @abstractmethod
     def new_spool(self) -> Path:
         """A new empty local folder, unique to this attempt, from which `put_new` is cheap. Remove it with `drop_spool`."""

@@ -31,21 +31,28 @@ class LocalStore(Store):
     """Objects are files below `root`."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(os.path.abspath(os.path.expanduser(os.fspath(root))))
-        self.url = str(self.root)
-        self._reset()
-
-    def _reset(self) -> None:
         self._descriptors: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._spool_locks: dict[Path, int] = {}
+        self.root = Path(os.path.abspath(os.path.expanduser(os.fspath(root))))
+        self.url = str(self.root)
 
     def __getstate__(self) -> dict[str, str]:
         return {"root": str(self.root)}
 
     def __setstate__(self, state: dict[str, str]) -> None:
         self.__init__(state["root"])  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Close the descriptors kept for reading; the store can still be used."""
+        with self._descriptor_lock():
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def __del__(self) -> None:
+        while self._descriptors:  # no lock: nobody else can hold this object now
+            os.close(self._descriptors.popitem()[1])
 
     def _path(self, path: str) -> Path:
         return self.root / check_relative(path)
@@ -113,7 +120,6 @@ class LocalStore(Store):
         target = self._path(path)
         spool: Path | None = None
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(source, bytes):
                 spool = self.new_spool()
                 spooled = spool / "object"
@@ -123,6 +129,10 @@ class LocalStore(Store):
                     os.fsync(file.fileno())
             else:
                 spooled = source
+            for _ in range(10):  # another process may remove an empty group folder between these two
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    return _link_new(spooled, target)
             return _link_new(spooled, target)
         except OSError as error:
             raise StoreError(f"{self.url}: {path} can't be written: {error.strerror}; nothing that was there before is lost") from error
@@ -169,7 +179,7 @@ class LocalStore(Store):
         except OSError as error:
             raise StoreError(f"{self.url}: {path} can't be deleted: {error.strerror}") from error
         folder = target.parent
-        while folder != self.root:
+        while any(part.endswith(".zarr") for part in folder.relative_to(self.root).parts):  # only a group's folders go with their last file
             try:
                 folder.rmdir()
             except OSError:  # not empty: the usual case

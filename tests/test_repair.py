@@ -1,0 +1,306 @@
+"""What an error tells the user to do works: every remedy is followed to its end, and no damage is adopted, shadowed or passed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_shard, make_shards, make_teacher_dir, run_python
+from test_extract import FEATURES, groups, run, setup, tree  # noqa: F401 - setup is a fixture
+
+import pipelines.extract
+from kdcache import open_cache
+from kdcache.errors import CorruptError, KDCacheError, MismatchError, MissingError, ShardError, StoreError, TeacherError, UsageError
+from kdcache.index import load_documents
+from kdcache.store import open_store
+from kdcache.teacher import load_teacher
+from pipelines.verify import verify
+
+
+def flip(path: Path, position: int = -1) -> None:
+    """Change one byte."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if position < 0 else position] ^= 0x10
+    path.write_bytes(data)
+
+
+def kinds(cache: Path) -> set[str]:
+    return {problem.kind for problem in verify(str(cache)).problems}
+
+
+def one(folder: Path, pattern: str) -> Path:
+    return next(iter(sorted(folder.glob(pattern))))
+
+
+def test_damaged_group_is_replaced_once_its_record_is_deleted(setup: Path) -> None:  # noqa: F811
+    run(setup)
+    expected = groups(setup / "cache")
+    flip(one(setup / "cache", "teachers/teacher/train-0000.*.zarr/logits/codes/c/0/0/0"))
+    assert kinds(setup / "cache") == {"corrupt"}
+    with pytest.raises(CorruptError, match=r"train-0000.*crc32c"):
+        [open_cache(setup / "cache").read("train-0000", "s0000", view) for view in range(2)]
+    one(setup / "cache", "teachers/teacher/train-0000.*.json").unlink()
+    run(setup)
+    assert groups(setup / "cache") == expected
+    assert verify(str(setup / "cache"), views="all", workers=0).ok
+
+
+def test_recreated_record_with_other_content_is_what_readers_see(setup: Path) -> None:  # noqa: F811
+    """The index remembers the old record: it must neither shadow the new one nor survive."""
+    run(setup, batch_size=1)
+    layer = setup / "cache" / "teachers" / "teacher"
+    old = json.loads(one(layer, "train-0001.*.json").read_text())["identity"]["group"]["name"]
+    one(layer, "train-0001.*.json").unlink()
+    shutil.rmtree(layer / old)
+    make_teacher_dir(setup / "teacher2")
+    run(setup, batch_size=64)
+    cache = open_cache(setup / "cache")
+    on_disk = load_documents(open_store(setup / "cache"), use_index=False)[0]
+    assert cache.documents == on_disk
+    assert cache.read("train-0001", "s0005", 1)["logits"].shape == (10,)
+    assert verify(str(setup / "cache"), views="all", workers=0).ok
+
+
+@pytest.mark.parametrize("damage", ["index-missing", "index-flipped", "table-missing", "table-flipped"])
+def test_damaged_index_is_told_and_rebuilt_by_extract(setup: Path, damage: str) -> None:  # noqa: F811
+    run(setup)
+    before = groups(setup / "cache")
+    what, how = damage.split("-")
+    path = one(setup / "cache" / "index", "index.*.json" if what == "index" else "table.*.bin")
+    if how == "missing":
+        path.unlink()
+    else:
+        flip(path)
+        assert kinds(setup / "cache") >= {"index"}
+        with pytest.raises(CorruptError, match=r"run 'kdcache extract' again to rebuild"):
+            assert len(open_cache(setup / "cache").rows)
+    if damage in ("index-missing", "table-missing"):
+        assert len(open_cache(setup / "cache").rows) == 12  # derived: the groups say the same
+    summary = run(setup)
+    assert (summary.bytes, summary.rows) == (0, 12)
+    assert verify(str(setup / "cache"), views="all", workers=0).ok
+    assert groups(setup / "cache") == before
+    assert len(list((setup / "cache" / "index").iterdir())) == 2
+
+
+def test_deleted_views_record_is_extracted_again_and_joins_its_targets(setup: Path) -> None:  # noqa: F811
+    run(setup)
+    before = groups(setup / "cache")
+    flip(one(setup / "cache", "views/train-0000.*.json"), 200)
+    assert "corrupt" in kinds(setup / "cache")
+    one(setup / "cache", "views/train-0000.*.json").unlink()
+    with pytest.raises(CorruptError, match="targets of views that are not there"):
+        open_cache(setup / "cache")
+    run(setup)
+    assert groups(setup / "cache") == before
+    assert verify(str(setup / "cache"), views="all", workers=0).ok
+
+
+def test_missing_calibration_is_computed_again_and_must_come_out_the_same(setup: Path) -> None:  # noqa: F811
+    run(setup, targets=("logits", FEATURES))
+    before = tree(setup / "cache")
+    path = setup / "cache" / "teachers" / "teacher" / "targets" / "features@blocks.1.calibration.safetensors"
+    flip(path)
+    with pytest.raises(CorruptError, match="delete the file, then run 'kdcache extract' again"):
+        open_cache(setup / "cache")
+    path.unlink()
+    with pytest.raises(MissingError, match="run 'kdcache extract' again"):
+        open_cache(setup / "cache")
+    run(setup, targets=("logits", FEATURES))
+    assert {path: digest for path, digest in tree(setup / "cache").items() if not path.startswith("index")} == {
+        path: digest for path, digest in before.items() if not path.startswith("index")
+    }
+
+
+def test_shards_that_a_later_run_asked_for_are_remembered(setup: Path) -> None:  # noqa: F811
+    """A cache begun with one tar and then killed early on the whole folder is unfinished, and says so."""
+    run(setup, shards=str(setup / "shards" / "train-0000.tar"))
+    make_shard(setup / "shards" / "train-0002.tar", num_samples=6, seed=2)
+    run(setup, limit_shards=2)
+    assert open_cache(setup / "cache").all_shards == ["train-0000", "train-0001", "train-0002"]
+    assert any("2 of 3 shards are done, train-0002" in note for note in verify(str(setup / "cache")).notes)
+
+
+def test_finished_run_with_another_model_for_the_same_checkpoint_is_refused(setup: Path) -> None:  # noqa: F811
+    torch.save(load_teacher(f"local-dir:{setup / 'teacher'}").model.state_dict(), setup / "w.pth")
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    run(setup, teacher="vit_tiny_patch16_224", checkpoint=str(setup / "w.pth"), model_args=args, name="t")
+    with pytest.raises(TeacherError):
+        run(setup, teacher="resnet18", checkpoint=str(setup / "w.pth"), name="t")
+    with pytest.raises((TeacherError, MismatchError)):
+        run(setup, teacher="vit_tiny_patch16_224", checkpoint=str(setup / "w.pth"), name="t")
+
+
+def test_minimum_accuracy_counts_when_only_features_are_asked_for_and_leaves_no_cache(setup: Path) -> None:  # noqa: F811
+    with pytest.raises(TeacherError, match="nothing was extracted"):
+        run(setup, targets=("features@norm",), min_teacher_top1=99.0)
+    assert not (setup / "cache" / "cache.json").exists()
+    run(setup, size=24)  # no plan was pinned by the failure
+
+
+def test_more_views_than_any_target_are_kept_for_methods_without_targets(setup: Path) -> None:  # noqa: F811
+    summary = run(setup, targets=("logits,views=2",), views=5)
+    cache = open_cache(setup / "cache")
+    assert (summary.views, cache.num_views, cache.target_views("teacher", "logits")) == (5, 5, 2)
+    assert run(setup, targets=("logits,views=2",), views=5).resumed_shards == 2
+
+
+def test_changed_labels_are_source_drift(setup: Path) -> None:  # noqa: F811
+    run(setup)
+    path = setup / "shards" / "train-0000.tar"
+    data = path.read_bytes()
+    place = data.index(b"s0001.cls") + 512
+    assert data[place : place + 1] == b"1"
+    path.write_bytes(data[:place] + b"9" + data[place + 1 :])
+    assert {(p.kind, p.shard) for p in verify(str(setup / "cache"), views="all", workers=0).problems} == {("source", "train-0000")}
+    assert run(setup, views=3).problems[0]["shard"] == "train-0000"
+
+
+def test_touched_tars_and_negative_nodes_need_no_teacher_on_a_finished_cache(setup: Path) -> None:  # noqa: F811
+    run(setup, targets=("logits", FEATURES))
+    for tar in (setup / "shards").iterdir():
+        os.utime(tar)
+    (setup / "teacher" / "unrelated.txt").write_text("")
+    code = """
+import sys
+from pipelines.extract import *
+root = sys.argv[1]
+s = extract(ExtractConfig(shards=root + '/shards', cache=root + '/cache', teacher='local-dir:' + root + '/teacher', targets=('logits', 'features@blocks.-1:int8')))
+assert s.resumed_shards == 2, s
+assert 'kdcache.teacher' not in sys.modules
+"""
+    run_python(code, setup)
+
+
+def test_first_shard_s_own_error_is_told(tmp_path: Path) -> None:
+    make_shard(tmp_path / "shards" / "train-0000.tar", num_samples=2)
+    path = tmp_path / "shards" / "train-0000.tar"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"s0000.cls") + 512] = ord("x")
+    path.write_bytes(data)
+    make_teacher_dir(tmp_path / "teacher")
+    with pytest.raises(ShardError, match=r"key 's0000': s0000\.cls holds b'x'"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tar_that_shrinks_while_it_is_read_is_a_problem_of_its_shard_only(setup: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:  # noqa: F811
+    original = pipelines.extract.scan_shard
+
+    def scan_then_cut(source: Any) -> Any:
+        index = original(source)
+        if source.name == "train-0000" and os.path.getsize(source.path) > 4000:
+            os.truncate(source.path, 4000)
+        return index
+
+    run(setup, "other")  # so that the accuracy check is not what meets it
+    monkeypatch.setattr(pipelines.extract, "ACCURACY_VIEWS", 1)
+    monkeypatch.setattr(pipelines.extract, "scan_shard", scan_then_cut)
+    summary = run(setup, workers=workers)
+    assert [(problem["kind"], problem["shard"]) for problem in summary.problems] == [("source", "train-0000")]
+    assert "the tar was changed" in summary.problems[0]["detail"]
+    assert open_cache(setup / "cache").shards == ["train-0001"]
+    assert not (setup / "cache" / "tmp").exists()
+
+
+def test_full_disk_is_a_store_error_that_leaves_no_spool_and_loses_nothing(setup: Path) -> None:  # noqa: F811
+    """RLIMIT_FSIZE stands for the disk: writes beyond it fail in the middle of a file."""
+    run(setup)
+    before = {path: digest for path, digest in tree(setup / "cache").items() if not path.startswith("index")}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(StoreError, match=r"can't be|failed"):
+            run(setup, targets=("logits", "features@blocks.-1:fp16"), views=3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert before.items() <= tree(setup / "cache").items()
+    assert not (setup / "cache" / "tmp").exists()
+    run(setup, targets=("logits", "features@blocks.-1:fp16"), views=3)
+    assert verify(str(setup / "cache"), views="all", workers=0).ok
+
+
+_RACER = """
+import sys
+from pipelines.extract import *
+root = sys.argv[1]
+print(extract(ExtractConfig(shards=root + '/shards', cache=root + '/cache', teacher='local-dir:' + root + '/' + sys.argv[2], name=sys.argv[2],
+      targets=('logits', 'features@norm:int8'), views=2, workers=1, batch_size=4, device='cpu')).rows)
+"""
+
+
+@pytest.mark.parametrize("second", ["teacher", "other"])
+def test_two_extractions_of_one_empty_cache_lose_nothing_and_agree(tmp_path: Path, second: str) -> None:
+    make_shards(tmp_path / "shards", num_shards=4, num_samples=12)
+    make_teacher_dir(tmp_path / "teacher")
+    make_teacher_dir(tmp_path / "other", seed=5)
+    racers = [
+        subprocess.Popen([sys.executable, "-c", _RACER, str(tmp_path), name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for name in ("teacher", second)
+    ]
+    for racer in racers:
+        out, err = racer.communicate(timeout=120)
+        assert (racer.returncode, out.strip()) == (0, "48"), err
+    for name in ("teacher", second):
+        pipelines.extract.extract(
+            pipelines.extract.ExtractConfig(
+                shards=str(tmp_path / "shards"), cache=str(tmp_path / "cache"), teacher=f"local-dir:{tmp_path / name}", name=name, views=2,
+                targets=("logits", "features@norm:int8"), workers=0, batch_size=4, device="cpu",
+            )
+        )  # fmt: skip
+    verdict = verify(str(tmp_path / "cache"), views="all", workers=0)
+    assert verdict.ok, verdict.problems
+    cache = open_cache(tmp_path / "cache")
+    assert sorted(cache.teachers) == sorted({"teacher", second})
+    for name in cache.teachers:
+        logits = np.stack([cache.read(shard, key, 1, name)["logits"] for shard in cache.shards for key in cache.keys(shard)])
+        assert logits.shape == (48, 10)
+        assert len(np.unique(logits[:, 0])) > 24  # rows, not one row many times
+
+
+def test_interrupted_cache_is_sound_and_says_that_it_is_unfinished(tmp_path: Path) -> None:
+    make_shards(tmp_path / "shards", num_shards=8, num_samples=60)
+    make_teacher_dir(tmp_path / "teacher")
+    child = subprocess.Popen([sys.executable, "-c", _RACER, str(tmp_path), "teacher"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    views = tmp_path / "cache" / "views"
+    while child.poll() is None and not (views.is_dir() and any(name.endswith(".json") for name in os.listdir(views))):
+        time.sleep(0.002)
+    assert child.poll() is None
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait(10)
+    verdict = verify(str(tmp_path / "cache"))
+    assert {problem.kind for problem in verdict.problems} <= {"extra"}, verdict.problems  # a group whose record was not reached
+    assert any("unfinished" in note for note in verdict.notes)
+
+
+def test_descriptors_are_given_back(setup: Path) -> None:  # noqa: F811
+    run(setup)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        cache = open_cache(setup / "cache")
+        cache.read("train-0000", "s0000")
+        cache.view("train-0001", "s0001")
+        cache.close()
+        verify(str(setup / "cache"))
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_min_top1_without_a_classifier_is_a_usage_error(setup: Path) -> None:  # noqa: F811
+    make_teacher_dir(setup / "headless", num_classes=0)
+    with pytest.raises(UsageError, match="no classifier"):
+        run(setup, teacher=f"local-dir:{setup / 'headless'}", targets=("features@norm",), min_teacher_top1=10.0)
+    with pytest.raises(KDCacheError, match="no classifier, hence no logits"):
+        run(setup, teacher=f"local-dir:{setup / 'headless'}")
