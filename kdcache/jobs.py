@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .commit import ChunkPool, GroupWriter, create_document, publish_group, unpublish_group
+from .device import fitting_threads
 from .encodings import Encoding
 from .errors import DriftError, ShardError, TeacherError
 from .fidelity import Fidelity, combine_fidelity
@@ -148,7 +149,7 @@ class TargetSegment:
         keys, self._keys = self._keys[:size], self._keys[size:]
         values = teacher(batch, [recorded.target for recorded in self.targets])
         arrays: dict[str, np.ndarray[Any, Any]] = {}
-        with torch.inference_mode():
+        with torch.inference_mode(), fitting_threads(teacher.model, teacher.device):
             for recorded in self.targets:
                 name = recorded.target.name
                 value = values[name]

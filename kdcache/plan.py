@@ -31,7 +31,7 @@ def blake2b_128(data: bytes) -> str:
 class FrozenModel(BaseModel):
     """A value that is checked when it is made, can't change, and refuses keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types; fields that are None are left out, so that a field added later leaves old digests alone."""
