@@ -21,7 +21,8 @@ from .options import json_option, print_json
 def command(images: str, out: str, name: str | None, samples_per_shard: int, shuffle_seed: int, no_shuffle: bool, as_json: bool) -> None:
     """Turn IMAGES/<class>/<file> into WebDataset shards in OUT, byte for byte the same each time.
 
-    Layout as timm's ImageNet: a jpg (or jpeg, png, webp), cls and json member a sample. Image bytes are kept as they are.
+    Layout as timm's ImageNet: a jpg (or jpeg, png, webp), cls and json member a sample. Image bytes are kept as they are. Hidden
+    folders are passed over, a class folder without images is an error, and other files are counted and left out.
 
     \b
     Example:

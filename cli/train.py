@@ -45,6 +45,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 # on what data
 @click.option("--data", metavar="SHARDS", help="Where the tars lie now. Default: where they lay when the cache was made.")
 @click.option("--limit-shards", type=click.IntRange(1), metavar="N", help="Train on the first N shards of the cache only.")
+@click.option("--views", type=click.IntRange(1), metavar="V", help="Train on the first V views. Default: all that every shard has.")
 @click.option("--val", metavar="SHARDS", help="Labelled tars to measure top-1 and top-5 on. Default: none.")
 @click.option("--val-interval", type=click.IntRange(1), default=1, show_default=True, metavar="E", help="Measure every E epochs, and after the last.")
 @click.option(
@@ -99,16 +100,21 @@ def command(
     """
 
     def action() -> None:
-        from pipelines.train import TrainConfig, train
+        from pipelines.train import TrainConfig, train_each
 
         config = TrainConfig(
             cache=cache, students=students, model_kwargs=parse_settings(model_kwargs, option="--model-kwargs"),
             settings=parse_settings(settings, option="--set"), **options,  # type: ignore[arg-type]  # names and types are click's above
         )  # fmt: skip
-        runs = train(config, progress=True)
-        click.echo(_table(runs), err=True)
-        if as_json:
-            print_json({"runs": runs})
+        runs: list[dict[str, Any]] = []  # reported whatever ends the command
+        try:
+            for run in train_each(config, progress=True):
+                runs.append(run)
+        finally:
+            if runs:
+                click.echo(_table(runs), err=True)
+                if as_json:
+                    print_json({"runs": runs})
 
     run_command(action)
 

@@ -1,6 +1,6 @@
 """Stage two's input: the views that the teacher saw, rendered again, beside the targets that the cache holds for them.
 
-Everything is driven by an index: the order of rows is a pure function of (seed, epoch), a batch is a list of (row number, view),
+Everything is driven by an index: the order of rows is a pure function of (seed, epoch), a batch is a list of (row number, view, epoch),
 and a worker that is given one reads images by their place in the tar, renders them from the *stored* params, checks their
 pixels against the stored digests at a sampled rate, and reads the encoded targets by chunk. Targets stay encoded: they are
 decoded on the student's device, since dequantising in a worker was measured to cost a quarter of its throughput.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -32,8 +32,18 @@ ORDER_VERSION = 1
 """Bumped whenever `epoch_order` gives another order for the same seed and epoch."""
 
 
+class Item(NamedTuple):
+    """One row of a batch to be: all that a worker needs to know of it."""
+
+    row: int
+    """Its number in Cache.rows."""
+    view: int
+    epoch: int = 0
+    """Chooses which rows have their pixels checked, and nothing else: batches of a (row, view) are alike in every epoch."""
+
+
 class Batch(TypedDict):
-    """What the workers hand over. Row b of everything is the b-th of the (row number, view) pairs asked for."""
+    """What the workers hand over. Row b of everything is the b-th of the items asked for."""
 
     views: Tensor
     """uint8 (B, H, W, 3)"""
@@ -58,8 +68,8 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtyp
     return order
 
 
-class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (row number, view) of one epoch; `set_epoch` chooses which.
+class EpochBatches(Sampler[list[Item]]):
+    """Batches of one epoch's items; `set_epoch` chooses which.
 
     Epoch e takes view e mod num_views of every row. The last, partial batch is dropped unless it is the only one.
     """
@@ -78,11 +88,11 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return len(self._rows) // self.batch_size
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Item]]:
         view = self.epoch % self.num_views
         order = self._rows[epoch_order(len(self._rows), self.seed, self.epoch)]
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield [(row, view) for row in order[start : start + self.batch_size].tolist()]
+            yield [Item(row, view, self.epoch) for row in order[start : start + self.batch_size].tolist()]
 
 
 def usable_views(cache: Cache, teacher: str | None, targets: Sequence[str], shards: Sequence[str]) -> int:
@@ -123,13 +133,15 @@ class _Group:
     """(n,) places in the batch."""
     row_numbers: np.ndarray[Any, np.dtype[np.int64]]
     """(n,) numbers in Cache.rows, ascending: neighbours share chunks and lie next to each other in the tar."""
+    epochs: np.ndarray[Any, np.dtype[np.int64]]
+    """(n,) the epoch that each row was asked for in."""
 
 
 class CachedViews(Dataset[Batch]):
-    """A map-style dataset over (row number of `Cache.rows`, view). Pickles cheaply; each process opens files of its own."""
+    """A map-style dataset over items, (row number of `Cache.rows`, view) and the epoch. Pickles cheaply; each process opens files of its own."""
 
     def __init__(self, cache: Cache, *, teacher: str | None = None, targets: Sequence[str] = (), check_views: float = 1.0) -> None:
-        """targets: names of the targets to read from `teacher` (None: the only one). check_views: fraction of views whose pixel digest is checked."""
+        """targets: names of the targets to read from `teacher` (None: the only one). check_views: fraction of an epoch's rows whose pixel digest is checked."""
         self.cache = cache
         self.teacher = cache.layer(teacher).name if targets else None
         self.targets = tuple(targets)
@@ -148,18 +160,18 @@ class CachedViews(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.cache.rows)
 
-    def __getitem__(self, item: tuple[int, int]) -> Batch:
+    def __getitem__(self, item: Item | tuple[int, int]) -> Batch:
         """A batch of one."""
         return self.__getitems__([item])
 
-    def __getitems__(self, items: Sequence[tuple[int, int]]) -> Batch:
-        """The batch of these (row number, view) pairs, in this order.
+    def __getitems__(self, items: Sequence[Item | tuple[int, int]]) -> Batch:
+        """The batch of these items, in this order; a (row number, view) alone is of epoch 0.
 
         Raises MissingError for a target that is not there, DriftError for pixels that the teacher did not see, CorruptError for stored
         bytes that changed, ShardError for a tar that can't be read.
         """
         rows = self.cache.rows
-        row_numbers = np.array([row for row, _ in items], dtype=np.int64)
+        row_numbers = np.array([item[0] for item in items], dtype=np.int64)
         size = self.cache.plan.size
         views_BHWC = np.empty((len(items), size, size, 3), np.uint8)
         arrays: dict[str, dict[str, np.ndarray[Any, Any]]] = {target: {} for target in self.targets}
@@ -180,22 +192,23 @@ class CachedViews(Dataset[Batch]):
             targets={target: {name: _to_tensor(array) for name, array in components.items()} for target, components in arrays.items()},
         )
 
-    def _groups(self, items: Sequence[tuple[int, int]]) -> Iterator[_Group]:
+    def _groups(self, items: Sequence[Item | tuple[int, int]]) -> Iterator[_Group]:
         rows = self.cache.rows
-        row_numbers, views = (np.array(column, dtype=np.int64) for column in zip(*items, strict=True))
+        row_numbers, views, epochs = (np.array(column, dtype=np.int64) for column in zip(*(Item(*item) for item in items), strict=True))
         shards = rows.shard[row_numbers]
         order = np.lexsort((row_numbers, views, shards))
         changes = np.nonzero((np.diff(shards[order]) != 0) | (np.diff(views[order]) != 0))[0] + 1
         for places in np.split(order, changes):
             first = places[0]
-            yield _Group(rows.shards[shards[first]], int(views[first]), places, row_numbers[places])
+            yield _Group(rows.shards[shards[first]], int(views[first]), places, row_numbers[places], epochs[places])
 
     def _render(self, group: _Group) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.uint8]]]]:
         """(place in the batch, view) for the rows of a group, checked at the sampled rate."""
         rows, cache = self.cache.rows, self.cache
         shard_rows = rows.row[group.row_numbers]
         params = cache.read_params(group.shard, group.view, shard_rows)
-        checked = np.array([is_checked(group.shard, row, group.view, fraction=self.check_views) for row in shard_rows.tolist()], dtype=bool)
+        asked = zip(shard_rows.tolist(), group.epochs.tolist(), strict=True)
+        checked = np.array([is_checked(group.shard, row, epoch, fraction=self.check_views) for row, epoch in asked], dtype=bool)
         digests = np.zeros(len(shard_rows), np.uint64)
         if checked.any():
             digests[checked] = cache.read_pixel_digests(group.shard, group.view, shard_rows[checked])
@@ -225,12 +238,18 @@ class CachedViews(Dataset[Batch]):
         return self.cache.keys(rows.shards[int(rows.shard[number])])[int(rows.row[number])]
 
 
-def is_checked(shard: str, row: int, view: int, *, fraction: float) -> bool:
-    """Whether this view's pixels are compared with their stored digest: a pure function, so that a repeated run repeats its checks."""
+def is_checked(shard: str, row: int, epoch: int, *, fraction: float) -> bool:
+    """Whether this row's pixels are compared with their stored digest in this epoch.
+
+    A pure function, so that a repeated run repeats its checks. Each row starts at a hash of its own on a circle, moves by `fraction`
+    an epoch, and is checked in the first `fraction` of the circle: every epoch checks about that share of the rows, and 1 / fraction
+    epochs check every row.
+    """
     if fraction >= 1 or fraction <= 0:
         return fraction >= 1
-    word = int.from_bytes(hashlib.blake2b(canonical_json(["check", shard, row, view]), digest_size=8).digest(), "little")
-    return word < int(fraction * 2**64)
+    start = int.from_bytes(hashlib.blake2b(canonical_json(["check", shard, row]), digest_size=8).digest(), "little")
+    step = int(fraction * 2**64)
+    return (start + epoch * step) % 2**64 < step
 
 
 def _to_tensor(array: np.ndarray[Any, Any]) -> Tensor:
@@ -247,7 +266,7 @@ class _CarryErrors(Dataset[Any]):
     def __init__(self, dataset: CachedViews) -> None:
         self._dataset = dataset
 
-    def __getitems__(self, items: Sequence[tuple[int, int]]) -> Batch | KDCacheError:
+    def __getitems__(self, items: Sequence[Item | tuple[int, int]]) -> Batch | KDCacheError:
         try:
             return self._dataset.__getitems__(items)
         except KDCacheError as error:

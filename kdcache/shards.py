@@ -23,6 +23,10 @@ _LABEL_EXTENSIONS = ("cls", "json")
 _MAX_LABEL_BYTES = 1 << 20
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")
 """Members that webdataset skips: its `skip_meta`."""
+_CLS = re.compile(rb"\s*([0-9]{1,20})\s*")
+"""A label as .cls members write it; Python's int() would take 1_0, +4 and other scripts' digits too."""
+NOT_UTF8 = "name is not UTF-8"
+"""The problem of a sample whose members' names are bytes that are no text."""
 NO_LABEL = -1
 MAX_LABEL = 2**31 - 1
 
@@ -40,6 +44,7 @@ class Sample:
     """One sample of a tar, from its headers. `problem` says why it can have no row, or is None."""
 
     key: str
+    """webdataset's `__key__`; of a name that is not UTF-8, with backslash escapes for the bytes that are no text."""
     image_offset: int
     image_size: int
     label: int
@@ -53,11 +58,13 @@ class ShardIndex:
     source: ShardSource
     samples: tuple[Sample, ...]
     member_table: str
-    """BLAKE2b-128 of the canonical JSON of [name, data offset, size] of each regular member."""
+    """BLAKE2b-128 of the canonical JSON of {"members": [[name, data offset, size], …], "labels": [label of each sample]}."""
     size: int
     mtime_ns: int
     cut: str | None
-    """How the tar ends too early, or None. Whole samples before the cut are here; one that may have lost a member to it is not."""
+    """How the tar ends too early, or None: ASCII, in words of ours alone, since it is part of an identity.
+
+    Whole samples before the cut are here; one that may have lost a member to it is not."""
 
 
 def resolve_shards(spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[ShardSource]:
@@ -88,7 +95,10 @@ def _expand(text: str) -> list[str]:
         return sorted(str(path) for path in Path(text).iterdir() if path.suffix == ".tar")
     import braceexpand
 
-    paths = [text] if os.path.exists(text) else list(braceexpand.braceexpand(text))
+    try:
+        paths = [text] if os.path.exists(text) else list(braceexpand.braceexpand(text))
+    except ValueError as error:  # braceexpand's UnbalancedBracesError
+        raise UsageError(f"shards {text!r}: its braces are not balanced; expected a brace expression such as 'train-{{0000..0007}}.tar'") from error
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -97,7 +107,26 @@ def _expand(text: str) -> list[str]:
 
 
 def _shard_name(path: str) -> str:
-    return os.path.basename(path).removesuffix(".tar")
+    """Raises UsageError for a file whose name can be no identity."""
+    name = os.path.basename(path).removesuffix(".tar")
+    if not name:
+        raise UsageError(f"shard {path!r} has no name before .tar, and a shard's name is its identity; rename the file")
+    if printable(name) != name:
+        raise UsageError(f"shard {printable(path)!r}: its name is not UTF-8, and a shard's name is its identity; rename the file")
+    return name
+
+
+def printable(text: str) -> str:
+    """`text` with backslash escapes for the bytes of a file name that are not UTF-8, which Python keeps as lone surrogates."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def split_member(name: str) -> tuple[str, str] | None:
+    """(sample key, lower-case extension) of a tar member by webdataset's rules, or None for one that it skips."""
+    from webdataset.tariterators import base_plus_ext  # imports torch, 3 s: not at start-up
+
+    key, extension = base_plus_ext(name)
+    return None if key is None or _META_MEMBER.match(name) else (key, extension.lower())
 
 
 def default_dataset_id(sources: Sequence[ShardSource]) -> str:
@@ -120,7 +149,8 @@ def scan_shard(source: ShardSource) -> ShardIndex:
     with file:
         members, cut, torn = _members(source, file, stat.st_size)
         samples = _group_samples(source, file, members, is_cut=cut is not None, torn=torn)
-    table = blake2b_128(canonical_json([[member.name, member.offset_data, member.size] for member in members]))
+    places = [[member.name, member.offset_data, member.size] for member in members]
+    table = blake2b_128(canonical_json({"members": places, "labels": [sample.label for sample in samples]}))
     return ShardIndex(source=source, samples=samples, member_table=table, size=stat.st_size, mtime_ns=stat.st_mtime_ns, cut=cut)
 
 
@@ -130,7 +160,7 @@ def _members(source: ShardSource, file: IO[bytes], size: int) -> tuple[list[tarf
     if size == 0:
         return members, "empty file, expected a tar", None
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - closed below
+        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115 - closed below
     except tarfile.TarError as error:
         raise ShardError(f"shard {source.name}: {source.path} is not an uncompressed tar: {error}; expected a WebDataset shard") from error
     cut: str | None = None
@@ -139,20 +169,19 @@ def _members(source: ShardSource, file: IO[bytes], size: int) -> tuple[list[tarf
         while True:
             try:
                 member = tar.next()
-            except tarfile.TarError as error:
-                cut = f"header at byte {tar.offset} of {size} can't be read: {error}"
-                break
-            except (OSError, ValueError, OverflowError) as error:
-                cut = f"header at byte {tar.offset} of {size} can't be read: {type(error).__name__}"
+            except (tarfile.TarError, OSError, ValueError, OverflowError):
+                cut = f"header at byte {tar.offset} of {size} can't be read"
                 break
             if member is None:
                 break
             end = member.offset_data + member.size
             if member.issparse():
-                raise ShardError(f"shard {source.name}: member {member.name!r} is a sparse file; expected plain members, write the shard again")
+                raise ShardError(
+                    f"shard {source.name}: member {printable(member.name)!r} is a sparse file; expected plain members, write the shard again"
+                )
             if member.isreg():
                 if end > size:
-                    cut = f"member {member.name!r} ends at byte {end}, the file has {size}"
+                    cut = f"member {member.name!a} ends at byte {end}, the file has {size}"
                     torn = member.name
                     break
                 members.append(member)
@@ -165,20 +194,19 @@ def _members(source: ShardSource, file: IO[bytes], size: int) -> tuple[list[tarf
 
 
 def _group_samples(source: ShardSource, file: IO[bytes], members: Sequence[tarfile.TarInfo], *, is_cut: bool, torn: str | None) -> tuple[Sample, ...]:
-    from webdataset.tariterators import base_plus_ext  # imports torch, 3 s: not at start-up
-
     grouped: dict[str, dict[str, tarfile.TarInfo]] = {}
     last_key: str | None = None
     for member in members:
-        key, extension = base_plus_ext(member.name)
-        if key is None or _META_MEMBER.match(member.name):
+        split = split_member(member.name)
+        if split is None:
             continue
-        extension = extension.lower()
+        raw_key, extension = split
+        key = printable(raw_key)
         if key in grouped and (key != last_key or extension in grouped[key]):
             first = grouped[key].get(extension) or next(iter(grouped[key].values()))
             raise ShardError(
-                f"shard {source.name}: key {key!r} appears twice: member {first.name!r} at byte {first.offset} and member"
-                f" {member.name!r} at byte {member.offset}; expected the members of a sample next to each other and every key"
+                f"shard {source.name}: key {key!r} appears twice: member {printable(first.name)!r} at byte {first.offset} and member"
+                f" {printable(member.name)!r} at byte {member.offset}; expected the members of a sample next to each other and every key"
                 f" once; write the shard again, for example with 'kdcache pack'"
             )
         grouped.setdefault(key, {})[extension] = member
@@ -190,10 +218,9 @@ def _group_samples(source: ShardSource, file: IO[bytes], members: Sequence[tarfi
 
 def _last_is_whole(grouped: dict[str, dict[str, tarfile.TarInfo]], torn: str | None) -> bool:
     """Whether the sample before a cut lost no member to it, such as its label: another sample was torn, or it looks like the one before."""
-    from webdataset.tariterators import base_plus_ext
-
     if torn is not None:
-        return bool(base_plus_ext(torn)[0] != next(reversed(grouped)))
+        split = split_member(torn)
+        return split is None or printable(split[0]) != next(reversed(grouped))
     extensions = [group.keys() for group in grouped.values()][-2:]
     return len(extensions) == 2 and extensions[0] == extensions[1]
 
@@ -201,6 +228,8 @@ def _last_is_whole(grouped: dict[str, dict[str, tarfile.TarInfo]], torn: str | N
 def _sample(source: ShardSource, file: IO[bytes], key: str, group: dict[str, tarfile.TarInfo]) -> Sample:
     images = [extension for extension in IMAGE_EXTENSIONS if extension in group]
     label = _label(source, file, key, group)
+    if any(printable(member.name) != member.name for member in group.values()):
+        return Sample(key, 0, 0, label, NOT_UTF8)
     if len(images) != 1:
         found = ", ".join(sorted(group)) if not images else " and ".join(images)
         return Sample(key, 0, 0, label, f"expected one image member ({', '.join(IMAGE_EXTENSIONS)}), found {found}")
@@ -213,20 +242,24 @@ def _label(source: ShardSource, file: IO[bytes], key: str, group: dict[str, tarf
     if extension is None:
         return NO_LABEL
     member = group[extension]
+    name = printable(member.name)
     if member.size > _MAX_LABEL_BYTES:
-        raise ShardError(f"shard {source.name}: key {key!r}: {member.name} has {member.size} bytes, expected a label of at most {_MAX_LABEL_BYTES}")
+        raise ShardError(f"shard {source.name}: key {key!r}: {name} has {member.size} bytes, expected a label of at most {_MAX_LABEL_BYTES}")
     file.seek(member.offset_data)
     data = file.read(member.size)
+    digits = _CLS.fullmatch(data)
+    if extension == "cls" and digits is None:
+        raise ShardError(f"shard {source.name}: key {key!r}: {name} holds {data[:40]!r}, expected a label in plain digits, such as 7")
     try:
-        value = int(data) if extension == "cls" else json.loads(data)
+        value = int(digits[1]) if extension == "cls" and digits is not None else json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"shard {source.name}: key {key!r}: {member.name} holds {data[:40]!r}, expected a label") from error
+        raise ShardError(f"shard {source.name}: key {key!r}: {name} holds {data[:40]!r}, expected a label") from error
     if extension == "json":
         value = value.get("label") if isinstance(value, dict) else None
         if value is None:
             return NO_LABEL
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_LABEL:
-        raise ShardError(f"shard {source.name}: key {key!r}: label {value!r} in {member.name}, expected a whole number from 0 to {MAX_LABEL}")
+        raise ShardError(f"shard {source.name}: key {key!r}: label {value!r} in {name}, expected a whole number from 0 to {MAX_LABEL}")
     return value
 
 
@@ -236,6 +269,14 @@ class ShardFiles:
     def __init__(self, capacity: int = 16) -> None:
         self._capacity = capacity
         self._files: dict[str, int] = {}
+
+    def close(self) -> None:
+        """Close the files; they are opened again when asked for."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
 
     def read(self, source: ShardSource, key: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`. Raises ShardError naming the shard and key."""

@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .device import autocast
+from .device import autocast, fitting_threads
 from .encodings import TargetShape
 from .errors import TeacherError
 from .format import Preprocessing, TeacherIdentity
-from .nodes import NORM, capture, resolve_node, to_tokens
+from .nodes import NORM, capture, read_nodes, resolve_node, to_tokens
 from .pixels import Normalize
 from .targets import TargetSpec
 from .timm_models import architecture_of, build_model, input_size_of, mean_std_of, model_args_of
@@ -63,7 +63,7 @@ class Teacher:
         return self.identity.num_classes > 0
 
     def resolve(self, specs: Sequence[TargetSpec]) -> dict[TargetSpec, TeacherTarget]:
-        """Each spec against this model. Raises TeacherError for an unknown node, or logits of a model without a head."""
+        """Each spec against this model. Raises TeacherError for an unknown node, one that can't be explained, or logits of a model without a head."""
         resolved: dict[TargetSpec, TeacherTarget] = {}
         nodes: dict[TargetSpec, str] = {}
         for spec in specs:
@@ -81,22 +81,26 @@ class Teacher:
         return resolved
 
     def _feature_shapes(self, nodes: Sequence[str]) -> dict[str, TargetShape]:
+        """Each node's shape, from two images of noise: the batch axis and the order of the tokens show on no less."""
         side = self.identity.preprocessing.input_size
-        views_BHWC = torch.zeros((1, side, side, 3), dtype=torch.uint8, device=self.device)
-        shapes: dict[str, TargetShape] = {}
-        with torch.inference_mode(), autocast(self.device, self.identity.precision), capture(self.model, nodes) as captured:
-            features = self.model.forward_features(self.normalize(views_BHWC))  # type: ignore[operator]  # timm's own method
-            for node in nodes:
-                value, grid = to_tokens(self.model, features if node == NORM else captured[node])
-                prefix = value["prefix"].shape[1] if "prefix" in value else 0
-                shapes[node] = TargetShape(grid=grid, channels=value["grid"].shape[2], prefix_tokens=prefix)
-        return shapes
+        views_BHWC = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(self.device)
+        with torch.inference_mode(), autocast(self.device, self.identity.precision):
+            values = read_nodes(self.model, self.normalize(views_BHWC), nodes, model_name=self.source)
+        return {
+            node: TargetShape(grid=grid, channels=value["grid"].shape[2], prefix_tokens=value["prefix"].shape[1] if "prefix" in value else 0)
+            for node, (value, grid) in values.items()
+        }
 
     def __call__(self, views_BHWC: Tensor, targets: Sequence[TeacherTarget]) -> dict[str, dict[str, Tensor]]:
         """Target name → value (float32, see `encodings.base`) for uint8 views on any device. One pass, no gradient."""
         nodes = [target.node for target in targets if target.node is not None]
         values: dict[str, dict[str, Tensor]] = {}
-        with torch.inference_mode(), autocast(self.device, self.identity.precision), capture(self.model, nodes) as captured:
+        with (
+            fitting_threads(self.model, self.device),
+            torch.inference_mode(),
+            autocast(self.device, self.identity.precision),
+            capture(self.model, nodes) as captured,
+        ):
             features = self.model.forward_features(self.normalize(views_BHWC.to(self.device, non_blocking=True)))  # type: ignore[operator]
             for target in targets:
                 if target.node is None:

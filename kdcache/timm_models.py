@@ -38,8 +38,9 @@ def build_model(
     if source is not None and not Path(source, "config.json").is_file():
         raise error(f"{role} {name!r}: no {Path(source, 'config.json')}; expected a folder that timm's save_for_hf wrote")
     if ":" not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3) or ["vit_large_patch16_224", "resnet50"]
-        raise error(f"{role} {name!r}: timm {timm.__version__} knows no such model; near ones: {', '.join(near)}")
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        suggestion = f"near ones: {', '.join(near)}" if near else "none is called nearly so"
+        raise error(f"{role} {name!r}: timm {timm.__version__} knows no such model; {suggestion}; timm.list_models() names all")
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained and checkpoint is None, **args)
     except TypeError as problem:

@@ -96,7 +96,12 @@ def quickstart(config: QuickstartConfig, *, progress: bool = True) -> dict[str, 
 def _quickstart(config: QuickstartConfig, *, progress: bool) -> dict[str, Any]:
     begin = time.perf_counter()
     out = Path(config.out)
-    if out.exists() and any(out.iterdir()):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        in_use = any(out.iterdir())
+    except OSError as error:
+        raise StoreError(f"{out} can't be used as a folder: {error.strerror}; name a new one with 'kdcache quickstart DIR'") from error
+    if in_use:
         raise StoreError(f"{out} is not empty; expected a new folder: remove it, or name another with 'kdcache quickstart DIR'")
     _step(1, "pack: handwritten digits → shards")
     num_train, num_val = _pack_digits(out, progress=progress)

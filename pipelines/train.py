@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import glob
 import io
 import json
 import math
@@ -38,7 +39,7 @@ from kdcache.cache import Cache, open_cache
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.console import say
 from kdcache.device import resolve_device
-from kdcache.errors import MissingError, ShardError, StudentError, UsageError
+from kdcache.errors import KDCacheError, MissingError, ShardError, StudentError, UsageError
 from kdcache.evaluate import Evaluation, EvaluationSet, Evaluator
 from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches, to_device, usable_views
 from kdcache.methods import MethodSettings, build, method_class, parse_settings
@@ -84,6 +85,8 @@ class TrainConfig:
     out: str = "runs"
     limit_shards: int | None = None
     """Train on the first N shards of the cache only."""
+    views: int | None = None
+    """V: train on the first V views. Default: all that every shard has of what the method needs."""
     pretrained: bool = False
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Constructor arguments of the students."""
@@ -140,6 +143,7 @@ class TrainConfig:
             ("--check-views", self.check_views, 0 <= self.check_views <= 1, "a fraction from 0 to 1"),
             ("--val-crop-pct", self.val_crop_pct, self.val_crop_pct is None or 0 < self.val_crop_pct <= 1, "a fraction above 0, at most 1"),
             ("--limit-shards", self.limit_shards, self.limit_shards is None or self.limit_shards >= 1, "at least 1"),
+            ("--views", self.views, self.views is None or self.views >= 1, "at least 1"),
             ("--val-interval", self.val_interval, self.val_interval >= 1, "at least 1"),
             ("--num-classes", self.num_classes, self.num_classes is None or self.num_classes >= 1, "at least 1"),
             ("--log-interval", self.log_interval, self.log_interval >= 1, "at least 1"),
@@ -157,11 +161,28 @@ def train(config: TrainConfig, *, progress: bool = False) -> list[dict[str, Any]
     top1 is in percent, of the exported weights, None without --val; status is "done" or "already done". Raises KDCacheError; runs
     that ended before the error stay, and are skipped when the command is repeated with --resume.
     """
+    return list(train_each(config, progress=progress))
+
+
+def train_each(config: TrainConfig, *, progress: bool = False) -> Iterator[dict[str, Any]]:
+    """`train`, each run's entry as soon as the run ends, for callers that report what is done when a later run fails.
+
+    All students are built once before the first is trained. Of a run that fails the entry has status "failed", and the epochs that are kept;
+    then its error is raised.
+    """
     data = _open_data(config)
     runs = [_Run(config, data, name) for name in config.students]
     for run in runs:
         run.check_folder()
-    return [run.train(progress=progress) for run in runs]
+    for run in runs:
+        run.check_build()
+    for run in runs:
+        try:
+            entry = run.train(progress=progress)
+        except KDCacheError:
+            yield run.failed()
+            raise
+        yield entry
 
 
 # --- the data --------------------------------------------------------------------------------------------------------
@@ -202,9 +223,9 @@ def _open_data(config: TrainConfig) -> _Data:
     settings = parse_settings(config.method, _method_settings(config))
     cache = open_cache(config.cache, data=config.data)
     targets = tuple(parse_target(spec).name for spec in method.requires(settings))
-    teacher = cache.layer(config.teacher).name if targets or config.teacher is not None else None
     shards = _choose_shards(cache, config.limit_shards)
-    num_views = usable_views(cache, teacher, targets, shards)
+    teacher = cache.layer(config.teacher).name if targets or config.teacher is not None else None
+    num_views = _choose_views(cache, teacher, targets, shards, config.views)
     rows = cache.rows
     chosen = np.array([shard in set(shards) for shard in rows.shards], dtype=bool)
     row_numbers = np.nonzero(chosen[rows.shard])[0].astype(np.int64)
@@ -241,6 +262,11 @@ def _method_settings(config: TrainConfig) -> dict[str, Any]:
 def _choose_shards(cache: Cache, limit: int | None) -> list[str]:
     """The shards to train on, in name order. Raises MissingError for a cache that is not finished, unless a limit leaves that out."""
     shards, wanted = cache.shards, cache.all_shards
+    if not shards:
+        raise MissingError(
+            f"{cache.store.url}: the cache is empty: none of its {len(wanted)} shards is done; run 'kdcache extract' again with the same arguments"
+            f" to fill it"
+        )
     if limit is not None:
         if limit > len(shards):
             raise UsageError(f"--limit-shards {limit}: the cache has {len(shards)} shards; expected at most that")
@@ -249,9 +275,22 @@ def _choose_shards(cache: Cache, limit: int | None) -> list[str]:
         first = next(shard for shard in wanted if shard not in set(shards))
         raise MissingError(
             f"{cache.store.url}: {len(shards)} of {len(wanted)} shards are done, {first!r} is not; run 'kdcache extract' again with the same"
-            f" arguments to finish the cache, or train on what is there with --limit-shards {max(1, len(shards))}"
+            f" arguments to finish the cache, or train on what is there with --limit-shards {len(shards)}"
         )
     return shards
+
+
+def _choose_views(cache: Cache, teacher: str | None, targets: Sequence[str], shards: Sequence[str], wanted: int | None) -> int:
+    """How many views to train on: as many as there are of everything, or as asked. Raises MissingError for more than there are."""
+    usable = usable_views(cache, teacher, targets, shards)
+    if wanted is None:
+        return usable
+    if wanted > usable:
+        raise MissingError(
+            f"--views {wanted}: the cache has {usable} views of all that is trained on; expected at most that, or run 'kdcache extract' again with"
+            f" --views {wanted} to add them"
+        )
+    return wanted
 
 
 def _num_classes(config: TrainConfig, cache: Cache, teacher: str | None, targets: Sequence[str]) -> int:
@@ -309,6 +348,7 @@ class _Run:
         self.last = self.folder / "last" / "checkpoint.pt"
         self.best = self.folder / "best" / "checkpoint.pt"
         self.export = self.folder / "export"
+        self._loop: _Loop | None = None
 
     def _resolve(self) -> dict[str, Any]:
         """Everything that decides the result, JSON types. Workers, device, places and intervals are not here."""
@@ -342,24 +382,56 @@ class _Run:
         return self.export.is_dir()
 
     def check_folder(self) -> None:
-        """Raise StudentError for an unfinished run that was not asked to be resumed: nothing is overwritten."""
+        """Raise StudentError for an unfinished run that was not asked to be resumed: nothing is overwritten.
+
+        Likewise for a run that was to be resumed and is not there while another of the same student and method is unfinished: most
+        likely that one was meant.
+        """
         if not self.config.resume and not self.is_finished and self.folder.exists():
             raise StudentError(
                 f"run {self.folder} is there already and unfinished; pass --resume to continue it, or delete the folder to begin again"
             )
+        if self.config.resume and not self.folder.exists():
+            self._refuse_another()
+
+    def _refuse_another(self) -> None:
+        ours = json.loads(canonical_json(self.recipe))
+        differing: list[tuple[int, str, tuple[str, Any, Any]]] = []
+        for path in sorted(self.folder.parent.glob(f"{glob.escape(self.id.rpartition('-')[0])}-*/args.yaml")):
+            theirs = _read_args(path)
+            same = all(theirs.get(name) == ours[name] for name in ("student", "method"))
+            unfinished = (path.parent / "last" / "checkpoint.pt").is_file() and not (path.parent / "export").is_dir()
+            if same and unfinished and (differences := list(_differences(theirs, ours))):
+                differing.append((len(differences), str(path.parent), differences[0]))
+        if differing:
+            count, folder, (field_name, theirs_value, ours_value) = min(differing)
+            more = f" (and {count - 1} more)" if count > 1 else ""
+            raise StudentError(
+                f"--resume: no run {self.folder}, but {folder} of the same student and method is unfinished: field {field_name!r}{more} differs: that run"
+                f" has {theirs_value!r}, this command {ours_value!r}; {_how_to_continue(field_name, theirs_value)}, or drop --resume to begin a new run"
+            )
+
+    def check_build(self) -> None:
+        """Raise whatever building this student, its method, its optimizer and its evaluation raises, before any other student is trained."""
+        if self.is_finished:
+            return
+        if method_class(self.config.method).uses_labels(self.data.settings):
+            _check_labels(self.data, self.config)
+        resolve_device(self.config.device)
+        student, method = self._build()
+        _optimizer(method, self.config)
+        self._evaluator(student, workers=0)
 
     def train(self, *, progress: bool) -> dict[str, Any]:
         """Do what is left to do of this run; its entry in the report."""
         if self.is_finished:
             state = load_checkpoint(self.last, fingerprint=self.data.cache.fingerprint)
             return self._report(state["history"], state["seconds"], "already done")
-        if method_class(self.config.method).uses_labels(self.data.settings):
-            _check_labels(self.data, self.config)
         device = resolve_device(self.config.device)
         workers = min(8, os.cpu_count() or 1) if self.config.workers is None else self.config.workers
         student, method = self._build()
         evaluator = self._evaluator(student, workers)
-        loop = _Loop(self, student, method, device)
+        self._loop = loop = _Loop(self, student, method, device)
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.last.is_file():
             loop.load(load_checkpoint(self.last, fingerprint=self.data.cache.fingerprint))
@@ -367,6 +439,11 @@ class _Run:
         loop.train(evaluator, workers, progress=progress)
         self._export(student, method, loop.history)
         return self._report(loop.history, loop.seconds, "done")
+
+    def failed(self) -> dict[str, Any]:
+        """The report's entry of a run whose `train` raised."""
+        loop = self._loop
+        return self._report(loop.history, loop.seconds, "failed") if loop is not None else self._report([], 0.0, "failed")
 
     def _build(self) -> tuple[Student, Method[Any]]:
         """The student and the method around it, on the CPU; both a function of the seed, or of pretrained weights."""
@@ -418,7 +495,7 @@ class _Run:
             "student": self.student_name,
             "method": self.config.method,
             "epochs": len(history),
-            "top1": history[_best_epoch(history)]["eval_top1"] if self.data.val else None,
+            "top1": history[_best_epoch(history)]["eval_top1"] if any("eval_top1" in row for row in history) else None,
             "seconds": round(seconds, 3),
             "path": str(self.folder),
             "status": status,
@@ -429,6 +506,40 @@ def _folder_name(student_name: str) -> str:
     """The student's name without its source, as far as that can stand in a path."""
     base = (student_name.partition(":")[2] or student_name).rstrip("/").rpartition("/")[2]
     return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in base).lstrip("._-")[:80] or "student"
+
+
+def _read_args(path: Path) -> dict[str, Any]:
+    """What an args.yaml says, or nothing if it can't be read: it serves a hint only."""
+    try:
+        args = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return args if isinstance(args, dict) else {}
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted field, their value, our value) of every leaf of a recipe that differs, in the recipe's order; None where there is none."""
+    extra = [name for name in theirs if name not in ours] if prefix else []  # args.yaml says more than the recipe
+    for name in [*ours, *extra]:
+        a, b = theirs.get(name), ours.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            yield f"{prefix}{name}", a, b
+
+
+def _how_to_continue(field_name: str, value: Any) -> str:
+    """What to add to the command so that a field of its recipe is `value`."""
+    if field_name.startswith("data.") and field_name != "data.views":
+        what = {"val": "--val", "teacher": "--teacher"}.get(field_name.split(".")[1], "CACHE and --limit-shards")
+        return f"give {what} as that run was given to continue it"
+    group, _, name = field_name.rpartition(".")
+    if group in ("settings", "model_kwargs"):
+        option, shown = "--set" if group == "settings" else "--model-kwargs", f" {name}={value}"
+    else:
+        option = f"--{name.replace('_', '-')}"
+        shown = "" if isinstance(value, bool) else " " + (" ".join(map(str, value)) if isinstance(value, list) else str(value))
+    return f"leave {option} out to continue it" if value is None or value is False else f"pass {option}{shown} to continue it"
 
 
 def _best_epoch(history: Sequence[Mapping[str, Any]]) -> int:

@@ -59,14 +59,14 @@ def test_an_epoch_takes_one_view_of_each_row_and_drops_only_the_partial_batch() 
     for epoch in (0, 3, 4, 9):
         batches.set_epoch(epoch)
         items = [item for batch in batches for item in batch]
-        assert len(items) == len({row for row, _ in items}) == 9
-        assert {view for _, view in items} == {epoch % 4}
-        assert {row for row, _ in items} <= set(range(100, 110))
+        assert len(items) == len({item.row for item in items}) == 9
+        assert {(item.view, item.epoch) for item in items} == {(epoch % 4, epoch)}
+        assert {item.row for item in items} <= set(range(100, 110))
 
 
 def test_a_dataset_smaller_than_a_batch_is_one_batch() -> None:
     batches = EpochBatches([4, 2], batch_size=64, num_views=1, seed=0)
-    assert [sorted(batch) for batch in batches] == [[(2, 0), (4, 0)]]
+    assert [sorted(batch) for batch in batches] == [[(2, 0, 0), (4, 0, 0)]]
 
 
 # --- rows ---
@@ -143,10 +143,43 @@ def test_a_pickled_dataset_opens_files_of_its_own(cache: Cache) -> None:
 
 
 def test_checks_are_a_pure_function_and_as_many_as_asked() -> None:
-    checked = [is_checked("train-0000", row, view, fraction=0.25) for row in range(1000) for view in range(4)]
-    assert 0.2 < np.mean(checked) < 0.3
+    for epoch in (0, 1, 2, 3, 17):
+        checked = [is_checked("train-0000", row, epoch, fraction=0.25) for row in range(2000)]
+        assert checked == [is_checked("train-0000", row, epoch, fraction=0.25) for row in range(2000)]
+        assert 0.2 < np.mean(checked) < 0.3
     assert not any(is_checked("a", row, 0, fraction=0) for row in range(50))
     assert all(is_checked("a", row, 0, fraction=1) for row in range(50))
+
+
+@pytest.mark.parametrize(("fraction", "epochs"), [(0.05, 20), (0.3, 4), (0.9, 2)])
+def test_every_row_is_checked_within_one_over_the_fraction_of_epochs(fraction: float, epochs: int) -> None:
+    for first in (0, 7):
+        unchecked = [row for row in range(500) if not any(is_checked("s", row, first + epoch, fraction=fraction) for epoch in range(epochs))]
+        assert unchecked == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_checks_other_rows_than_the_one_before(cache: Cache, tmp_path: Path, num_workers: int) -> None:
+    """One view, over and over: what one epoch does not look at, a later one does; the batches are the same bits for any worker count."""
+    dataset = CachedViews(cache, check_views=0.25)
+    batches = EpochBatches(np.arange(8), batch_size=4, num_views=1, seed=0)
+    read, seen = cache.read_pixel_digests, []
+
+    def spy(shard: str, view: int, rows: np.ndarray) -> np.ndarray:
+        seen.extend((shard, row) for row in rows.tolist())
+        return read(shard, view, rows)
+
+    loader = BatchLoader(dataset, batches, num_workers=num_workers)
+    for epoch in range(4):
+        found = list(loader.epoch(epoch))
+        batches.set_epoch(epoch)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cache, "read_pixel_digests", spy)
+            expected = [dataset.__getitems__(items) for items in batches]
+        for batch, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(batch["views"], other["views"], rtol=0, atol=0)
+    loader.close()
+    assert sorted(seen) == sorted((cache.rows.shards[cache.rows.shard[i]], int(cache.rows.row[i])) for i in range(8)), "each row once in 4 epochs"
 
 
 @pytest.fixture

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Member, image_bytes, make_image, make_shard, make_shards, sample_members, write_tar
+from helpers import Member, image_bytes, make_image, make_shard, make_shards, make_teacher_dir, sample_members, write_tar
 
 from kdcache.errors import ShardError, UsageError
-from kdcache.shards import NO_LABEL, ShardFiles, ShardIndex, ShardSource, default_dataset_id, resolve_shards, scan_shard
+from kdcache.shards import NO_LABEL, NOT_UTF8, ShardFiles, ShardIndex, ShardSource, default_dataset_id, resolve_shards, scan_shard
 
 
 def scan(path: Path) -> ShardIndex:
@@ -96,6 +101,70 @@ def test_every_truncation_keeps_the_whole_samples_and_is_reported(tmp_path: Path
     assert scan(path).cut is None
 
 
+@pytest.mark.parametrize("damage", ["checksum", "field", "number", "member"])
+def test_how_a_tar_is_cut_is_said_in_our_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    """It is part of an identity: another Python's wording must not change it."""
+    path = make_shard(tmp_path / "x.tar", num_samples=4)
+    with tarfile.open(path) as tar:
+        member = tar.getmembers()[4]
+    if damage == "member":
+        path.write_bytes(path.read_bytes()[: member.offset_data + 10])
+        assert scan(path).cut == f"member 's0002.jpg' ends at byte {member.offset_data + member.size}, the file has {member.offset_data + 10}"
+        return
+    raised = {"checksum": tarfile.ReadError("words of Python"), "field": ValueError("words of Python"), "number": OverflowError("words of Python")}
+    next_member, calls = tarfile.TarFile.next, iter(range(100))
+
+    def fail(self: tarfile.TarFile) -> tarfile.TarInfo | None:
+        if next(calls) == 5:  # the first header is read by tarfile.open
+            raise raised[damage]
+        return next_member(self)
+
+    monkeypatch.setattr(tarfile.TarFile, "next", fail)
+    cut = scan(path).cut
+    assert cut is not None
+    assert re.fullmatch(rf"header at byte \d+ of {path.stat().st_size} can't be read", cut)
+
+
+LATIN1 = b"caf\xe9".decode("utf-8", "surrogateescape")
+
+
+def test_a_name_that_is_not_utf8_is_a_skip_with_a_key_that_can_be_written(tmp_path: Path) -> None:
+    members = [*sample_members("a", 1, label=3), *sample_members(f"{LATIN1}/x", 2, label=4), *sample_members("b", 3, label=5)]
+    path = write_tar(tmp_path / "x.tar", members, format=tarfile.GNU_FORMAT)
+    samples = scan(path).samples
+    assert [(sample.key, sample.label, sample.problem) for sample in samples] == [("a", 3, None), (r"caf\xe9/x", 4, NOT_UTF8), ("b", 5, None)]
+    json.dumps([sample.key for sample in samples], ensure_ascii=False).encode()
+    odd = write_tar(tmp_path / "odd.tar", [*sample_members("a", 1), (f"a.{LATIN1}", b""), (f"b.{LATIN1}", b"")], format=tarfile.GNU_FORMAT)
+    assert [(sample.key, sample.problem) for sample in scan(odd).samples] == [("a", NOT_UTF8), ("b", NOT_UTF8)]
+
+
+def test_a_name_that_is_not_utf8_reads_alike_in_every_locale(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [*sample_members(LATIN1, 2), *sample_members("été", 1)], format=tarfile.GNU_FORMAT)
+    code = "import sys; from kdcache.shards import *; print(ascii([s.key for s in scan_shard(ShardSource(name='x', path=sys.argv[1])).samples]))"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=environment, timeout=120)
+    assert result.stdout.strip() == ascii([sample.key for sample in scan(path).samples]), result.stderr
+
+
+def test_one_key_for_two_names_names_both(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [(f"{LATIN1}.jpg", b"1"), (r"caf\xe9.jpg", b"2")], format=tarfile.GNU_FORMAT)
+    with pytest.raises(ShardError, match=r"appears twice: member 'caf.*' at byte 0 and member 'caf"):
+        scan(path)
+
+
+def test_an_extraction_counts_a_name_that_is_not_utf8_as_a_skip(tmp_path: Path) -> None:
+    from pipelines.extract import ExtractConfig, extract
+    from pipelines.verify import verify
+
+    members = [*sample_members("a", 1, label=3), *sample_members(LATIN1, 2, label=4), *sample_members("b", 3, label=5)]
+    write_tar(tmp_path / "shards" / "x.tar", members, format=tarfile.GNU_FORMAT)
+    teacher = make_teacher_dir(tmp_path / "teacher")
+    config = ExtractConfig(shards=str(tmp_path / "shards"), cache=str(tmp_path / "cache"), teacher=teacher, views=1, workers=0)
+    summary = extract(config)
+    assert (summary.rows, summary.skipped) == (2, 1)
+    assert verify(str(tmp_path / "cache"), views="all", workers=0).ok
+
+
 def test_an_empty_file_is_a_cut_tar(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(b"")
@@ -148,6 +217,10 @@ def test_a_duplicate_key_names_both_members(tmp_path: Path) -> None:
         ("cls", b"cat"),
         ("cls", b""),
         ("cls", b"1.5"),
+        ("cls", b"1_0"),
+        ("cls", b"+4"),
+        ("cls", "٣".encode()),
+        ("cls", b"1 2"),
         ("cls", b"99999999999"),
         ("cls", b"1" * 5000),
         ("json", b"{"),
@@ -207,6 +280,12 @@ def test_shard_lists_that_cannot_be_are_usage_errors(tmp_path: Path) -> None:
     make_shards(tmp_path, num_shards=1, num_samples=1)
     with pytest.raises(UsageError, match=r"no file .*train-0001.tar and 2 more; expected 4"):
         resolve_shards(f"{tmp_path}/train-{{0000..0003}}.tar")
+    for text in (f"{tmp_path}/train-{{0000..0003.tar", f"{tmp_path}/train-0000}}.tar"):
+        with pytest.raises(UsageError, match=r"braces are not balanced; expected a brace expression such as 'train-\{0000..0007\}.tar'"):
+            resolve_shards(text)
+    (tmp_path / ".tar").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"has no name before .tar.*rename"):
+        resolve_shards(tmp_path / ".tar")
     with pytest.raises(UsageError, match="only local files"):
         resolve_shards("s3://bucket/train-{0000..0003}.tar")
     make_shards(tmp_path / "other", num_shards=1, num_samples=1)

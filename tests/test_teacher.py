@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdcache.errors import TeacherError
-from kdcache.nodes import NORM, capture, list_nodes, resolve_node, to_tokens
+from kdcache.format import Preprocessing, TeacherIdentity
+from kdcache.nodes import NORM, _agree, capture, list_nodes, resolve_node, to_tokens
 from kdcache.targets import parse_target
 from kdcache.teacher import Teacher, load_teacher, weights_digest
+from kdcache.timm_models import input_size_of, mean_std_of
 
 TINY: dict[str, tuple[dict[str, Any], str, int]] = {
     "vit_tiny_patch16_224": (TINY_VIT_ARGS, "blocks", 1),
@@ -86,6 +88,66 @@ def test_one_pass_gives_timms_own_logits_and_intermediates(name: str, tmp_path: 
             if num_prefix:
                 assert value["prefix"].shape == (2, num_prefix, shape.channels)
         assert all(tensor.dtype == torch.float32 and not tensor.requires_grad for tensor in values[target.name].values())
+
+
+UNEXPLAINED: list[tuple[str, dict[str, Any], str, str]] = [
+    ("cait_xxs24_224", {"img_size": 32, "patch_size": 8, "depth": 2}, "blocks.0", "4x4, or a square, after 1 prefix tokens, found 16 tokens"),
+    ("xcit_nano_12_p16_224", {"img_size": 64, "depth": 2}, "blocks.1", "after 1 prefix tokens, found 16 tokens"),
+    ("volo_d1_224", {"img_size": 64}, "network.0", r"timm's own grid of 8x8 with 192 channels, found .* 8x192"),
+    ("volo_d1_224", {"img_size": 64}, "norm", "found 17 tokens"),
+    ("hiera_tiny_224", {"stages": (1, 1, 1, 1)}, "blocks.0", "row by row, .*found its tokens in another order"),
+    ("coat_lite_tiny", {"img_size": 64, "serial_depths": (1, 1, 1, 1)}, "norm", "found 5 tokens"),
+    ("coat_lite_tiny", {"img_size": 64, "serial_depths": (1, 1, 1, 1)}, "serial_blocks2", "expected one output in a forward pass, found none"),
+    ("tnt_s_patch16_224", {"img_size": 32, "depth": 2}, "blocks.0", r"expected a batch of 2 first, found a tensor of shape \(8, "),
+    ("twins_svt_small", {"img_size": 64, "depths": (1, 1, 1, 1)}, "blocks.0", "expected one output in a forward pass, found none"),
+    ("crossvit_tiny_240", {"depth": ((1, 1, 0),)}, "norm", "expected a tensor, found a list"),
+    ("convit_tiny", {"img_size": 32, "patch_size": 8, "depth": 3, "local_up_to_layer": 2}, "blocks.0", "found 16 tokens, which leave 15"),
+    ("pit_ti_224", {}, "norm", "expected the last map's grid of 7x7, found 1x1"),
+    ("samvit_base_patch16_224", {"img_size": 64, "depth": 1, "embed_dim": 48, "num_heads": 2}, "blocks.0", "found its output to read as 4x48"),
+]
+"""timm name, constructor arguments, a node whose value has no order that is known, and what is found there."""
+
+
+def teacher_around(name: str, **args: Any) -> Teacher:
+    """A teacher without a file: what resolving looks at is the model."""
+    model = tiny_model(name, **args, num_classes=5)
+    mean, std = mean_std_of(model)
+    preprocessing = Preprocessing(mean=mean, std=std, input_size=input_size_of(model) if "img_size" not in args else args["img_size"])
+    identity = TeacherIdentity(model=name, model_args={}, weights="0" * 32, num_classes=5, preprocessing=preprocessing, precision="fp32")
+    return Teacher(model, identity, device=torch.device("cpu"), source=name)
+
+
+@pytest.mark.parametrize(("name", "args", "node", "found"), UNEXPLAINED)
+def test_a_node_whose_tokens_cannot_be_explained_is_refused(name: str, args: dict[str, Any], node: str, found: str) -> None:
+    teacher = teacher_around(name, **args)
+    with pytest.raises(TeacherError, match=rf"teacher {name}: node '{node}' can't be recorded: .*{found}.*; choose another node"):
+        teacher.resolve([parse_target(f"features@{node}")])
+    assert "logits" in {target.name for target in teacher.resolve([parse_target("logits")]).values()}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "node", "grid", "prefix"),
+    [
+        ("vit_tiny_patch16_224", {**TINY_VIT_ARGS, "patch_size": (8, 16)}, "blocks.1", (4, 2), 1),
+        ("vit_tiny_patch16_224", {**TINY_VIT_ARGS, "patch_size": (8, 16)}, "norm", (4, 2), 1),
+        ("vit_relpos_small_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 2}, "blocks.0", (2, 2), 0),
+        ("cait_xxs24_224", {"img_size": 32, "patch_size": 8, "depth": 2}, "norm", (4, 4), 1),
+        ("hiera_tiny_224", {"stages": (1, 1, 1, 1)}, "blocks.3", (7, 7), 0),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 28, "depth": 2, "embed_dim": 48, "num_heads": 2}, "blocks.1", (2, 2), 5),
+    ],
+)
+def test_nodes_that_can_be_explained_are_kept(name: str, args: dict[str, Any], node: str, grid: tuple[int, int], prefix: int) -> None:
+    args = {key: value for key, value in args.items() if key != "num_classes"}
+    (target,) = teacher_around(name, **args).resolve([parse_target(f"features@{node}")]).values()
+    assert (target.shape.grid, target.shape.prefix_tokens) == (grid, prefix)
+
+
+def test_a_permutation_hides_neither_behind_outlier_channels_nor_dead_ones() -> None:
+    tokens = torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 1, 1, 0.01, 0, 0])
+    tokens[..., 0] += 1000
+    assert _agree(tokens, tokens + 1e-6)
+    assert not _agree(tokens.flip(1), tokens)
+    assert not _agree(tokens.reshape(2, 4, 4, 6).transpose(1, 2).flatten(1, 2), tokens)
 
 
 def test_the_grid_is_row_major_and_apart_from_the_prefix(tmp_path: Path) -> None:
@@ -189,6 +251,8 @@ def test_a_teacher_without_a_head_has_features_and_no_logits(tmp_path: Path) -> 
 def test_an_unknown_model_names_near_ones() -> None:
     with pytest.raises(TeacherError, match=r"'vit_tiny_patch61_224': timm .* knows no such model; near ones: vit_tiny_patch16_224"):
         load_teacher("vit_tiny_patch61_224")
+    with pytest.raises(TeacherError, match=r"'qqqqzzzz': timm .* knows no such model; none is called nearly so; timm.list_models\(\) names all$"):
+        load_teacher("qqqqzzzz")
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "hf-hub:timm/no-such-model-at-all"])

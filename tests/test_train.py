@@ -143,7 +143,7 @@ def test_epochs_replay_the_views_in_turn(config: Any, monkeypatch: pytest.Monkey
 
     class Spy(pipelines.train.CachedViews):
         def __getitems__(self, items: Any) -> Any:
-            seen.append({view for _, view in items})
+            seen.append({item.view for item in items})
             return super().__getitems__(items)
 
     monkeypatch.setattr(pipelines.train, "CachedViews", Spy)
@@ -262,6 +262,88 @@ def test_students_are_trained_one_after_another_as_if_alone(config: Any, tmp_pat
     (alone,) = train(config(epochs=1, students=("resnet34",), model_kwargs=CNN_ARGS, out=str(tmp_path / "alone")))
     assert [run["student"] for run in both] == [CNN, "resnet34"]
     assert_same_state(state_of(both[1]), state_of(alone))
+
+
+def test_a_second_student_that_cannot_be_built_fails_before_the_first_is_trained(config: Any, tmp_path: Path) -> None:
+    with pytest.raises(StudentError, match="'resnet_no_such'"):
+        train(config(students=(CNN, "resnet_no_such"), model_kwargs=CNN_ARGS))
+    assert not (tmp_path / "runs").exists()
+
+
+# --- a cache that grew, a run that was stopped ---
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, config: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Path]:
+    """A config over a cache of 2 views, and the folder of its run, stopped after one epoch of three; then the cache grew to 3 views."""
+    cache = make_cache(tmp_path / "grow", num_shards=1, num_samples=6, views=2, targets=["logits"])
+
+    def make(**overrides: Any) -> TrainConfig:
+        return config(cache=str(cache), **overrides)
+
+    def save_then_die(path: Path, state: dict[str, Any], **kwargs: Any) -> None:
+        save_checkpoint(path, state, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipelines.train, "save_checkpoint", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(make())
+    (run,) = (tmp_path / "runs").iterdir()
+    extract(
+        ExtractConfig(
+            shards=str(tmp_path / "grow" / "shards"),
+            cache=str(cache),
+            teacher=f"local-dir:{tmp_path / 'grow' / 'teacher'}",
+            targets=("logits",),
+            views=3,
+            workers=0,
+        )
+    )
+    return make, run
+
+
+def test_resume_after_the_cache_grew_names_the_run_and_how_to_continue_it(stopped: tuple[Any, Path], tmp_path: Path) -> None:
+    make, run = stopped
+    text = rf"no run .*, but {run} .* is unfinished: field 'data.views' differs: that run has 2, this command 3; pass --views 2 to continue it, or drop --resume"
+    with pytest.raises(StudentError, match=text):
+        train(make(resume=True))
+    assert list((tmp_path / "runs").iterdir()) == [run]
+
+
+def test_views_continues_a_run_of_a_cache_that_grew_to_the_same_bits(stopped: tuple[Any, Path], tmp_path: Path) -> None:
+    make, run = stopped
+    (found,) = train(make(resume=True, views=2))
+    assert (found["path"], found["epochs"], found["status"]) == (str(run), 3, "done")
+    (expected,) = train(make(views=2, out=str(tmp_path / "whole")))
+    assert_same_state(state_of(found), state_of(expected))
+
+
+def test_without_resume_another_run_begins_beside_the_unfinished_one(stopped: tuple[Any, Path]) -> None:
+    make, run = stopped
+    (other,) = train(make(epochs=1))
+    assert Path(other["path"]) != run
+    assert state_of(other)["recipe"]["data"]["views"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"lr": 2e-3}, r"field 'lr' differs: that run has 0.001, this command 0.002; pass --lr 0.001"),
+        ({"kd_temperature": 2.0}, r"field 'settings.temperature' differs: that run has 4.0, this command 2.0; pass --set temperature=4.0"),
+        ({"clip_grad": 1.0}, r"field 'clip_grad' differs: that run has None, this command 1.0; leave --clip-grad out"),
+        ({"lr": 2e-3, "batch_size": 3}, r"field 'batch_size' \(and 1 more\) differs"),
+    ],
+)
+def test_resume_with_another_setting_says_which(stopped: tuple[Any, Path], options: dict[str, Any], text: str) -> None:
+    make, _ = stopped
+    with pytest.raises(StudentError, match=text):
+        train(make(resume=True, views=2, **options))
+
+
+def test_more_views_than_there_are_is_an_error(config: Any, tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match=r"--views 4: the cache has 3 views of all that is trained on"):
+        train(config(views=4))
 
 
 # --- the export ---
@@ -408,6 +490,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(config: Any) 
         ({"opt": "adamv"}, "no such optimizer; near ones: adam, radam"),
         ({"opt": "sgd", "opt_betas": (0.9, 0.99)}, "sgd has no betas"),
         ({"limit_shards": 3}, "the cache has 2 shards"),
+        ({"views": 0}, "--views 0: expected at least 1"),
         ({"device": "warp"}, "device 'warp'"),
     ],
 )
@@ -433,6 +516,17 @@ def test_a_cache_that_is_not_finished_is_not_trained_on_unless_asked(tmp_path: P
     with pytest.raises(MissingError, match=r"1 of 2 shards are done, 'train-0001' is not.*--limit-shards 1"):
         train(config(cache=str(cache)))
     assert train(config(cache=str(cache), epochs=1, limit_shards=1))[0]["status"] == "done"
+
+
+def test_an_empty_cache_suggests_extract_and_nothing_else(tmp_path: Path, config: Any) -> None:
+    cache = make_cache(tmp_path, num_shards=1, num_samples=2, views=1, targets=["logits"])
+    for layer in ("views", "teachers/teacher"):
+        for record in (cache / layer).glob("train-*.json"):
+            record.unlink()
+    for options in ({}, {"limit_shards": 1}):
+        with pytest.raises(MissingError, match=r"the cache is empty: .*kdcache extract") as caught:
+            train(config(cache=str(cache), **options))
+        assert "--limit-shards" not in str(caught.value)
 
 
 def test_tars_that_moved_are_found_with_data(folder: Path, tmp_path: Path, config: Any) -> None:
@@ -542,3 +636,22 @@ def test_the_command_exits_2_for_usage_and_1_for_problems(folder: Path, tmp_path
     result = CliRunner().invoke(main, [*base, "no_such_model"])
     assert result.exit_code == 1
     assert "knows no such model" in result.output
+
+
+def test_the_command_reports_finished_runs_when_a_later_one_fails(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_second(path: Path, state: dict[str, Any], **kwargs: Any) -> None:
+        if state["recipe"]["student"] == "resnet34" and state["epoch"] == 2:
+            raise StudentError("no more")
+        save_checkpoint(path, state, **kwargs)
+
+    monkeypatch.setattr(pipelines.train, "save_checkpoint", break_second)
+    arguments = ["train", str(folder / "cache"), "--out", str(tmp_path), "--epochs", "2", "-b", "4", "-j", "0", "--json"]
+    for key, value in CNN_ARGS.items():
+        arguments += ["--model-kwargs", f"{key}={value}"]
+    result = CliRunner().invoke(main, [*arguments, "--student", CNN, "--student", "resnet34", "--student", "resnet26"])
+    assert result.exit_code == 1
+    assert "no more" in result.stderr
+    runs = json.loads(result.stdout)["runs"]
+    assert [(run["student"], run["status"]) for run in runs] == [(CNN, "done"), ("resnet34", "failed")]
+    assert all(set(run) == {"id", "student", "method", "epochs", "top1", "seconds", "path", "status"} for run in runs)
+    assert Path(runs[0]["path"], "export").is_dir()
