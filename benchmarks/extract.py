@@ -96,7 +96,9 @@ def main() -> None:
             return time.perf_counter() - begin
 
         run_bare()
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {teacher.device}, {args.teacher}, {args.precision}, {', '.join(targets)}")
+        print(
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {teacher.device}, {args.teacher}, {args.precision}, {', '.join(targets)}"
+        )
         print(f"{'round':>5} {'bare views/s':>13} {'extract views/s':>16} {'ratio':>6}")
         ratios = []
         for number in range(args.rounds):

@@ -60,7 +60,18 @@ def main() -> None:
             make_shard(root / "shards" / f"bench-{shard:04d}.tar", shard)
         model_args = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10}
         save_for_hf(timm.create_model("vit_tiny_patch16_224", **model_args), str(root / "teacher"), model_args=model_args, safe_serialization=True)
-        command = [KDCACHE, "extract", str(root / "shards"), str(root / "cache"), "--teacher", f"local-dir:{root / 'teacher'}", "--views", "1", "-j", "0"]
+        command = [
+            KDCACHE,
+            "extract",
+            str(root / "shards"),
+            str(root / "cache"),
+            "--teacher",
+            f"local-dir:{root / 'teacher'}",
+            "--views",
+            "1",
+            "-j",
+            "0",
+        ]
         first = seconds(command, repeat=1)
         print(f"extract of {args.shards} shards of one image: {first:.1f} s, {1e3 * first / args.shards:.1f} ms a shard")
         print(f"the same again, finished: {seconds(command, repeat=5):.2f} s")

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from kdcache.cache import Cache, open_cache
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.console import say
-from kdcache.device import resolve_device
+from kdcache.device import fitting_threads, resolve_device
 from kdcache.errors import KDCacheError, MissingError, ShardError, StudentError, UsageError
 from kdcache.evaluate import Evaluation, EvaluationSet, Evaluator
 from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches, to_device, usable_views
@@ -436,7 +436,8 @@ class _Run:
         if self.last.is_file():
             loop.load(load_checkpoint(self.last, fingerprint=self.data.cache.fingerprint))
         self._write_args(device, workers)
-        loop.train(evaluator, workers, progress=progress)
+        with fitting_threads(method, device):
+            loop.train(evaluator, workers, progress=progress)
         self._export(student, method, loop.history)
         return self._report(loop.history, loop.seconds, "done")
 

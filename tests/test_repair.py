@@ -274,7 +274,9 @@ def test_two_extractions_of_one_empty_cache_lose_nothing_and_agree(tmp_path: Pat
 def test_interrupted_cache_is_sound_and_says_that_it_is_unfinished(tmp_path: Path) -> None:
     make_shards(tmp_path / "shards", num_shards=8, num_samples=60)
     make_teacher_dir(tmp_path / "teacher")
-    child = subprocess.Popen([sys.executable, "-c", _RACER, str(tmp_path), "teacher"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", _RACER, str(tmp_path), "teacher"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     views = tmp_path / "cache" / "views"
     while child.poll() is None and not (views.is_dir() and any(name.endswith(".json") for name in os.listdir(views))):
         time.sleep(0.002)

@@ -25,7 +25,20 @@ def test_specs_are_parsed(text: str, expected: TargetSpec) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "logit", "logits@norm", "features", "features@", "features@a/b", "features@..", "logits:", "logits,views=0", "logits,views=-1", "logits\n", "logits:a b"],
+    [
+        "",
+        "logit",
+        "logits@norm",
+        "features",
+        "features@",
+        "features@a/b",
+        "features@..",
+        "logits:",
+        "logits,views=0",
+        "logits,views=-1",
+        "logits\n",
+        "logits:a b",
+    ],
 )
 def test_what_is_no_spec_is_refused_with_the_grammar(text: str) -> None:
     with pytest.raises(UsageError, match="target"):
