@@ -208,11 +208,11 @@ def count_records(cache: Path) -> int:
 
 
 def test_resume_after_kill_gives_identical_bytes(tmp_path: Path) -> None:
-    """SIGKILL at five moments of the writing, then a second run: the same groups with the same bytes, no orphans, all sound."""
+    """SIGKILL at five moments of the writing, then a second run: the same files with the same bytes, no orphans, all sound."""
     make_shards(tmp_path / "shards", num_shards=8, num_samples=60)
     make_teacher_dir(tmp_path / "teacher")
     run(tmp_path, "undisturbed", targets=("logits", FEATURES), workers=1)
-    expected = groups(tmp_path / "undisturbed")
+    expected = tree(tmp_path / "undisturbed")
     root = open_cache(tmp_path / "undisturbed").root
     states = set()
     for moment in range(5):
@@ -230,7 +230,7 @@ def test_resume_after_kill_gives_identical_bytes(tmp_path: Path) -> None:
         states.add(records)
         assert records < 8, "killed too late to show anything"
         run(tmp_path, cache.name, targets=("logits", FEATURES), workers=1)
-        assert groups(cache) == expected
+        assert tree(cache) == expected
         assert not (cache / "tmp").exists()
         assert open_cache(cache).root == root
         verdict = verify(str(cache), views="all", workers=0)
