@@ -18,6 +18,7 @@ from .errors import ShardError
 from .images import UnreadableImageError, decode_image
 from .shards import NO_LABEL, Sample, ShardFiles, ShardIndex, ShardSource
 from .students import Student
+from .workers import iterate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ class Evaluator:
         loss, top1, top5, images = 0.0, 0, 0, 0
         skipped: list[str] = []
         with torch.inference_mode():
-            for batch in self._loader:
+            for batch in iterate(self._loader):
                 if isinstance(batch, ShardError):
                     raise batch
                 images_BCHW, labels, reasons = batch

@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .cache import Cache, pixel_drift
-from .errors import CorruptError, DriftError, KDCacheError, MissingError, ShardError, StudentError
+from .errors import CorruptError, DriftError, KDCacheError, MissingError, ShardError
 from .format import ViewRange
 from .images import UnreadableImageError, decode_image
 from .plan import canonical_json
 from .shards import ShardFiles
 from .views import ViewParams, pixel_digest, render
+from .workers import as_it_is, iterate
 
 ORDER_VERSION = 1
 """Bumped whenever `epoch_order` gives another order for the same seed and epoch."""
@@ -273,10 +274,6 @@ class _CarryErrors(Dataset[Any]):
             return type(error)(*error.args)
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
 class BatchLoader:
     """Batches of a dataset in an EpochBatches' order, from persistent worker processes with one thread each. Close it when done."""
 
@@ -287,7 +284,7 @@ class BatchLoader:
             _CarryErrors(dataset),
             batch_sampler=batches,
             num_workers=num_workers,
-            collate_fn=_as_is,
+            collate_fn=as_it_is,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             prefetch_factor=2 if num_workers else None,
@@ -298,22 +295,10 @@ class BatchLoader:
         return len(self._batches)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch. Raises what the dataset raises, StudentError if a worker was killed."""
+        """The batches of an epoch. Raises what the dataset raises, StoreError if a worker was killed."""
         assert self._loader is not None, "the loader is closed"
         self._batches.set_epoch(epoch)
-        batches = iter(self._loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                reason = str(error).splitlines()[0]
-                raise StudentError(
-                    f"a worker process was killed ({reason}), often for lack of memory; try fewer --workers or a smaller --batch-size"
-                ) from error
+        for batch in iterate(self._loader):
             if isinstance(batch, KDCacheError):
                 raise batch
             yield batch

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .errors import KDCacheError, StoreError
+from .errors import KDCacheError
 from .images import UnreadableImageError, decode_image
 from .plan import ViewPlan
 from .shards import Sample, ShardFiles, ShardSource
 from .views import PARAM_FIELDS, draw, pixel_digest, render
+from .workers import as_it_is, iterate
 
 BLOCK_BYTES = 8 << 20
 """Views of one task, if that holds more than one sample; 8 workers with two tasks ahead then hold 128 MiB. A task holds at least one
@@ -107,10 +108,6 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
         return RenderedBlock(task, kept, reasons, torch.from_numpy(pixels[:n]), params[:n], digests[:n])
 
 
-def _same(block: RenderedBlock | FailedTask) -> RenderedBlock | FailedTask:
-    return block
-
-
 def rendered_blocks(plan: ViewPlan, tasks: Iterable[RenderTask], *, num_workers: int) -> Iterator[RenderedBlock | FailedTask]:
     """Blocks in task order. `tasks` is drawn from as workers become free; 0 workers render in this process.
 
@@ -121,20 +118,7 @@ def rendered_blocks(plan: ViewPlan, tasks: Iterable[RenderTask], *, num_workers:
         sampler=tasks,
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=_same,  # type: ignore[arg-type]  # with batch_size=None it takes one item, not a list
+        collate_fn=as_it_is,
         prefetch_factor=2 if num_workers else None,
     )
-    blocks = iter(loader)
-    while True:
-        try:
-            block = next(blocks)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            reason = str(error).splitlines()[0]
-            raise StoreError(
-                f"a decoding process was killed ({reason}), often for lack of memory; run the command again, with fewer --workers"
-            ) from error
-        yield block
+    return iterate(loader)
