@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import struct
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -166,11 +167,15 @@ class ShardWriter:
         self._folder = folder
         self._entries: list[tuple[int, int]] = []
         self._file = DigestingFile(folder / spec.shard_path)
+        self._lock = threading.Lock()
+        self._abandoned = False
 
     def append(self, encoded: bytes) -> None:
-        """Append the next chunk in order."""
-        self._entries.append((self._file.size, len(encoded)))
-        self._file.write(encoded)
+        """Append the next chunk in order. After `abandon` it does nothing: a pool may still hold chunks of a failed shard."""
+        with self._lock:
+            if not self._abandoned:
+                self._entries.append((self._file.size, len(encoded)))
+                self._file.write(encoded)
 
     def close(self, rows: int) -> dict[str, DigestField]:
         """Write the shard index and `zarr.json`; path in the group → size and digest. An array of no rows has no shard file."""
@@ -194,7 +199,9 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close the file without finishing it."""
-        self._file.abandon()
+        with self._lock:
+            self._abandoned = True
+            self._file.abandon()
 
 
 def write_array(folder: Path, spec: ArraySpec, values: np.ndarray[Any, Any]) -> dict[str, DigestField]:

@@ -29,6 +29,7 @@ from .format import (
     ViewsIdentity,
     calibration_path,
     digest_of_pixels,
+    views_record_path,
 )
 from .images import decode_image
 from .index import Index, load_documents, read_table, root_of
@@ -214,8 +215,8 @@ class Cache:
     def _is_indexed(self, shard: str) -> bool:
         """Whether the index's table speaks of the views records that are there now."""
         assert self._index is not None
-        current = {path for path, document in self.documents.items() if document.kind == "views" and document.identity.shard == shard}
-        return bool(current) and all(self._index.documents.get(path) == self.documents[path] for path in current)
+        paths = [views_record_path(shard, document.identity.views) for document in self.views.get(shard, [])]
+        return bool(paths) and all(self._index.documents.get(path) == self.documents.get(path) for path in paths)
 
     def table_from_group(self, record: ViewsIdentity) -> np.ndarray[Any, Any]:
         """A shard's part of the numeric table, from its views group."""

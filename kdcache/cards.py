@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
+import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .cache import TeacherLayer, read_calibration
 from .commit import create_document
 from .encodings import Encoding, build_encoding, default_encoding
-from .errors import CorruptError, MismatchError
+from .errors import CorruptError, MismatchError, UsageError
 from .format import DigestField, Document, TargetIdentity, TeacherIdentity, calibration_path, target_path, teacher_path
 from .jobs import RecordedTarget
 from .plan import blake2b_128, require_same
@@ -43,7 +45,15 @@ class TargetPlan:
 def plan_targets(store: Store, resolved: Mapping[TargetSpec, TeacherTarget], layer: TeacherLayer | None, *, teacher_name: str) -> list[TargetPlan]:
     """Choose each target's encoding: as asked, else as in the cache, else the default. Raises MismatchError, UsageError."""
     plans: list[TargetPlan] = []
+    asked: dict[str, str | None] = {}
     for spec, target in resolved.items():
+        if target.name in asked:  # two spellings of a node
+            if spec.encoding not in (None, asked[target.name]):
+                raise UsageError(
+                    f"target {target.name!r} is asked for as {asked[target.name]!r} and as {spec.encoding!r}; expected one encoding a name"
+                )
+            continue
+        asked[target.name] = spec.encoding
         card = layer.targets.get(target.name) if layer is not None else None
         name = spec.encoding or (card.identity.encoding if card is not None else default_encoding(target.kind))
         encoding = build_encoding(target.kind, name, target.shape)
@@ -69,14 +79,17 @@ def create_teacher(store: Store, name: str, identity: TeacherIdentity, *, proven
 
 
 def create_cards(
-    store: Store, teacher_name: str, plans: Sequence[TargetPlan], statistics: Mapping[str, Mapping[str, Tensor]]
+    store: Store, teacher_name: str, plans: Sequence[TargetPlan], statistics: Mapping[str, Mapping[str, Tensor]], *, making: Mapping[str, Any]
 ) -> dict[str, RecordedTarget]:
-    """Target name → target with its card and calibrated encoding. statistics: of every target that `needs_statistics`."""
+    """Target name → target with its card and calibrated encoding.
+
+    statistics: of every target that `needs_statistics`. making: what they were made of, kept as provenance to make them again.
+    """
     recorded: dict[str, RecordedTarget] = {}
     for plan in plans:
         name = plan.target.name
         calibration = _store_calibration(store, teacher_name, name, statistics[name], plan.card) if name in statistics else None
-        card = plan.card or _create_card(store, teacher_name, plan, calibration)
+        card = plan.card or _create_card(store, teacher_name, plan, calibration, making)
         tensors = read_calibration(store, teacher_name, card.identity) if card.identity.calibration is not None else None
         if tensors is not None:
             plan.encoding.load_calibration(tensors)
@@ -84,7 +97,9 @@ def create_cards(
     return recorded
 
 
-def _create_card(store: Store, teacher_name: str, plan: TargetPlan, calibration: DigestField | None) -> Document[TargetIdentity]:
+def _create_card(
+    store: Store, teacher_name: str, plan: TargetPlan, calibration: DigestField | None, making: Mapping[str, Any]
+) -> Document[TargetIdentity]:
     target, shape = plan.target, plan.target.shape
     is_features = target.kind == "features"
     identity = TargetIdentity(
@@ -99,7 +114,8 @@ def _create_card(store: Store, teacher_name: str, plan: TargetPlan, calibration:
         components=plan.encoding.components(),
         calibration=calibration,
     )
-    card, _ = create_document(store, target_path(teacher_name, target.name), identity, provenance={"requested": plan.requested})
+    provenance = {"requested": plan.requested, "calibration": dict(making) if calibration is not None else {}}
+    card, _ = create_document(store, target_path(teacher_name, target.name), identity, provenance=provenance)
     require_same(f"target {target.name!r}", card.identity, identity, remedy="another run has just recorded it otherwise; pass another --name")
     return card
 
@@ -113,8 +129,22 @@ def _store_calibration(
     if card is not None and card.identity.calibration is not None and blake2b_128(new) != card.identity.calibration.digest:
         raise CorruptError(
             f"{store.url}/{path} is missing, and comes out otherwise now (expected digest {card.identity.calibration.digest}, found"
-            f" {blake2b_128(new)}); use the batch size and device that it was made with, or record the target under another --name"
+            f" {blake2b_128(new)}); it was made with {card.provenance.get('calibration')}: use the same, or record under another --name"
         )
-    store.put_new(path, new)
+    if not store.put_new(path, new) and card is None and not _is_near(store.get(path, max_size=_MAX_CALIBRATION_BYTES), statistics):
+        store.delete(path)  # no card vouches for it, and it is not what another run would have made
+        store.put_new(path, new)
     data = store.get(path, max_size=_MAX_CALIBRATION_BYTES)
     return DigestField(size=len(data), digest=blake2b_128(data))
+
+
+def _is_near(data: bytes, statistics: Mapping[str, Tensor]) -> bool:
+    """Whether a calibration file holds these statistics, as far as another batch size or device could move them."""
+    try:
+        found = safetensors.torch.load(data)
+    except (SafetensorError, ValueError):
+        return False
+    return found.keys() == statistics.keys() and all(
+        found[name].shape == tensor.shape and torch.allclose(found[name], tensor, rtol=0.05, atol=0.05 * float(tensor.abs().mean()))
+        for name, tensor in statistics.items()
+    )

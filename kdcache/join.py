@@ -101,12 +101,13 @@ def usable_views(cache: Cache, teacher: str | None, targets: Sequence[str], shar
 
     teacher may be None if `targets` is empty. Raises MissingError naming the first shard and target without any.
     """
+    for target in targets:
+        assert teacher is not None
+        cache.target_views(teacher, target)  # raises MissingError for a target that no shard has
     count: int | None = None
     for shard in shards:
         layers: list[tuple[str, list[ViewRange]]] = [("views", [document.identity.views for document in cache.views.get(shard, [])])]
         for target in targets:
-            assert teacher is not None
-            cache.target_views(teacher, target)  # raises MissingError for a target that no shard has
             segments = cache.layer(teacher).segments(shard, target)
             layers.append((f"{target!r} of teacher {teacher!r}", [document.identity.views for document in segments]))
         for what, ranges in layers:
@@ -239,18 +240,21 @@ class CachedViews(Dataset[Batch]):
         return self.cache.keys(rows.shards[int(rows.shard[number])])[int(rows.row[number])]
 
 
+_GOLDEN_Q64 = 11400714819323198485
+"""2^64 / the golden ratio."""
+
+
 def is_checked(shard: str, row: int, epoch: int, *, fraction: float) -> bool:
     """Whether this row's pixels are compared with their stored digest in this epoch.
 
-    A pure function, so that a repeated run repeats its checks. Each row starts at a hash of its own on a circle, moves by `fraction`
-    an epoch, and is checked in the first `fraction` of the circle: every epoch checks about that share of the rows, and 1 / fraction
-    epochs check every row.
+    A pure function, so that a repeated run repeats its checks. Each row starts at a hash of its own on a circle, moves by the golden
+    ratio an epoch, and is checked in the first `fraction` of the circle. Every epoch checks about that share of the rows; and since
+    no multiple of the golden ratio is whole, every view of a row comes round too, however many views there are.
     """
     if fraction >= 1 or fraction <= 0:
         return fraction >= 1
     start = int.from_bytes(hashlib.blake2b(canonical_json(["check", shard, row]), digest_size=8).digest(), "little")
-    step = int(fraction * 2**64)
-    return (start + epoch * step) % 2**64 < step
+    return (start + epoch * _GOLDEN_Q64) % 2**64 < int(fraction * 2**64)
 
 
 def _to_tensor(array: np.ndarray[Any, Any]) -> Tensor:

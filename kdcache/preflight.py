@@ -39,10 +39,12 @@ class Preflight:
     seconds_per_view: float
 
 
-def first_views(plan: ViewPlan, sources: Sequence[ShardSource], scan: Callable[[ShardSource], ShardIndex], count: int) -> tuple[Tensor, list[int]]:
-    """View 0 of up to `count` readable samples, the first of each of a few shards spread over the list, and their labels.
+def first_views(
+    plan: ViewPlan, sources: Sequence[ShardSource], scan: Callable[[ShardSource], ShardIndex], count: int
+) -> tuple[Tensor, list[int], list[str]]:
+    """View 0 of up to `count` readable samples, the first of each of a few shards spread over the list.
 
-    Returns uint8 (n, S, S, 3) and n labels. Spread, because shards are often sorted by class. A shard that can't be scanned is
+    Returns uint8 (n, S, S, 3), n labels, and the names of the shards. Spread, because shards are often sorted by class. A shard that can't be read is
     passed over: its turn comes. Raises ShardError if no sample can be decoded, with the first shard's own error if it has one.
     """
     files = ShardFiles()
@@ -52,7 +54,8 @@ def first_views(plan: ViewPlan, sources: Sequence[ShardSource], scan: Callable[[
     first_error: ShardError | None = None
     views: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     labels: list[int] = []
-    for source in [sources[i * len(sources) // num_shards] for i in range(num_shards)]:
+    chosen = [sources[i * len(sources) // num_shards] for i in range(num_shards)]
+    for source in chosen:
         wanted = min(count, len(views) + quota)
         try:
             samples = [sample for sample in scan(source).samples if sample.problem is None]
@@ -66,13 +69,16 @@ def first_views(plan: ViewPlan, sources: Sequence[ShardSource], scan: Callable[[
                 image = decode_image(files.read(source, sample.key, sample.image_offset, sample.image_size))
             except UnreadableImageError:
                 continue
+            except ShardError as error:
+                first_error = first_error or error
+                break
             views.append(render(image, draw(plan, source.name, sample.key, 0, image.size)))
             labels.append(sample.label)
     if not views and first_error is not None:
         raise first_error
     if not views:
         raise ShardError(f"no sample of {num_shards} of the {len(sources)} shards can be decoded; the first is {sources[0].path}; look at its images")
-    return torch.from_numpy(np.stack(views)), labels
+    return torch.from_numpy(np.stack(views)), labels, [source.name for source in chosen]
 
 
 def run_preflight(

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from kdcache.cache import Cache, TeacherLayer, open_cache, open_to_write
 from kdcache.console import human_bytes, human_seconds, say
 from kdcache.errors import CacheError, KDCacheError, ShardError, TeacherError, UsageError
-from kdcache.format import CacheIdentity, Document, SourceIdentity, ViewsIdentity, check_teacher_name, source_path
+from kdcache.format import CacheIdentity, Document, SourceIdentity, ViewsIdentity, check_teacher_name, source_path, views_record_path
 from kdcache.index import drop_index, is_current, write_index
 from kdcache.plan import POLICIES, Policy, ViewPlan, require_same
 from kdcache.shards import ShardIndex, ShardSource, default_dataset_id, resolve_shards, scan_shard
@@ -209,7 +209,7 @@ def _finished_already(config: ExtractConfig, sources: Sequence[ShardSource], spe
         if not _unchanged(source, records[0]):
             return None
         _count_finished(summary, records[0])
-    if not is_current(cache.store, cache.documents) or set(cache.all_shards) < {source.name for source in resolve_shards(config.shards)}:
+    if not is_current(cache.store, cache.documents) or not {source.name for source in resolve_shards(config.shards)} <= set(cache.all_shards):
         return None
     return summary
 
@@ -240,8 +240,8 @@ def _unchanged(source: ShardSource, record: Document[Any]) -> bool:
     remembered = record.provenance.get("source", {})
     try:
         stat = os.stat(source.path)
-    except OSError as error:
-        raise ShardError(f"shard {source.name}: {source.path} can't be read: {error.strerror}") from error
+    except OSError:
+        return False  # told when its turn comes
     if (stat.st_size, stat.st_mtime_ns) == (remembered.get("size"), remembered.get("mtime_ns")):
         return True
     try:
@@ -302,6 +302,7 @@ class _Run:
         self.num_workers = config.workers if config.workers is not None else min(8, os.cpu_count() or 1)
         self.pool = ChunkPool(num_threads=min(4, os.cpu_count() or 1), max_bytes=WRITE_QUEUE_BYTES)
         self.summary = ExtractSummary()
+        self.calibrated_on: list[str] = []
         self._indexes: dict[str, ShardIndex] = {}
         try:
             self._prepare(specs, resolved)
@@ -337,7 +338,10 @@ class _Run:
         from kdcache.cards import create_cards, create_teacher, plan_targets
 
         layer = self._layer()
-        self.wanted = {resolved[spec].name: spec.views or self.wanted_views for spec in specs}
+        self.wanted: dict[str, int] = {}
+        for spec in specs:  # two spellings of a node are one target
+            name = resolved[spec].name
+            self.wanted[name] = max(self.wanted.get(name, 0), spec.views or self.wanted_views)
         self.views = max(self.wanted_views, *self.wanted.values())
         plans = plan_targets(self.store, resolved, layer, teacher_name=self.teacher_name)
         self.pending = [source for source in self.sources if not self._is_complete(source)]
@@ -353,7 +357,8 @@ class _Run:
             "weight_files": weight_files(config.teacher, config.checkpoint),
         }
         self.teacher_document = create_teacher(self.store, self.teacher_name, self.teacher.identity, provenance=provenance)
-        self.recorded = create_cards(self.store, self.teacher_name, plans, statistics)
+        making = {"shards": self.calibrated_on, "batch_size": config.batch_size, "device": str(self.teacher.device)}
+        self.recorded = create_cards(self.store, self.teacher_name, plans, statistics, making=making)
 
     def _layer(self) -> TeacherLayer | None:
         return self.cache.teachers.get(self.teacher_name) if self.cache is not None else None
@@ -390,7 +395,10 @@ class _Run:
         from kdcache.preflight import first_views, run_preflight
 
         targets = [plan.target for plan in plans]
-        views, labels = first_views(self.plan, self.sources, self._scan, CALIBRATION_VIEWS if uncalibrated else ACCURACY_VIEWS)
+        remembered = {shard for plan in plans if plan.card is not None for shard in plan.card.provenance.get("calibration", {}).get("shards", [])}
+        sources = [source for source in self.sources if source.name in remembered] if uncalibrated else []
+        count = CALIBRATION_VIEWS if uncalibrated else ACCURACY_VIEWS
+        views, labels, self.calibrated_on = first_views(self.plan, sources or self.sources, self._scan, count)
         found = run_preflight(self.teacher, targets, uncalibrated, views, labels, batch_size=self.config.batch_size)
         if self.progress:
             self._say_estimate(plans, found.seconds_per_view)
@@ -463,7 +471,11 @@ class _Run:
         """Samples of the pending shards, from the sizes of their tars and what the scanned ones hold a byte."""
         scanned = list(self._indexes.values())
         per_byte = sum(len(index.samples) for index in scanned) / max(1, sum(index.size for index in scanned))
-        return round(sum(os.path.getsize(source.path) for source in self.pending) * per_byte)
+        size = 0
+        for source in self.pending:
+            with contextlib.suppress(OSError):  # told when its turn comes
+                size += os.path.getsize(source.path)
+        return round(size * per_byte)
 
     def _work(self, bar: Any) -> None:
         from kdcache.rendering import FailedTask, rendered_blocks
@@ -561,10 +573,13 @@ class _Run:
         fresh = open_to_write(self.config.cache)
         if is_current(self.store, fresh.documents):
             return
-        tables = {
-            shard: self.committed[shard] if shard in self.committed else fresh.table_from_group(records[0].identity)
-            for shard, records in fresh.views.items()
-        }
+        tables = dict(self.committed)
+        for shard in fresh.views.keys() - tables.keys():
+            try:
+                tables[shard] = fresh.table_from_group(fresh.views[shard][0].identity)
+            except CacheError as error:
+                remedy = f"delete {views_record_path(shard, fresh.views[shard][0].identity.views)} and run the command again to make it anew"
+                self.summary.problems.append({"kind": "corrupt", "shard": shard, "key": "", "detail": f"{error}; {remedy}"})
         write_index(self.store, fresh.documents, tables)
 
     def _sum_up(self) -> None:

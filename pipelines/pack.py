@@ -76,7 +76,7 @@ def pack(config: PackConfig, *, progress: bool = False) -> PackSummary:
         say(f"{config.images}: {len(ignored)} files are not packed ({printable(counts)}); first: {printable(str(ignored[0]))}")
     if config.shuffle_seed is not None:
         random.Random(config.shuffle_seed).shuffle(samples)
-    keys = {path: _key(path.relative_to(root)) for path, _ in samples}  # all of them before the first shard is written
+    keys = _keys(root, [path for path, _ in samples])  # all of them before the first shard is written
     out = Path(config.out)
     count = -(-len(samples) // config.samples_per_shard)
     width = max(4, len(str(count - 1)))
@@ -129,6 +129,18 @@ def _raise(error: OSError) -> None:
     raise StoreError(f"{error.filename} can't be read: {error.strerror}; every image is needed, since classes and shards follow from them") from error
 
 
+def _keys(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
+    """Image → sample key. Raises ShardError for two images with one key: a key is an identity, also across shards."""
+    keys: dict[Path, str] = {}
+    owners: dict[str, Path] = {}
+    for path in sorted(paths):
+        key = keys[path] = _key(path.relative_to(root))
+        if key in owners:
+            raise ShardError(f"key {key!r} would appear twice, for {owners[key]} and {path}; rename one of the files; nothing was written")
+        owners[key] = path
+    return keys
+
+
 def _key(relative: Path) -> str:
     """The sample key of an image. Raises ShardError for one that webdataset would skip or read otherwise, or that is no text."""
     key = relative.with_suffix("").as_posix().replace(".", "_")
@@ -150,7 +162,6 @@ def _write_shard(
     if path.exists():
         raise StoreError(f"{path} is there already; expected a folder without shards of this name: remove them or pass --name")
     partial = path.with_suffix(".partial")
-    written: dict[str, Path] = {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
@@ -158,9 +169,6 @@ def _write_shard(
             for image, label in samples:
                 relative = image.relative_to(root)
                 key = keys[image]
-                if key in written:
-                    raise ShardError(f"shard {path.stem}: key {key!r} would appear twice, for {written[key]} and {image}; rename one of the files")
-                written[key] = image
                 note = {"label": label, "class": classes[label], "filename": relative.as_posix()}
                 extension = image.suffix.lower().lstrip(".")
                 writer.write(

@@ -227,7 +227,8 @@ def _open_data(config: TrainConfig) -> _Data:
     teacher = cache.layer(config.teacher).name if targets or config.teacher is not None else None
     num_views = _choose_views(cache, teacher, targets, shards, config.views)
     rows = cache.rows
-    chosen = np.array([shard in set(shards) for shard in rows.shards], dtype=bool)
+    wanted = set(shards)
+    chosen = np.array([shard in wanted for shard in rows.shards], dtype=bool)
     row_numbers = np.nonzero(chosen[rows.shard])[0].astype(np.int64)
     if len(row_numbers) == 0:
         raise MissingError(f"{cache.store.url}: its {len(shards)} shards have no rows; every sample was skipped when the cache was made")

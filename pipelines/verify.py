@@ -327,8 +327,17 @@ class _Replay:
             source, index = self._source(shard)
             if source is None or index is None:
                 continue
-            keys, by_key = self.cache.keys(shard), {sample.key: sample for sample in index.samples}
-            rows = [(row, by_key[key]) for row, key in enumerate(keys)]
+            by_key = {sample.key: sample for sample in index.samples}
+            try:
+                rows = [(row, by_key[key]) for row, key in enumerate(self.cache.keys(shard))]
+            except KDCacheError as error:
+                self.verdict.problems.append(Problem("corrupt", shard, "", str(error)))
+                continue
+            except KeyError as error:
+                self.verdict.problems.append(
+                    Problem("plan", shard, "", f"key {error} of the cache is not in the tar, though its member table is the same")
+                )
+                continue
             all_views = tuple(view for record in self.cache.views[shard] for view in range(record.identity.views.start, record.identity.views.stop))
             if self.views == "all":
                 step = samples_per_task(self.cache.plan, len(all_views))

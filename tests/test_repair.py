@@ -343,3 +343,86 @@ def read_everything(folder: Path) -> list[bytes]:
                     for target in layer.targets:
                         found += [part.tobytes() for part in cache.read_components(name, target, shard, view, rows).values()]
     return found
+
+
+def test_shard_that_fails_late_leaves_the_others_whole_while_chunks_are_queued(setup: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """The failed shard's chunks are still in the pool that the next shard uses."""
+    import kdcache.commit
+    from kdcache.shards import ShardFiles
+
+    encode, read = kdcache.commit.encode_chunk, ShardFiles.read
+
+    def slow_encode(spec: Any, rows: Any) -> bytes:
+        time.sleep(0.02)
+        return encode(spec, rows)
+
+    def broken_read(files: Any, source: Any, key: str, offset: int, size: int) -> bytes:
+        if source.name == "train-0000" and key >= "s0150":
+            raise ShardError(f"shard {source.name}: key {key!r}: gone")
+        return read(files, source, key, offset, size)
+
+    shutil.rmtree(setup / "shards")
+    make_shards(setup / "shards", num_shards=2, num_samples=200)
+    monkeypatch.setattr(kdcache.commit, "encode_chunk", slow_encode)
+    monkeypatch.setattr(ShardFiles, "read", broken_read)
+    monkeypatch.setattr("kdcache.rendering.BLOCK_BYTES", 300_000)
+    summary = run(setup, targets=("logits", "features@blocks.0:fp16", "features@norm:fp16"))
+    assert [(problem["shard"], summary.rows) for problem in summary.problems] == [("train-0000", 200)]
+    assert open_cache(setup / "cache").shards == ["train-0001"]
+    assert not (setup / "cache" / "tmp").exists()
+
+
+def test_unreadable_tar_stops_no_other_shard(setup: Path) -> None:  # noqa: F811
+    (setup / "shards" / "train-0000a.tar").symlink_to("nowhere.tar")
+    summary = run(setup)
+    assert (summary.rows, [problem["shard"] for problem in summary.problems]) == (12, ["train-0000a"])
+    summary = run(setup)
+    assert (summary.resumed_shards, [problem["shard"] for problem in summary.problems]) == (2, ["train-0000a"])
+
+
+def test_damaged_shard_does_not_stop_the_extraction_of_another(setup: Path) -> None:  # noqa: F811
+    run(setup, limit_shards=1)
+    flip(one(setup / "cache", "views/train-0000.*.zarr/labels/c/0"), 5)
+    assert "corrupt" in kinds(setup / "cache")
+    assert "corrupt" in {problem.kind for problem in verify(str(setup / "cache"), views="all", workers=0).problems}
+    summary = run(setup)
+    (problem,) = summary.problems
+    assert (problem["kind"], problem["shard"]) == ("corrupt", "train-0000")
+    record = problem["detail"].partition("delete ")[2].partition(" and run")[0]
+    (setup / "cache" / record).unlink()
+    assert run(setup).problems == []
+    assert verify(str(setup / "cache"), views="all", workers=0).ok
+
+
+def test_two_spellings_of_a_node_are_one_target(setup: Path) -> None:  # noqa: F811
+    run(setup, targets=("features@blocks.-1:fp16,views=2", "features@blocks.1:fp16,views=1"))
+    assert open_cache(setup / "cache").target_views("teacher", "features@blocks.1") == 2
+    with pytest.raises(UsageError, match="one encoding a name"):
+        run(setup, "other", targets=("features@blocks.-1:fp16", "features@blocks.1:int8"))
+    assert not (setup / "other").exists() or not (setup / "other" / "cache.json").exists()
+
+
+@pytest.mark.parametrize("position", [20, -5])
+def test_damaged_calibration_that_no_card_vouches_for_is_made_anew(setup: Path, position: int) -> None:  # noqa: F811
+    run(setup, targets=(FEATURES,))
+    before = groups(setup / "cache")
+    teacher = setup / "cache" / "teachers" / "teacher"
+    for path in [*teacher.glob("targets/*.json"), *teacher.glob("train-*.json")]:
+        path.unlink()
+    calibration = one(teacher, "targets/*.safetensors")
+    data = bytearray(calibration.read_bytes())
+    data[position] ^= 0x7F
+    calibration.write_bytes(data)
+    run(setup, targets=(FEATURES,))
+    assert groups(setup / "cache") == before
+    assert verify(str(setup / "cache")).ok
+
+
+def test_calibration_of_a_grown_cache_comes_out_the_same(setup: Path) -> None:  # noqa: F811
+    run(setup, targets=(FEATURES,), limit_shards=1)
+    run(setup, targets=(FEATURES,))
+    path = one(setup / "cache", "teachers/teacher/targets/*.safetensors")
+    before = path.read_bytes()
+    path.unlink()
+    run(setup, targets=(FEATURES,))
+    assert path.read_bytes() == before
