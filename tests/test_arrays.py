@@ -118,7 +118,9 @@ def test_bytes_are_those_of_zarr_python(spec: ArraySpec, rows: int, seed: int) -
 
 def test_a_group_of_ours_is_a_zarr_group(tmp_path: Path) -> None:
     zarr.create_group(str(tmp_path / "theirs"))
-    assert (tmp_path / "theirs" / "zarr.json").read_bytes() == GROUP_METADATA
+    theirs = json.loads((tmp_path / "theirs" / "zarr.json").read_bytes())
+    theirs.pop("consolidated_metadata", None)  # zarr-python 3.1.0 writes a null here, later ones leave it out
+    assert theirs == json.loads(GROUP_METADATA)
 
 
 def test_zeros_are_stored_and_not_left_out(tmp_path: Path) -> None:
