@@ -273,7 +273,6 @@ class _Run:
         *,
         progress: bool,
     ) -> None:
-        from kdcache.commit import ChunkPool
         from kdcache.device import resolve_device
         from kdcache.teacher import load_teacher
 
@@ -300,15 +299,10 @@ class _Run:
         self.plan = cache.plan if cache is not None else self._make_plan()
         self.wanted_views = _num_views(config, specs, self.plan, cache)
         self.num_workers = config.workers if config.workers is not None else min(8, os.cpu_count() or 1)
-        self.pool = ChunkPool(num_threads=min(4, os.cpu_count() or 1), max_bytes=WRITE_QUEUE_BYTES)
         self.summary = ExtractSummary()
         self.calibrated_on: list[str] = []
         self._indexes: dict[str, ShardIndex] = {}
-        try:
-            self._prepare(specs, resolved)
-        except BaseException:
-            self.pool.close()
-            raise
+        self._prepare(specs, resolved)
 
     def _make_plan(self) -> ViewPlan:
         config = self.config
@@ -448,7 +442,10 @@ class _Run:
 
     def extract(self) -> ExtractSummary:
         """Do every pending shard, write the index, sum up."""
+        from kdcache.commit import ChunkPool
+
         self.store.sweep_spools()
+        self.pool = ChunkPool(num_threads=min(4, os.cpu_count() or 1), max_bytes=WRITE_QUEUE_BYTES)
         self.committed: dict[str, np.ndarray[Any, Any]] = {}
         self.jobs: dict[int, ShardJob] = {}
         total = self._estimated_samples() * self.views
