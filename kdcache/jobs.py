@@ -75,11 +75,6 @@ class Missing:
         ranges = [*self.views, *(views for _, views in self.segments)]
         return tuple(sorted({view for views in ranges for view in range(views.start, views.stop)}))
 
-    @property
-    def num_teacher_views(self) -> int:
-        """Views that the teacher must see."""
-        return sum(len(views) for _, views in self.segments)
-
 
 def find_missing(
     have_views: Sequence[ViewRange], have_targets: Mapping[str, Sequence[ViewRange]], *, want_views: int, want_targets: Mapping[str, int]
