@@ -17,6 +17,9 @@ from .options import device_option, json_option, parse_settings, print_json, wor
     "--model-kwargs", "model_kwargs", multiple=True, metavar="K=V", help="Constructor argument of the teacher, e.g. img_size=224. Repeatable."
 )
 @click.option("--name", metavar="N", help="The teacher's name in the cache. Default: from its model name.")
+@click.option(
+    "--label-key", metavar="KEY", help="Key of the labels in .json members, e.g. fine or cls.id. Default: .cls members, else 'label' of .json."
+)
 @click.option("--dataset", metavar="ID", help="Dataset id, part of the view plan. Default: the shards' common name.")
 @click.option("--for", "methods", multiple=True, metavar="METHOD", help="Record what this method needs. Repeatable.")
 @click.option("--target", "targets", multiple=True, metavar="SPEC", help="target[@node][:encoding][,views=N]. Repeatable. Default: logits.")
@@ -50,8 +53,9 @@ def command(
 ) -> None:
     """Run a teacher over seeded views of SHARDS and commit its targets to CACHE.
 
-    SHARDS is a tar, a folder of tars or a brace expression. A second run finishes what is missing and touches nothing else;
-    with another target, more views or another teacher it adds to the cache.
+    SHARDS is a tar, a folder of tars (FOLDER:SPLIT for a split of timm's _info.json), a brace expression, a glob, a text file
+    that lists these, or several joined by '::'. A second run finishes what is missing and touches nothing else; with another
+    target, more views or another teacher it adds to the cache.
 
     \b
     Targets: logits                     uint8 with an affine pair a row, ~0.9 kB for 1000 classes
