@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import click
 
 from .main import run_command
@@ -9,8 +12,8 @@ from .options import device_option, json_option, parse_settings, print_json, wor
 
 
 @click.command(no_args_is_help=True)
-@click.argument("shards")
-@click.argument("cache")
+@click.argument("shards", required=False, metavar="SHARDS")
+@click.argument("cache", required=False, metavar="CACHE")
 @click.option("--teacher", required=True, metavar="NAME", help="timm name, 'hf-hub:org/name', or 'local-dir:FOLDER' as timm's save_for_hf writes.")
 @click.option("--checkpoint", metavar="FILE", help="Weights (safetensors or PyTorch) to load in place of the pretrained ones.")
 @click.option(
@@ -39,12 +42,14 @@ from .options import device_option, json_option, parse_settings, print_json, wor
     metavar="P",
     help="Stop before the work if the teacher's top-1 on the first labelled views is below P percent.",
 )
+@click.option("--list-nodes", is_flag=True, help="Show the teacher's nodes with their shapes and sizes, and do nothing else. Needs no weights.")
 @json_option
 def command(
-    shards: str,
-    cache: str,
+    shards: str | None,
+    cache: str | None,
     *,
     teacher: str,
+    list_nodes: bool,
     model_kwargs: tuple[str, ...],
     methods: tuple[str, ...],
     targets: tuple[str, ...],
@@ -65,15 +70,23 @@ def command(
     Examples:
       kdcache extract 'train-{0000..1023}.tar' cache --teacher vit_large_patch16_224 --precision bf16
       kdcache extract shards/ cache --teacher local-dir:teacher --target logits --target features@norm
+      kdcache extract --list-nodes --teacher vit_large_patch16_224
 
     Exit code 1 if a shard was cut short or could not be done; the others are done all the same.
     """
+
+    model_args = parse_settings(model_kwargs, option="--model-kwargs")
+    if list_nodes:
+        run_command(lambda: _list_nodes(teacher, options["checkpoint"], model_args, as_json=as_json))
+        return
+    if shards is None or cache is None:
+        raise click.UsageError(f"Missing argument '{'SHARDS' if shards is None else 'CACHE'}'.")
 
     def action() -> int:
         from pipelines.extract import ExtractConfig, extract
 
         config = ExtractConfig(
-            shards=shards, cache=cache, teacher=teacher, model_args=parse_settings(model_kwargs, option="--model-kwargs"),
+            shards=shards, cache=cache, teacher=teacher, model_args=model_args,
             methods=methods, targets=targets, **options,  # type: ignore[arg-type]  # names and types are click's above
         )  # fmt: skip
         summary = extract(config, progress=True)
@@ -82,3 +95,13 @@ def command(
         return 1 if summary.problems else 0
 
     raise SystemExit(run_command(action))
+
+
+def _list_nodes(teacher: str, checkpoint: Any, model_args: Mapping[str, Any], *, as_json: bool) -> None:
+    from pipelines.nodes import NodesConfig, describe_nodes, nodes_as_text
+
+    facts = describe_nodes(NodesConfig(teacher=teacher, checkpoint=checkpoint, model_args=model_args))
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo(nodes_as_text(facts))
