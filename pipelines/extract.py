@@ -259,7 +259,10 @@ def _note_cut(summary: ExtractSummary, shard: str, cut: str | None) -> None:
 
 
 def _unchanged(source: ShardSource, record: Document[Any]) -> bool:
-    """Whether the tar is the one that was scanned: by size and time of change, else by its member table."""
+    """Whether the tar is the one that was scanned: by size and time of change, else by its member table.
+
+    A tar that was changed in place with its time set back is not noticed here: its pixel digests are left, which train and verify compare.
+    """
     remembered = record.provenance.get("source", {})
     try:
         stat = os.stat(source.path)
