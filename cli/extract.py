@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import click
 
 from .main import run_command
@@ -9,14 +12,17 @@ from .options import device_option, json_option, parse_settings, print_json, wor
 
 
 @click.command(no_args_is_help=True)
-@click.argument("shards")
-@click.argument("cache")
+@click.argument("shards", required=False, metavar="SHARDS")
+@click.argument("cache", required=False, metavar="CACHE")
 @click.option("--teacher", required=True, metavar="NAME", help="timm name, 'hf-hub:org/name', or 'local-dir:FOLDER' as timm's save_for_hf writes.")
 @click.option("--checkpoint", metavar="FILE", help="Weights (safetensors or PyTorch) to load in place of the pretrained ones.")
 @click.option(
     "--model-kwargs", "model_kwargs", multiple=True, metavar="K=V", help="Constructor argument of the teacher, e.g. img_size=224. Repeatable."
 )
 @click.option("--name", metavar="N", help="The teacher's name in the cache. Default: from its model name.")
+@click.option(
+    "--label-key", metavar="KEY", help="Key of the labels in .json members, e.g. fine or cls.id. Default: .cls members, else 'label' of .json."
+)
 @click.option("--dataset", metavar="ID", help="Dataset id, part of the view plan. Default: the shards' common name.")
 @click.option("--for", "methods", multiple=True, metavar="METHOD", help="Record what this method needs. Repeatable.")
 @click.option("--target", "targets", multiple=True, metavar="SPEC", help="target[@node][:encoding][,views=N]. Repeatable. Default: logits.")
@@ -36,12 +42,14 @@ from .options import device_option, json_option, parse_settings, print_json, wor
     metavar="P",
     help="Stop before the work if the teacher's top-1 on the first labelled views is below P percent.",
 )
+@click.option("--list-nodes", is_flag=True, help="Show the teacher's nodes with their shapes and sizes, and do nothing else. Needs no weights.")
 @json_option
 def command(
-    shards: str,
-    cache: str,
+    shards: str | None,
+    cache: str | None,
     *,
     teacher: str,
+    list_nodes: bool,
     model_kwargs: tuple[str, ...],
     methods: tuple[str, ...],
     targets: tuple[str, ...],
@@ -50,8 +58,9 @@ def command(
 ) -> None:
     """Run a teacher over seeded views of SHARDS and commit its targets to CACHE.
 
-    SHARDS is a tar, a folder of tars or a brace expression. A second run finishes what is missing and touches nothing else;
-    with another target, more views or another teacher it adds to the cache.
+    SHARDS is a tar, a folder of tars (FOLDER:SPLIT for a split of timm's _info.json), a brace expression, a glob, a text file
+    that lists these, or several joined by '::'. A second run finishes what is missing and touches nothing else; with another
+    target, more views or another teacher it adds to the cache.
 
     \b
     Targets: logits                     uint8 with an affine pair a row, ~0.9 kB for 1000 classes
@@ -61,15 +70,23 @@ def command(
     Examples:
       kdcache extract 'train-{0000..1023}.tar' cache --teacher vit_large_patch16_224 --precision bf16
       kdcache extract shards/ cache --teacher local-dir:teacher --target logits --target features@norm
+      kdcache extract --list-nodes --teacher vit_large_patch16_224
 
     Exit code 1 if a shard was cut short or could not be done; the others are done all the same.
     """
+
+    model_args = parse_settings(model_kwargs, option="--model-kwargs")
+    if list_nodes:
+        run_command(lambda: _list_nodes(teacher, options["checkpoint"], model_args, as_json=as_json))
+        return
+    if shards is None or cache is None:
+        raise click.UsageError(f"Missing argument '{'SHARDS' if shards is None else 'CACHE'}'.")
 
     def action() -> int:
         from pipelines.extract import ExtractConfig, extract
 
         config = ExtractConfig(
-            shards=shards, cache=cache, teacher=teacher, model_args=parse_settings(model_kwargs, option="--model-kwargs"),
+            shards=shards, cache=cache, teacher=teacher, model_args=model_args,
             methods=methods, targets=targets, **options,  # type: ignore[arg-type]  # names and types are click's above
         )  # fmt: skip
         summary = extract(config, progress=True)
@@ -78,3 +95,13 @@ def command(
         return 1 if summary.problems else 0
 
     raise SystemExit(run_command(action))
+
+
+def _list_nodes(teacher: str, checkpoint: Any, model_args: Mapping[str, Any], *, as_json: bool) -> None:
+    from pipelines.nodes import NodesConfig, describe_nodes, nodes_as_text
+
+    facts = describe_nodes(NodesConfig(teacher=teacher, checkpoint=checkpoint, model_args=model_args))
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo(nodes_as_text(facts))

@@ -47,6 +47,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--limit-shards", type=click.IntRange(1), metavar="N", help="Train on the first N shards of the cache only.")
 @click.option("--views", type=click.IntRange(1), metavar="V", help="Train on the first V views. Default: all that every shard has.")
 @click.option("--val", metavar="SHARDS", help="Labelled tars to measure top-1 and top-5 on. Default: none.")
+@click.option("--label-key", metavar="KEY", help="Key of the labels in the .json members of --val. Default: as the cache's labels were read.")
 @click.option("--val-interval", type=click.IntRange(1), default=1, show_default=True, metavar="E", help="Measure every E epochs, and after the last.")
 @click.option(
     "--val-crop-pct", type=click.FloatRange(0, 1, min_open=True), metavar="P",

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from .arrays import ArrayReader, ArraySpec, ByteLRU
-from .errors import CacheError, CorruptError, DriftError, MissingError, UsageError
+from .errors import CacheError, CorruptError, DriftError, MissingError, ShardError, UsageError
 from .format import (
     CacheIdentity,
     Digest,
@@ -35,7 +35,8 @@ from .images import decode_image
 from .index import Index, load_documents, read_table, root_of
 from .layout import ROW_ARRAYS, arrays_to_keys, key_bytes_spec, params_spec, pixels_spec, row_spec, target_specs
 from .plan import ViewPlan, blake2b_128
-from .shards import ShardFiles, ShardSource, resolve_shards
+from .shards import ShardFiles, ShardSource, check_same_tar, scan_shard
+from .sources import locate_shards
 from .store import Store, open_store
 from .views import ViewParams, pixel_digest, render
 
@@ -406,16 +407,40 @@ class Cache:
             ) from error
         return render(image, self.read_params(shard, view, [row])[0])
 
+    @property
+    def label_key(self) -> str | None:
+        """Where the labels stand in .json members. None: .cls, else `label` of .json."""
+        return self.document.identity.label_key
+
+    def with_labels(self, source: ShardSource) -> ShardSource:
+        """A shard whose labels are read as this cache's are."""
+        return replace(source, label_key=self.label_key)
+
     def source(self, shard: str) -> ShardSource:
         """Where the shard's tar lies: as given on opening, else as remembered."""
         if shard in self._given_sources:
-            return self._given_sources[shard]
+            return self.with_labels(self._given_sources[shard])
         if self._given_sources:
             raise UsageError(f"shard {shard}: not among the {len(self._given_sources)} tars given with --data")
         documents = self.views.get(shard) or []
         if not documents:
             raise MissingError(f"{self.store.url}: no shard {shard!r}")
-        return ShardSource(shard, str(documents[-1].provenance.get("source", {}).get("path", "")))
+        return ShardSource(shard, str(documents[-1].provenance.get("source", {}).get("path", "")), self.label_key)
+
+    def check_source(self, shard: str) -> None:
+        """Raise ShardError if the shard's tar is not there, or of another size and with other members than when the cache was made.
+
+        Costs a look at the file's size. A tar of the same size is left to the pixel digests.
+        """
+        source, documents = self.source(shard), self.views[shard]
+        try:
+            size = os.stat(source.path).st_size
+        except OSError as error:
+            raise ShardError(
+                f"shard {shard}: {source.path} can't be read: {error.strerror}; pass --data with SHARDS where the tars lie now"
+            ) from error
+        if size != documents[-1].provenance.get("source", {}).get("size"):
+            check_same_tar(scan_shard(source), documents[0].identity)
 
 
 def _contiguous(ranges: Sequence[ViewRange]) -> int:
@@ -503,7 +528,7 @@ def open_cache(path: str | os.PathLike[str], *, data: str | os.PathLike[str] | S
     """
     store = open_store(path)
     documents, index = load_documents(store)
-    sources = {source.name: source for source in resolve_shards(data)} if data is not None else {}
+    sources = locate_shards(data) if data is not None else {}
     cache = Cache(store, documents, index, sources=sources)
     for name, layer in cache.teachers.items():
         for document in layer.targets.values():

@@ -93,6 +93,8 @@ class CacheIdentity(FrozenModel):
     """Identity of `cache.json`."""
 
     plan: ViewPlan
+    label_key: str | None = None
+    """Where the labels of all its shards stand in .json members. None: .cls, else `label` of .json."""
 
 
 class ViewsIdentity(FrozenModel):

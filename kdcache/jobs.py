@@ -22,7 +22,7 @@ from torch import Tensor
 from .commit import ChunkPool, GroupWriter, create_document, publish_group, unpublish_group
 from .device import fitting_threads
 from .encodings import Encoding
-from .errors import DriftError, ShardError, TeacherError
+from .errors import DriftError, TeacherError
 from .fidelity import Fidelity, combine_fidelity
 from .format import (
     Digest,
@@ -425,12 +425,3 @@ def _items(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _group_bytes(group: Group) -> int:
     return sum(field.size for field in group.files.values())
-
-
-def check_same_tar(index: ShardIndex, known: ViewsIdentity) -> None:
-    """Raise ShardError if the tar is not the one that the cache was made from."""
-    if index.member_table != known.member_table:
-        raise ShardError(
-            f"shard {index.source.name}: {index.source.path} was changed: expected member table {known.member_table} with {known.samples} samples,"
-            f" found {index.member_table} with {len(index.samples)}; restore the tar, or make a new cache for the new data"
-        )

@@ -5,7 +5,7 @@ of the same pass are exactly the model's own; negative numbers count from the en
 `forward_features()`. A value becomes {"grid": (B, T, C)[, "prefix": (B, P, C)]}, the grid row-major.
 
 timm has no rule for what a block gives: some families keep tokens in window order, leave the cls token out, or swap axes. What
-a node gives is therefore checked once, by `read_nodes`, against timm's own maps, and refused where it can't be explained.
+a node gives is therefore checked once, by `examine_nodes`, against timm's own maps, and refused where it can't be explained.
 
 Legend: B batch, T grid tokens, P prefix tokens, C channels, H W height and width of the grid.
 """
@@ -56,18 +56,18 @@ def _has_module(model: nn.Module, name: str) -> bool:
 
 
 def resolve_node(model: nn.Module, node: str, *, model_name: str) -> str:
-    """The absolute name of `node` (negative numbers resolved). Raises TeacherError that names near ones."""
+    """The absolute name of `node`; a negative number counts from the end of the module that holds the blocks. Raises TeacherError that names near ones."""
     nodes = list_nodes(model)
     match = re.match(r"^(.+)\.(-[0-9]+)$", node)
     resolved = node
-    if match:
-        count = sum(1 for name in nodes if re.match(rf"^{re.escape(match[1])}\.[0-9]+$", name))
-        resolved = f"{match[1]}.{count + int(match[2])}"
+    if match and _has_module(model, match[1]):
+        resolved = f"{match[1]}.{len(list(model.get_submodule(match[1]).children())) + int(match[2])}"
     if resolved in nodes:
         return resolved
-    near = difflib.get_close_matches(node, nodes, n=3, cutoff=0.3) or nodes[-4:]
+    near = difflib.get_close_matches(resolved, nodes, n=3, cutoff=0.3) or nodes[-4:]
     raise TeacherError(
-        f"teacher {model_name}: no node {node!r}; near ones: {', '.join(near)}; it has {len(nodes)} nodes from {nodes[0]!r} to {nodes[-1]!r}"
+        f"teacher {model_name}: no node {node!r}; near ones: {', '.join(near)}; it has {len(nodes)} nodes from {nodes[0]!r} to {nodes[-1]!r}:"
+        f" 'kdcache extract --list-nodes --teacher {model_name}' lists them"
     )
 
 
@@ -133,62 +133,63 @@ def _grid_size(model: nn.Module, num_tokens: int, num_prefix: int) -> tuple[int,
 
 
 def read_nodes(model: nn.Module, images_BCHW: Tensor, nodes: Sequence[str], *, model_name: str) -> dict[str, Value]:
-    """Node → its value for these images, after all that can be known of it was checked. For start-up: two passes.
+    """Node → its value for these images. Raises TeacherError that names model and node for one that `examine_nodes` gives a reason for."""
+    values, reasons = examine_nodes(model, images_BCHW, nodes)
+    for node in nodes:
+        if node in reasons:
+            others = [name for name in list_nodes(model) if name != node]
+            raise TeacherError(
+                f"teacher {model_name}: node {node!r} can't be recorded: {reasons[node]}; choose another node ({', '.join(others[-4:])}) or another teacher"
+            )
+    return values
 
-    images_BCHW: normalised, at least two that differ. Raises TeacherError for a node that the pass does not go through, that gives no tensor, has
+
+def examine_nodes(model: nn.Module, images_BCHW: Tensor, nodes: Sequence[str]) -> tuple[dict[str, Value], dict[str, str]]:
+    """(node → its value for these images, node → why it can't be recorded), after all that can be known of it was checked. For start-up: two passes.
+
+    images_BCHW: normalised, at least two that differ. A node can't be recorded that the pass does not go through, that gives no tensor, has
     another batch axis, makes no grid, or differs from what timm's `forward_intermediates` gives at the same place.
     """
     with capture(model, nodes) as captured:
         features = model.forward_features(images_BCHW)  # type: ignore[operator]  # timm's own method
     if NORM in nodes:
         captured[NORM] = features
-    refuse = _Refusal(model, model_name)
     values: dict[str, Value] = {}
+    reasons: dict[str, str] = {}
     for node in nodes:
+        output = captured.get(node)
         if node not in captured:
-            raise refuse(node, "expected one output in a forward pass, found none: the model calls the parts of this module by themselves")
-        output = captured[node]
-        if not isinstance(output, Tensor):
-            raise refuse(node, f"expected a tensor, found a {type(output).__name__}")
-        if output.shape[:1] != images_BCHW.shape[:1]:
-            raise refuse(node, f"expected a batch of {len(images_BCHW)} first, found a tensor of shape {tuple(output.shape)}")
-        try:
-            values[node] = to_tokens(model, output)
-        except TeacherError as error:
-            raise refuse(node, str(error)) from error
+            reasons[node] = "expected one output in a forward pass, found none: the model calls the parts of this module by themselves"
+        elif not isinstance(output, Tensor):
+            reasons[node] = f"expected a tensor, found a {type(output).__name__}"
+        elif output.shape[:1] != images_BCHW.shape[:1]:
+            reasons[node] = f"expected a batch of {len(images_BCHW)} first, found a tensor of shape {tuple(output.shape)}"
+        else:
+            try:
+                values[node] = to_tokens(model, output)
+            except TeacherError as error:
+                reasons[node] = str(error)
     if hasattr(model, "forward_intermediates"):
         pooled = isinstance(features, Tensor) and features.ndim == 2
-        _compare(model, images_BCHW, {node: value for node, value in values.items() if node != NORM or not pooled}, refuse)
-    return values
+        reasons |= _differences(model, images_BCHW, {node: value for node, value in values.items() if node != NORM or not pooled})
+    return {node: value for node, value in values.items() if node not in reasons}, reasons
 
 
-class _Refusal:
-    """Makes the error that names model and node and says what to do."""
-
-    def __init__(self, model: nn.Module, model_name: str) -> None:
-        self._model, self._model_name = model, model_name
-
-    def __call__(self, node: str, found: str) -> TeacherError:
-        others = [name for name in list_nodes(self._model) if name != node]
-        return TeacherError(
-            f"teacher {self._model_name}: node {node!r} can't be recorded: {found}; choose another node ({', '.join(others[-4:])}) or another teacher"
-        )
-
-
-def _compare(model: nn.Module, images_BCHW: Tensor, values: Mapping[str, Value], refuse: _Refusal) -> None:
-    """Raise TeacherError for a value that is not the map that timm says is at its node: `norm`'s in its size, the others' in every token."""
+def _differences(model: nn.Module, images_BCHW: Tensor, values: Mapping[str, Value]) -> dict[str, str]:
+    """What is wrong with each value that is not the map that timm says is at its node: `norm`'s in its size, the others' in every token."""
     modules = [info.get("module") if isinstance(info, dict) else None for info in getattr(model, "feature_info", None) or []]
     wanted = {modules.index(node): node for node in values if node in modules}
     last = len(modules) - 1
     indices = sorted({*wanted, *([last] if NORM in values and last >= 0 else [])})
     if not indices:
-        return
+        return {}
     known = inspect.signature(model.forward_intermediates).parameters  # type: ignore[arg-type]
     has_prefix = any("prefix" in value for value, _ in values.values())  # asked for none, vit_relpos of timm 1.0.31 fails
     options = {"return_prefix_tokens": True} if has_prefix and "return_prefix_tokens" in known else {}
     maps = model.forward_intermediates(  # type: ignore[operator]  # timm's own method
         images_BCHW, indices=indices, norm=False, output_fmt="NCHW", intermediates_only=True, **options
     )
+    found: dict[str, str] = {}
     for index, entry in zip(indices, maps, strict=True):
         map_BCHW, prefix_BPC = entry if isinstance(entry, tuple | list) else (entry, None)
         theirs = (int(map_BCHW.shape[2]), int(map_BCHW.shape[3]))
@@ -197,17 +198,16 @@ def _compare(model: nn.Module, images_BCHW: Tensor, values: Mapping[str, Value],
             value, grid = values[node]
             if grid != theirs or value["grid"].shape[2] != map_BCHW.shape[1]:
                 shape = f"{theirs[0]}x{theirs[1]} with {map_BCHW.shape[1]} channels"
-                raise refuse(
-                    node, f"expected timm's own grid of {shape}, found its output to read as {grid[0]}x{grid[1]} with {value['grid'].shape[2]}"
-                )
-            if not _agree(value["grid"], map_BCHW.flatten(2).transpose(1, 2)):
-                raise refuse(node, "expected the grid row by row, as timm's forward_intermediates gives it, found its tokens in another order")
-            if prefix_BPC is not None and "prefix" in value and not _agree(value["prefix"], prefix_BPC):
-                raise refuse(node, "expected the prefix tokens that timm's forward_intermediates gives, found others")
+                found[node] = f"expected timm's own grid of {shape}, found its output to read as {grid[0]}x{grid[1]} with {value['grid'].shape[2]}"
+            elif not _agree(value["grid"], map_BCHW.flatten(2).transpose(1, 2)):
+                found[node] = "expected the grid row by row, as timm's forward_intermediates gives it, found its tokens in another order"
+            elif prefix_BPC is not None and "prefix" in value and not _agree(value["prefix"], prefix_BPC):
+                found[node] = "expected the prefix tokens that timm's forward_intermediates gives, found others"
         if index == last and NORM in values:
             grid = values[NORM][1]
             if grid != theirs:
-                raise refuse(NORM, f"expected the last map's grid of {theirs[0]}x{theirs[1]}, found {grid[0]}x{grid[1]}")
+                found[NORM] = f"expected the last map's grid of {theirs[0]}x{theirs[1]}, found {grid[0]}x{grid[1]}"
+    return found
 
 
 def _agree(ours_BTC: Tensor, theirs_BTC: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Tar shards: from what the user typed to a list of tars, and from a tar's headers to its samples. First step of both stages.
+"""Tar shards: from a tar's headers to its samples. Which tars there are, `sources` finds; first step of both stages.
 
 A sample is the run of members that share a WebDataset key. Counts, offsets and sizes come from the tar headers, never from
 a guess; the member-table digest notices a shard that was replaced. Image bytes are later read by offset, in any order.
@@ -12,14 +12,16 @@ import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from .errors import ShardError, UsageError
+from .errors import ShardError
+from .format import ViewsIdentity
 from .images import IMAGE_EXTENSIONS
 from .plan import blake2b_128, canonical_json
 
 _LABEL_EXTENSIONS = ("cls", "json")
+_READ_EXTENSIONS = {*IMAGE_EXTENSIONS, *_LABEL_EXTENSIONS}
+_DEFAULT_LABEL_KEY = "label"
 _MAX_LABEL_BYTES = 1 << 20
 _META_MEMBER = re.compile(r"__[^/]*__($|/)")
 """Members that webdataset skips: its `skip_meta`."""
@@ -37,6 +39,10 @@ class ShardSource:
 
     name: str
     path: str
+    label_key: str | None = None
+    """Where labels stand in .json members, parts of nested objects joined by dots. None: .cls, else `label` of .json."""
+    num_samples: int | None = None
+    """Samples that a list of the shards says it holds, if one does."""
 
 
 @dataclass(frozen=True)
@@ -67,55 +73,6 @@ class ShardIndex:
     Whole samples before the cut are here; one that may have lost a member to it is not."""
 
 
-def resolve_shards(spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[ShardSource]:
-    """The shards that SHARDS names: a tar, a folder of tars, a brace expression of tars, or a list of these.
-
-    Raises UsageError when nothing is found, a tar is missing, or two shards share a base name.
-    """
-    specs = [spec] if isinstance(spec, str | os.PathLike) else list(spec)
-    paths: list[str] = []
-    for item in specs:
-        paths.extend(_expand(os.fspath(item)))
-    if not paths:
-        raise UsageError(f"no shards: {specs} names no .tar file; expected a folder of tars or a brace expression such as 'train-{{0000..0007}}.tar'")
-    sources = [ShardSource(name=_shard_name(path), path=os.path.abspath(path)) for path in paths]
-    seen: dict[str, str] = {}
-    for source in sources:
-        if source.name in seen:
-            raise UsageError(f"two shards are called {source.name!r}: {seen[source.name]} and {source.path}; rename one, names are identities")
-        seen[source.name] = source.path
-    return sources
-
-
-def _expand(text: str) -> list[str]:
-    if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+:", text) and not text.startswith("file:"):
-        raise UsageError(f"shards {text!r}: only local files and folders can be read so far")
-    text = os.path.expanduser(text.removeprefix("file://"))
-    if os.path.isdir(text):
-        return sorted(str(path) for path in Path(text).iterdir() if path.suffix == ".tar")
-    import braceexpand
-
-    try:
-        paths = [text] if os.path.exists(text) else list(braceexpand.braceexpand(text))
-    except ValueError as error:  # braceexpand's UnbalancedBracesError
-        raise UsageError(f"shards {text!r}: its braces are not balanced; expected a brace expression such as 'train-{{0000..0007}}.tar'") from error
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UsageError(f"shards {text!r}: no file {missing[0]}{more}; expected {len(paths)} tar files")
-    return paths
-
-
-def _shard_name(path: str) -> str:
-    """Raises UsageError for a file whose name can be no identity."""
-    name = os.path.basename(path).removesuffix(".tar")
-    if not name:
-        raise UsageError(f"shard {path!r} has no name before .tar, and a shard's name is its identity; rename the file")
-    if printable(name) != name:
-        raise UsageError(f"shard {printable(path)!r}: its name is not UTF-8, and a shard's name is its identity; rename the file")
-    return name
-
-
 def printable(text: str) -> str:
     """`text` with backslash escapes for the bytes of a file name that are not UTF-8, which Python keeps as lone surrogates."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -129,17 +86,12 @@ def split_member(name: str) -> tuple[str, str] | None:
     return None if key is None or _META_MEMBER.match(name) else (key, extension.lower())
 
 
-def default_dataset_id(sources: Sequence[ShardSource]) -> str:
-    """The shards' common name: their longest common prefix without trailing digits and separators."""
-    prefix = os.path.commonprefix([source.name for source in sources])  # noqa: RUF071 - of names, character by character
-    return prefix.rstrip("0123456789").rstrip("-_. ") or prefix or "dataset"
-
-
 def scan_shard(source: ShardSource) -> ShardIndex:
     """Read a tar's headers (and its label members).
 
-    Raises ShardError for a file that is no tar, a key that appears twice (both members are named), or a label that is not
-    a whole number from 0. A tar that ends too early keeps its whole samples, with `cut` saying where.
+    Raises ShardError for a file that is no tar, a key that appears twice (both members are named), a label that is not
+    a whole number from 0 or not where `source.label_key` says, or another number of samples than `source` expects. A tar that ends
+    too early keeps its whole samples, with `cut` saying where. Nothing is ever extracted: names are text here, never paths.
     """
     try:
         stat = os.stat(source.path)
@@ -149,13 +101,27 @@ def scan_shard(source: ShardSource) -> ShardIndex:
     with file:
         members, cut, torn = _members(source, file, stat.st_size)
         samples = _group_samples(source, file, members, is_cut=cut is not None, torn=torn)
-    places = [[member.name, member.offset_data, member.size] for member in members]
+    if cut is None and source.num_samples not in (None, len(samples)):
+        raise ShardError(
+            f"shard {source.name}: {source.path} holds {len(samples)} samples, its _info.json says {source.num_samples}; fetch the tar again, or"
+            f" correct the file"
+        )
+    places = [[member.name, member.offset_data, member.size] for member in members if member.isreg()]
     table = blake2b_128(canonical_json({"members": places, "labels": [sample.label for sample in samples]}))
     return ShardIndex(source=source, samples=samples, member_table=table, size=stat.st_size, mtime_ns=stat.st_mtime_ns, cut=cut)
 
 
+def check_same_tar(index: ShardIndex, known: ViewsIdentity) -> None:
+    """Raise ShardError if the tar is not the one that the cache was made from."""
+    if index.member_table != known.member_table:
+        raise ShardError(
+            f"shard {index.source.name}: {index.source.path} was changed: expected member table {known.member_table} with {known.samples} samples,"
+            f" found {index.member_table} with {len(index.samples)}; restore the tar, or make a new cache for the new data"
+        )
+
+
 def _members(source: ShardSource, file: IO[bytes], size: int) -> tuple[list[tarfile.TarInfo], str | None, str | None]:
-    """Regular members that lie wholly in the file, how the tar is cut short, and the name of the member that lies across the cut."""
+    """Members that lie wholly in the file, folders aside, how the tar is cut short, and the name of the member that lies across the cut."""
     members: list[tarfile.TarInfo] = []
     if size == 0:
         return members, "empty file, expected a tar", None
@@ -179,7 +145,10 @@ def _members(source: ShardSource, file: IO[bytes], size: int) -> tuple[list[tarf
                 raise ShardError(
                     f"shard {source.name}: member {printable(member.name)!r} is a sparse file; expected plain members, write the shard again"
                 )
-            if member.isreg():
+            if not member.isreg():
+                if not member.isdir():
+                    members.append(member)  # a link or a device: seen, so that what it stands for is not lost without a word
+            else:
                 if end > size:
                     cut = f"member {member.name!a} ends at byte {end}, the file has {size}"
                     torn = member.name
@@ -202,6 +171,8 @@ def _group_samples(source: ShardSource, file: IO[bytes], members: Sequence[tarfi
             continue
         raw_key, extension = split
         key = printable(raw_key)
+        if not member.isreg() and (extension not in _READ_EXTENSIONS or (key in grouped and (key != last_key or extension in grouped[key]))):
+            continue  # webdataset passes over it, and nothing is lost with it
         if key in grouped and (key != last_key or extension in grouped[key]):
             first = grouped[key].get(extension) or next(iter(grouped[key].values()))
             raise ShardError(
@@ -227,6 +198,10 @@ def _last_is_whole(grouped: dict[str, dict[str, tarfile.TarInfo]], torn: str | N
 
 def _sample(source: ShardSource, file: IO[bytes], key: str, group: dict[str, tarfile.TarInfo]) -> Sample:
     images = [extension for extension in IMAGE_EXTENSIONS if extension in group]
+    for member in group.values():
+        if not member.isreg():
+            kind = "a hard link" if member.islnk() else "a symbolic link" if member.issym() else "a device or a pipe"
+            return Sample(key, 0, 0, NO_LABEL, f"expected plain files, found {kind}")
     label = _label(source, file, key, group)
     if any(printable(member.name) != member.name for member in group.values()):
         return Sample(key, 0, 0, label, NOT_UTF8)
@@ -238,29 +213,52 @@ def _sample(source: ShardSource, file: IO[bytes], key: str, group: dict[str, tar
 
 
 def _label(source: ShardSource, file: IO[bytes], key: str, group: dict[str, tarfile.TarInfo]) -> int:
-    extension = next((name for name in _LABEL_EXTENSIONS if name in group), None)
-    if extension is None:
+    found = [name for name in _LABEL_EXTENSIONS if name in group]
+    if not found:
         return NO_LABEL
+    where = f"shard {source.name}: key {key!r}"
+    extension = found[0] if source.label_key is None else "json"
+    if extension not in group:
+        raise ShardError(f"{where}: expected a label at {source.label_key!r} of a .json member, found only .cls; leave --label-key out to read it")
     member = group[extension]
     name = printable(member.name)
     if member.size > _MAX_LABEL_BYTES:
-        raise ShardError(f"shard {source.name}: key {key!r}: {name} has {member.size} bytes, expected a label of at most {_MAX_LABEL_BYTES}")
+        raise ShardError(f"{where}: {name} has {member.size} bytes, expected a label of at most {_MAX_LABEL_BYTES}")
     file.seek(member.offset_data)
     data = file.read(member.size)
-    digits = _CLS.fullmatch(data)
-    if extension == "cls" and digits is None:
-        raise ShardError(f"shard {source.name}: key {key!r}: {name} holds {data[:40]!r}, expected a label in plain digits, such as 7")
-    try:
-        value = int(digits[1]) if extension == "cls" and digits is not None else json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ShardError(f"shard {source.name}: key {key!r}: {name} holds {data[:40]!r}, expected a label") from error
-    if extension == "json":
-        value = value.get("label") if isinstance(value, dict) else None
-        if value is None:
+    if extension == "cls":
+        digits = _CLS.fullmatch(data)
+        if digits is None:
+            raise ShardError(f"{where}: {name} holds {data[:40]!r}, expected a label in plain digits, such as 7")
+        value: Any = int(digits[1])
+    else:
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ShardError(f"{where}: {name} holds {data[:40]!r}, expected a label") from error
+        try:
+            value = _look_up(body, _DEFAULT_LABEL_KEY if source.label_key is None else source.label_key)
+        except KeyError as error:
+            if source.label_key is not None:
+                known = ", ".join(sorted(body)[:8]) if isinstance(body, dict) else "none"
+                raise ShardError(f"{where}: {name} has no {source.label_key!r}, its keys are: {known}; pass one of them as --label-key") from error
+            value = None
+        if value is None or (value == NO_LABEL and not isinstance(value, bool | float)):  # timm, too, reads -1 as none
             return NO_LABEL
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_LABEL:
-        raise ShardError(f"shard {source.name}: key {key!r}: label {value!r} in {name}, expected a whole number from 0 to {MAX_LABEL}")
+        raise ShardError(f"{where}: label {value!r} in {name}, expected a whole number from 0 to {MAX_LABEL}")
     return value
+
+
+def _look_up(body: Any, key: str) -> Any:
+    """The value under a key as it stands, else under its parts between dots. Raises KeyError."""
+    if isinstance(body, dict) and key in body:
+        return body[key]
+    for part in key.split("."):
+        if not isinstance(body, dict):
+            raise KeyError(part)
+        body = body[part]
+    return body
 
 
 class ShardFiles:
@@ -290,8 +288,7 @@ class ShardFiles:
             data = os.pread(descriptor, size, offset)
         except OSError as error:
             raise ShardError(
-                f"shard {source.name}: key {key!r}: {source.path} can't be read: {error.strerror};"
-                f" pass --data with the folder that holds the tars now"
+                f"shard {source.name}: key {key!r}: {source.path} can't be read: {error.strerror}; pass --data with SHARDS where the tars lie now"
             ) from error
         if len(data) != size:
             raise ShardError(

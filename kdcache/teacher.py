@@ -21,7 +21,7 @@ from .device import autocast, fitting_threads
 from .encodings import TargetShape
 from .errors import TeacherError
 from .format import Preprocessing, TeacherIdentity
-from .nodes import NORM, capture, read_nodes, resolve_node, to_tokens
+from .nodes import NORM, Value, capture, examine_nodes, list_nodes, read_nodes, resolve_node, to_tokens
 from .pixels import Normalize
 from .targets import TargetSpec
 from .timm_models import architecture_of, build_model, input_size_of, mean_std_of, model_args_of
@@ -82,14 +82,22 @@ class Teacher:
 
     def _feature_shapes(self, nodes: Sequence[str]) -> dict[str, TargetShape]:
         """Each node's shape, from two images of noise: the batch axis and the order of the tokens show on no less."""
-        side = self.identity.preprocessing.input_size
-        views_BHWC = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(self.device)
         with torch.inference_mode(), autocast(self.device, self.identity.precision):
-            values = read_nodes(self.model, self.normalize(views_BHWC), nodes, model_name=self.source)
-        return {
-            node: TargetShape(grid=grid, channels=value["grid"].shape[2], prefix_tokens=value["prefix"].shape[1] if "prefix" in value else 0)
-            for node, (value, grid) in values.items()
-        }
+            values = read_nodes(self.model, self._noise(), nodes, model_name=self.source)
+        return {node: _shape_of(value) for node, value in values.items()}
+
+    def examine_nodes(self) -> tuple[dict[str, TargetShape], dict[str, str]]:
+        """(node → shape of what it gives, node → why it can't be recorded), together every node of the model in forward order."""
+        with torch.inference_mode(), autocast(self.device, self.identity.precision):
+            values, reasons = examine_nodes(self.model, self._noise(), list_nodes(self.model))
+        return {node: _shape_of(value) for node, value in values.items()}, reasons
+
+    def _noise(self) -> Tensor:
+        """Two normalised images of noise, the same each time."""
+        side = self.identity.preprocessing.input_size
+        views_BHWC = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        images_BCHW: Tensor = self.normalize(views_BHWC.to(self.device))
+        return images_BCHW
 
     def __call__(self, views_BHWC: Tensor, targets: Sequence[TeacherTarget]) -> dict[str, dict[str, Tensor]]:
         """Target name → value (float32, see `encodings.base`) for uint8 views on any device. One pass, no gradient."""
@@ -111,17 +119,26 @@ class Teacher:
         return values
 
 
+def _shape_of(value: Value) -> TargetShape:
+    tokens, grid = value
+    return TargetShape(grid=grid, channels=tokens["grid"].shape[2], prefix_tokens=tokens["prefix"].shape[1] if "prefix" in tokens else 0)
+
+
 def load_teacher(
     name: str,
     *,
+    pretrained: bool = True,
     checkpoint: Path | None = None,
     model_args: Mapping[str, Any] | None = None,
     precision: Precision = "fp32",
     device: torch.device | str = "cpu",
 ) -> Teacher:
-    """Build and freeze a teacher. name: a timm name, `hf-hub:…` or `local-dir:…`. Raises TeacherError."""
+    """Build and freeze a teacher. name: a timm name, `hf-hub:…` or `local-dir:…`. Raises TeacherError.
+
+    pretrained: False for a model whose shapes alone are of interest: its weights are fresh, and nothing is fetched for them.
+    """
     args = dict(model_args or {})
-    model = build_model(name, pretrained=True, checkpoint=checkpoint, model_args=args, error=TeacherError, role="teacher")
+    model = build_model(name, pretrained=pretrained, checkpoint=checkpoint, model_args=args, error=TeacherError, role="teacher")
     if not hasattr(model, "forward_features") or not hasattr(model, "forward_head"):
         raise TeacherError(f"teacher {name!r}: {type(model).__name__} has no forward_features and forward_head; expected a timm classifier")
     mean, std = mean_std_of(model)

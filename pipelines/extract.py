@@ -25,7 +25,8 @@ from kdcache.errors import CacheError, KDCacheError, ShardError, TeacherError, U
 from kdcache.format import CacheIdentity, Document, SourceIdentity, ViewsIdentity, check_teacher_name, source_path, views_record_path
 from kdcache.index import drop_index, is_current, write_index
 from kdcache.plan import POLICIES, Policy, ViewPlan, require_same
-from kdcache.shards import ShardIndex, ShardSource, default_dataset_id, resolve_shards, scan_shard
+from kdcache.shards import ShardIndex, ShardSource, check_same_tar, scan_shard
+from kdcache.sources import check_names, default_dataset_id, resolve_shards
 from kdcache.store import Store, open_store
 from kdcache.targets import TargetSpec, parse_targets
 from kdcache.teacher_source import default_teacher_name, weight_files
@@ -53,7 +54,7 @@ class ExtractConfig:
     """What to extract, from where, with what. None means: as the cache has it, else the default named."""
 
     shards: str | Sequence[str]
-    """SHARDS: a tar, a folder of tars, a brace expression, or a list of these."""
+    """SHARDS, as `kdcache.sources` reads them: a tar, a folder of tars, a brace expression, a glob, a list file, or several of these."""
     cache: str
     """Folder of the cache; made if it is not there."""
     teacher: str
@@ -64,6 +65,8 @@ class ExtractConfig:
     """Constructor arguments of the teacher, e.g. {"img_size": 224}."""
     name: str | None = None
     """The teacher's name in the cache. Default: from its model name."""
+    label_key: str | None = None
+    """Key of the labels in .json members, e.g. `fine` or `cls.id`. Default: .cls members, else `label` of .json."""
     dataset: str | None = None
     """Dataset id. Default: the shards' common name."""
     methods: Sequence[str] = ()
@@ -118,7 +121,7 @@ class ExtractSummary:
 def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
     """Run stage one. Raises KDCacheError; a problem of a single shard is reported in the summary and the others go on."""
     begin = time.perf_counter()
-    sources = resolve_shards(config.shards)[: config.limit_shards]
+    sources = resolve_shards(config.shards, label_key=config.label_key)[: config.limit_shards]
     store = open_store(config.cache)
     specs = _requested_specs(config)
     cache: Cache | None = None
@@ -130,6 +133,7 @@ def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
             return summary
         cache = open_to_write(config.cache)
         _check_given_plan(config, cache, sources)
+        sources = [cache.with_labels(source) for source in sources]
 
     run = _Run(config, store, cache, sources, specs, progress=progress)  # imports torch
     summary = run.extract()
@@ -166,6 +170,25 @@ def _check_given_plan(config: ExtractConfig, cache: Cache, sources: Sequence[Sha
         given["dataset"] = default_dataset_id(sources)  # other shards altogether: most likely the wrong cache
     asked = cache.plan.model_copy(update={key: value for key, value in given.items() if value is not None})
     require_same("view plan", cache.plan, asked, remedy="a cache holds one plan: use another folder, or leave the option out")
+    if config.label_key is not None:
+        _check_label_key(cache.document.identity, config.label_key)
+    check_names(sources, cache.all_shards)
+
+
+def _check_label_key(identity: CacheIdentity, label_key: str | None) -> None:
+    """Raise MismatchError for a cache whose labels were read from another place: students would learn from a mixture."""
+    found = identity.model_copy(update={"label_key": label_key})
+    require_same(
+        "labels", identity, found, remedy="all labels of a cache are read from one key (none: .cls, else 'label' of .json): use another folder"
+    )
+
+
+def _common_label_key(sources: Sequence[ShardSource]) -> str | None:
+    """Where all labels are read from. Raises UsageError for splits of `_info.json` that do not agree on it."""
+    keys = sorted({source.label_key for source in sources}, key=str)
+    if len(keys) > 1:
+        raise UsageError(f"the shards' _info.json files name different labels: {keys}; pass --label-key KEY for one of all")
+    return keys[0]
 
 
 def _num_views(config: ExtractConfig, specs: Sequence[TargetSpec], plan: ViewPlan, cache: Cache | None) -> int:
@@ -195,7 +218,7 @@ def _finished_already(config: ExtractConfig, sources: Sequence[ShardSource], spe
     wanted_views = _num_views(config, specs, cache.plan, cache)
     views = max(wanted_views, *(spec.views or 0 for spec in specs))
     summary = ExtractSummary(views=views)
-    for source in sources:
+    for source in map(cache.with_labels, sources):
         records = cache.views.get(source.name, [])
         if not records or not all(any(view in record.identity.views for record in records) for view in range(views)):
             return None
@@ -236,7 +259,10 @@ def _note_cut(summary: ExtractSummary, shard: str, cut: str | None) -> None:
 
 
 def _unchanged(source: ShardSource, record: Document[Any]) -> bool:
-    """Whether the tar is the one that was scanned: by size and time of change, else by its member table."""
+    """Whether the tar is the one that was scanned: by size and time of change, else by its member table.
+
+    A tar that was changed in place with its time set back is not noticed here: its pixel digests are left, which train and verify compare.
+    """
     remembered = record.provenance.get("source", {})
     try:
         stat = os.stat(source.path)
@@ -277,6 +303,7 @@ class _Run:
         from kdcache.teacher import load_teacher
 
         self.config, self.store, self.sources, self.progress = config, store, sources, progress
+        self.label_key = _common_label_key(sources)
         self.teacher_name = check_teacher_name(config.name or default_teacher_name(config.teacher))
         known = cache.teachers.get(self.teacher_name) if cache is not None else None
         precision = config.precision or (known.document.identity.precision if known is not None else "fp32")
@@ -317,8 +344,9 @@ class _Run:
         """cache.json, if it is not there; and the note of which shards this run was asked for, done or not."""
         from kdcache.commit import create_document
 
-        document, _ = create_document(self.store, "cache.json", CacheIdentity(plan=self.plan))
+        document, _ = create_document(self.store, "cache.json", CacheIdentity(plan=self.plan, label_key=self.label_key))
         require_same("view plan", document.identity.plan, self.plan, remedy="another run has just made this cache; use another folder")
+        _check_label_key(document.identity, self.label_key)
         source = SourceIdentity(shards=tuple(sorted(one.name for one in resolve_shards(self.config.shards))))
         create_document(self.store, source_path(source), source)
         cache = open_to_write(self.config.cache)
@@ -525,7 +553,7 @@ class _Run:
 
     def _tasks(self) -> Iterator[RenderTask]:
         """Render tasks of every pending shard in order. Drawn from by the loader, in this process, as workers become free."""
-        from kdcache.jobs import ShardJob, check_same_tar
+        from kdcache.jobs import ShardJob
         from kdcache.rendering import samples_per_task
 
         for number, source in enumerate(self.pending):

@@ -246,7 +246,8 @@ def _train_teacher(out: Path, seed: int, *, progress: bool) -> tuple[float, floa
 def _load(folder: Path) -> list[tuple[str, str, Any, int]]:
     """(shard, key, decoded image, label) of every sample: the digits fit in memory."""
     from kdcache.images import decode_image
-    from kdcache.shards import ShardFiles, resolve_shards, scan_shard
+    from kdcache.shards import ShardFiles, scan_shard
+    from kdcache.sources import resolve_shards
 
     files = ShardFiles()
     return [

@@ -45,7 +45,8 @@ from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches, to_devic
 from kdcache.methods import MethodSettings, build, method_class, parse_settings
 from kdcache.methods.base import Method
 from kdcache.plan import blake2b_128, canonical_json
-from kdcache.shards import NO_LABEL, ShardIndex, resolve_shards, scan_shard
+from kdcache.shards import NO_LABEL, ShardIndex, scan_shard
+from kdcache.sources import resolve_shards
 from kdcache.students import Student, build_student, export_student
 from kdcache.targets import parse_target
 
@@ -78,6 +79,8 @@ class TrainConfig:
     """SHARDS, where the tars lie now. Default: where they lay when the cache was made."""
     val: str | None = None
     """SHARDS to measure accuracy on. Default: none."""
+    label_key: str | None = None
+    """Key of the labels in the .json members of `val`. Default: as the cache's labels were read."""
     val_interval: int = 1
     """Epochs between two measurements; the last epoch is always measured."""
     val_crop_pct: float | None = None
@@ -233,8 +236,9 @@ def _open_data(config: TrainConfig) -> _Data:
     if len(row_numbers) == 0:
         raise MissingError(f"{cache.store.url}: its {len(shards)} shards have no rows; every sample was skipped when the cache was made")
     for shard in shards:
-        cache.source(shard)  # raises UsageError for a shard that --data lacks
+        cache.check_source(shard)  # raises for a shard that --data lacks, a tar that is gone or one of another size and other members
     num_classes = _num_classes(config, cache, teacher, targets)
+    label_key = config.label_key if config.label_key is not None else cache.label_key
     return _Data(
         cache=cache,
         settings=settings,
@@ -244,7 +248,7 @@ def _open_data(config: TrainConfig) -> _Data:
         row_numbers=row_numbers,
         num_views=num_views,
         num_classes=num_classes,
-        val=tuple(scan_shard(source) for source in resolve_shards(config.val)) if config.val is not None else (),
+        val=tuple(scan_shard(source) for source in resolve_shards(config.val, label_key=label_key)) if config.val is not None else (),
     )
 
 

@@ -22,7 +22,8 @@ from kdcache.errors import CacheError, CorruptError, FormatVersionError, KDCache
 from kdcache.format import DigestField, Document, Group, ViewsIdentity, calibration_path, digest_of_files, file_digest_holds
 from kdcache.index import MAX_DOCUMENT_BYTES, document_paths, index_paths, read_document, read_index, read_table
 from kdcache.plan import blake2b_128, canonical_json
-from kdcache.shards import Sample, ShardIndex, ShardSource, resolve_shards, scan_shard
+from kdcache.shards import Sample, ShardIndex, ShardSource, scan_shard
+from kdcache.sources import locate_shards
 from kdcache.store import Store, open_store
 
 READ_BYTES = 4 << 20
@@ -127,7 +128,7 @@ def _shard_in(path: str) -> str:
 
 
 def _build_cache(store: Store, documents: Mapping[str, Document[Any]], data: str | None, verdict: Verdict) -> Cache | None:
-    sources = {source.name: source for source in resolve_shards(data)} if data is not None else {}
+    sources = locate_shards(data) if data is not None else {}
     try:
         return Cache(store, documents, None, sources=sources, check=False)
     except CorruptError as error:
@@ -353,7 +354,7 @@ class _Replay:
             source = self.cache.source(shard)
             index = scan_shard(source)
         except KDCacheError as error:
-            self.verdict.problems.append(Problem("source", shard, "", f"{error}; pass --data with the folder that holds the tars now"))
+            self.verdict.problems.append(Problem("source", shard, "", f"{error}; pass --data with SHARDS where the tars lie now"))
             return None, None
         if index.member_table != record.member_table:
             detail = (

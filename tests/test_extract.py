@@ -488,7 +488,7 @@ def test_bad_requests_say_what_to_do(setup: Path, arguments: list[str], code: in
 
 def test_empty_shard_list_and_missing_tars_are_usage_errors(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
-    with pytest.raises(UsageError, match=r"names no \.tar file"):
+    with pytest.raises(UsageError, match=r"holds no \.tar file"):
         run(tmp_path)
     with pytest.raises(UsageError, match=r"no file .*train-0000\.tar and 2 more; expected 3 tar files"):
         run(tmp_path, shards=str(tmp_path / "shards" / "train-{0000..0002}.tar"))

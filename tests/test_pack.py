@@ -13,7 +13,8 @@ from helpers import image_bytes, make_image
 
 from cli.main import main
 from kdcache.errors import ShardError, StoreError, UsageError
-from kdcache.shards import resolve_shards, scan_shard
+from kdcache.shards import scan_shard
+from kdcache.sources import resolve_shards
 from pipelines.pack import PackConfig, pack
 from pipelines.quickstart import QuickstartConfig, quickstart
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from helpers import Member, image_bytes, make_image, make_shard, make_shards, make_teacher_dir, sample_members, write_tar
 
-from kdcache.errors import ShardError, UsageError
-from kdcache.shards import NO_LABEL, NOT_UTF8, ShardFiles, ShardIndex, ShardSource, default_dataset_id, resolve_shards, scan_shard
+from kdcache.errors import ShardError
+from kdcache.shards import NO_LABEL, NOT_UTF8, ShardFiles, ShardIndex, ShardSource, scan_shard
 
 
 def scan(path: Path) -> ShardIndex:
@@ -261,46 +261,3 @@ def test_open_files_are_bounded(tmp_path: Path) -> None:
     first = [files.read(source, "k", 0, 10) for source in sources]
     assert [files.read(source, "k", 0, 10) for source in reversed(sources)] == first[::-1]
     assert len(files._files) == 2
-
-
-def test_shards_are_named_by_folder_brace_file_or_list(tmp_path: Path) -> None:
-    paths = [str(path) for path in make_shards(tmp_path, num_shards=3, num_samples=1)]
-    (tmp_path / "notes.txt").write_text("not a shard")
-    expected = [ShardSource(name=f"train-{i:04d}", path=path) for i, path in enumerate(paths)]
-    assert resolve_shards(tmp_path) == expected
-    assert resolve_shards(f"{tmp_path}/train-{{0000..0002}}.tar") == expected
-    assert resolve_shards([paths[0], f"file://{paths[1]}", Path(paths[2])]) == expected
-
-
-def test_shard_lists_that_cannot_be_are_usage_errors(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no shards"):
-        resolve_shards(tmp_path)
-    with pytest.raises(UsageError, match="no shards"):
-        resolve_shards([])
-    make_shards(tmp_path, num_shards=1, num_samples=1)
-    with pytest.raises(UsageError, match=r"no file .*train-0001.tar and 2 more; expected 4"):
-        resolve_shards(f"{tmp_path}/train-{{0000..0003}}.tar")
-    for text in (f"{tmp_path}/train-{{0000..0003.tar", f"{tmp_path}/train-0000}}.tar"):
-        with pytest.raises(UsageError, match=r"braces are not balanced; expected a brace expression such as 'train-\{0000..0007\}.tar'"):
-            resolve_shards(text)
-    (tmp_path / ".tar").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"has no name before .tar.*rename"):
-        resolve_shards(tmp_path / ".tar")
-    with pytest.raises(UsageError, match="only local files"):
-        resolve_shards("s3://bucket/train-{0000..0003}.tar")
-    make_shards(tmp_path / "other", num_shards=1, num_samples=1)
-    with pytest.raises(UsageError, match=r"two shards are called 'train-0000': .*other"):
-        resolve_shards([tmp_path, tmp_path / "other"])
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["imagenet1k-train-0000", "imagenet1k-train-1023"], "imagenet1k-train"),
-        (["train-07"], "train"),
-        (["0000", "0001"], "000"),
-        (["a", "b"], "dataset"),
-    ],
-)
-def test_the_default_dataset_id_is_the_common_name(names: list[str], expected: str) -> None:
-    assert default_dataset_id([ShardSource(name=name, path=f"/{name}.tar") for name in names]) == expected

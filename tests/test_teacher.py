@@ -5,16 +5,21 @@ Legend: B batch, T grid tokens, C channels.
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers import TINY_VIT, TINY_VIT_ARGS, make_teacher_dir, save_local_dir, tiny_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cli.main import main
 from kdcache.errors import TeacherError
 from kdcache.format import Preprocessing, TeacherIdentity
 from kdcache.nodes import NORM, _agree, capture, list_nodes, resolve_node, to_tokens
@@ -25,6 +30,8 @@ from kdcache.timm_models import input_size_of, mean_std_of
 TINY: dict[str, tuple[dict[str, Any], str, int]] = {
     "vit_tiny_patch16_224": (TINY_VIT_ARGS, "blocks", 1),
     "vit_tiny_patch16_dinov3_qkvb": ({"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 5}, "blocks", 5),
+    "vit_small_patch16_dinov3": ({"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 5}, "blocks", 5),
+    "vit_small_patch14_reg4_dinov2": ({"img_size": 28, "patch_size": 7, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 5}, "blocks", 5),
     "beit_base_patch16_224": ({"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}, "blocks", 1),
     "deit3_small_patch16_224": ({"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}, "blocks", 1),
     "eva02_tiny_patch14_224": ({"img_size": 28, "patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}, "blocks", 1),
@@ -56,6 +63,16 @@ def teacher_of(name: str, folder: Path) -> Teacher:
     return load_teacher(save_local_dir(tiny_model(name, **args), folder, args))
 
 
+@contextmanager
+def own_hooks(model: nn.Module, nodes: list[str]) -> Iterator[dict[str, Tensor]]:
+    """What the modules of these names give, read without kdcache."""
+    raw: dict[str, Tensor] = {}
+    handles = [model.get_submodule(node).register_forward_hook(lambda _m, _i, out, node=node: raw.__setitem__(node, out)) for node in nodes]
+    yield raw
+    for handle in handles:
+        handle.remove()
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_one_pass_gives_timms_own_logits_and_intermediates(name: str, tmp_path: Path) -> None:
     teacher = teacher_of(name, tmp_path)
@@ -70,7 +87,8 @@ def test_one_pass_gives_timms_own_logits_and_intermediates(name: str, tmp_path: 
     with torch.inference_mode():
         x_BCHW = teacher.normalize(views_BHWC)
         assert torch.equal(values["logits"]["logits"], model(x_BCHW))
-        features = model.forward_features(x_BCHW)  # type: ignore[operator]
+        with own_hooks(model, nodes) as raw:
+            features = model.forward_features(x_BCHW)  # type: ignore[operator]
         final, intermediates = model.forward_intermediates(x_BCHW, norm=False)  # type: ignore[operator]
     expected, _ = to_tokens(model, features)
     assert all(torch.equal(values["features@norm"][part], tokens) for part, tokens in expected.items())
@@ -78,8 +96,16 @@ def test_one_pass_gives_timms_own_logits_and_intermediates(name: str, tmp_path: 
     assert len(intermediates) >= len(nodes)
     for node, intermediate_BCHW in zip(nodes, intermediates[-len(nodes) :], strict=True):
         grid_BTC = intermediate_BCHW.flatten(2).transpose(1, 2)
-        assert torch.equal(values[f"features@{node}"]["grid"], grid_BTC), node
-        assert ("prefix" in values[f"features@{node}"]) == (num_prefix > 0)
+        value, shape = values[f"features@{node}"], resolved[parse_target(f"features@{node}")].shape
+        assert torch.equal(value["grid"], grid_BTC), node
+        assert (shape.grid, shape.channels) == (tuple(intermediate_BCHW.shape[2:]), intermediate_BCHW.shape[1]), node
+        assert ("prefix" in value) == (num_prefix > 0)
+        if num_prefix:
+            assert torch.equal(value["prefix"], raw[node][:, :num_prefix]), node
+    for back, node in enumerate(reversed(nodes), start=1):
+        if container != "layer":  # a ResNet's stages are layer1 to layer4, in no module that could be counted in
+            negative = parse_target(f"features@{container}.-{back}")
+            assert teacher.resolve([negative])[negative] == resolved[parse_target(f"features@{node}")]
     for target in targets:
         if target.kind == "features":
             value, shape = values[target.name], target.shape
@@ -190,8 +216,46 @@ def test_negative_nodes_count_from_the_end_and_unknown_ones_name_near_ones() -> 
     assert resolve_node(model, "blocks.-2", model_name="m") == "blocks.0"
     assert resolve_node(model, NORM, model_name="m") == "norm"
     for node in ("blocks.2", "blocks.-3", "block.0", "blocks", "head", "blocks.0.attn"):
-        with pytest.raises(TeacherError, match=rf"teacher m: no node '{node}'; near ones: .*; it has 3 nodes from 'blocks.0' to 'norm'"):
+        lists = "it has 3 nodes from 'blocks.0' to 'norm': 'kdcache extract --list-nodes --teacher m' lists them"
+        with pytest.raises(TeacherError, match=rf"teacher m: no node '{node}'; near ones: .*; {lists}"):
             resolve_node(model, node, model_name="m")
+    with pytest.raises(TeacherError, match=r"no node 'blcks.1'; near ones: blocks.1, blocks.0;"):
+        resolve_node(model, "blcks.1", model_name="m")
+
+
+def test_negative_nodes_count_all_blocks_also_where_only_some_are_nodes() -> None:
+    model = tiny_model("efficientnet_b0", num_classes=5)
+    assert [node for node in list_nodes(model) if node.startswith("blocks")] == ["blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.6"]
+    assert resolve_node(model, "blocks.-1", model_name="m") == "blocks.6"
+    with pytest.raises(TeacherError, match=r"no node 'blocks.-2'"):
+        resolve_node(model, "blocks.-2", model_name="m")
+
+
+def test_list_nodes_shows_what_extract_would_record_without_weights_or_shards(tmp_path: Path) -> None:
+    teacher = make_teacher_dir(tmp_path / "t")
+    (tmp_path / "t" / "model.safetensors").unlink()
+    result = CliRunner().invoke(main, ["extract", "--list-nodes", "--teacher", teacher, "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    shape = {"grid": [4, 4], "channels": 32, "prefix_tokens": 1, "encoding": "int8", "bytes_per_view": 17 * (32 + 2)}
+    assert facts == {
+        "model": TINY_VIT,
+        "input_size": 32,
+        "logits": {"encoding": "dense", "bytes_per_view": 18, "classes": 10},
+        "nodes": [{"node": node, **shape} for node in ("blocks.0", "blocks.1", "norm")],
+    }
+    text = CliRunner().invoke(main, ["extract", "a.tar", "cache", "--list-nodes", "--teacher", teacher]).stdout
+    assert [line.split() for line in text.splitlines() if line.startswith("blocks")] == [
+        [node, "4x4", "32", "1", "578", "B"] for node in ("blocks.0", "blocks.1")
+    ]
+    arguments = ["extract", "--list-nodes", "--teacher", "hiera_tiny_224", "--model-kwargs", "stages=[1,1,1,1]", "--model-kwargs", "num_classes=0"]
+    text = CliRunner().invoke(main, arguments).stdout
+    assert "no classifier" in text
+    assert "blocks.0: can't be recorded: expected the grid row by row" in text
+    assert "\nblocks.3   7x7       768       0 " in text
+    for given, missing in ([], "SHARDS"), (["a.tar"], "CACHE"):
+        result = CliRunner().invoke(main, ["extract", *given, "--teacher", teacher])
+        assert (result.exit_code, f"Missing argument '{missing}'" in result.stderr) == (2, True)
 
 
 def test_two_passes_of_a_teacher_with_drop_path_are_equal(tmp_path: Path) -> None:
