@@ -232,7 +232,7 @@ def _open_data(config: TrainConfig) -> _Data:
     row_numbers = np.nonzero(chosen[rows.shard])[0].astype(np.int64)
     if len(row_numbers) == 0:
         raise MissingError(f"{cache.store.url}: its {len(shards)} shards have no rows; every sample was skipped when the cache was made")
-    for shard in shards:
+    for shard in shards if cache.plan.stored_views is None else ():
         cache.source(shard)  # raises UsageError for a shard that --data lacks
     num_classes = _num_classes(config, cache, teacher, targets)
     return _Data(
