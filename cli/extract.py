@@ -63,7 +63,7 @@ def command(
              features@blocks.22:int8    raw output of a block; ~7 bits a value
              features@norm:fp16,views=4 output of forward_features(), 4 views only
     With --store-views the teacher sees what the stored view decodes to, and training or a further target reads that: it needs
-    no tars, and an image costs a fraction of rendering it. More views still need the tars.
+    no tars. An image then costs a quarter of rendering it (jpeg95), a twentieth (raw), or as much (png). More views still need the tars.
 
     \b
     Examples:

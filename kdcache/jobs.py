@@ -375,7 +375,10 @@ class ShardJob:
         )
         self._settle(document.identity.group, group, created, layer="views")
         if (document.identity.rows, document.identity.pixels_by_view) != (identity.rows, identity.pixels_by_view):
-            raise DriftError(f"shard {shard}: another run has just recorded other views for it; both must decode alike: compare Pillow versions")
+            remedy = "run the command again to go on with the views that are stored, or " if self.plan.stored_views is not None else ""
+            raise DriftError(
+                f"shard {shard}: another run has just recorded other views for it; both must decode and encode alike: {remedy}compare Pillow versions"
+            )
         return path, document, _group_bytes(document.identity.group) if created else 0
 
     def _commit_targets(

@@ -2,8 +2,9 @@
 
 Everything is driven by an index: the order of rows is a pure function of (seed, epoch), a batch is a list of (row number, view, epoch),
 and a worker that is given one reads images by their place in the tar, renders them from the *stored* params (or, from a cache that
-stores its views, reads those and opens no tar), checks their pixels against the stored digests at a sampled rate, and reads the encoded targets by chunk. Targets stay encoded: they are
-decoded on the student's device, since dequantising in a worker was measured to cost a quarter of its throughput.
+stores its views, reads those and opens no tar), checks their pixels against the stored digests at a sampled rate, and reads the
+encoded targets by chunk. Targets stay encoded: they are decoded on the student's device, since dequantising in a worker was measured to
+cost a quarter of its throughput.
 
 Legend: B batch, H W of the view.
 """

@@ -47,7 +47,8 @@ def first_views(
     """View 0 of up to `count` readable samples, the first of each of a few shards spread over the list.
 
     Returns uint8 (n, S, S, 3), n labels, and the names of the shards. Spread, because shards are often sorted by class. A shard that can't be read is
-    passed over: its turn comes. cache: where a view 0 that is stored is read from, so that its tar need not be there. Raises ShardError if no sample can be decoded, with the first shard's own error if it has one.
+    passed over: its turn comes. cache: where a view 0 that is stored is read from, so that its tar need not be there.
+    Raises ShardError if no sample can be decoded, with the first shard's own error if it has one.
     """
     files = ShardFiles()
     count = max(1, min(count, MAX_BYTES // (3 * plan.size * plan.size)))

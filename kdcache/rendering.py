@@ -1,7 +1,8 @@
 """Stage one's decode workers: render tasks in, blocks of views out, in the order the tasks came.
 
 A task is some samples of one shard × the views wanted of them: the image is decoded once for all its views. Views that lie in the
-cache are read from there, and a task of nothing else needs no tar. Blocks are bounded in bytes, and the loader holds a fixed number of them, so the queue between workers and device is bounded in bytes.
+cache are read from there, and a task of nothing else needs no tar. Blocks are
+bounded in bytes, and the loader holds a fixed number of them, so the queue between workers and device is bounded in bytes.
 """
 
 from __future__ import annotations

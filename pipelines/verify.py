@@ -1,7 +1,8 @@
 """Prove that a cache is what it claims to be: every byte against its record, every record against its parents, up to the root.
 
 With `views` also the pixels: views are drawn and rendered again from the tars, without a teacher or a GPU, and compared with
-the digests of what the teacher saw. Stored views are decoded and compared, and rendered again too where the tar is there. Nothing is changed; the verdict is a list of problems, empty for a sound cache.
+the digests of what the teacher saw. Stored views are decoded and compared, and rendered again too where the tar is there.
+Nothing is changed; the verdict is a list of problems, empty for a sound cache.
 """
 
 from __future__ import annotations
