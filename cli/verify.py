@@ -19,7 +19,7 @@ def _parse_views(_ctx: click.Context, _parameter: click.Parameter, text: str | N
 @click.command(no_args_is_help=True)
 @click.argument("cache")
 @click.option(
-    "--views", callback=_parse_views, metavar="N|all", help="Also render N views a shard (or all) again from the tars and compare their pixels."
+    "--views", callback=_parse_views, metavar="N|all", help="Also compare the pixels of N views a shard (or all): rendered again, or as stored."
 )
 @click.option("--data", metavar="SHARDS", help="Where the tars lie now. Default: where they lay when the cache was made.")
 @workers_option
@@ -48,7 +48,7 @@ def command(cache: str, views: int | str | None, data: str | None, workers: int 
             say(f"{problem.kind:>11}  {place}  {problem.detail}" if place else f"{problem.kind:>11}  {problem.detail}")
         for note in verdict.notes:
             say(f"       note  {note}")
-        replayed = f", {verdict.views_replayed:,} views rendered again" if views is not None else ""
+        replayed = f", {verdict.views_replayed:,} views compared" if views is not None else ""
         say(f"{cache}: {verdict.files} files, {human_bytes(verdict.bytes)}, {verdict.shards} shards, {verdict.rows:,} rows{replayed}")
         say(f"root {verdict.root}: {'sound' if verdict.ok else f'NOT SOUND, {len(verdict.problems)} problems'}")
         if as_json:

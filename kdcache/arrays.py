@@ -37,6 +37,10 @@ numcodecs.blosc.use_threads = False  # bytes then depend on neither threads nor 
 CHUNK_BYTES = 64 * 1024
 """Rows are gathered into chunks of at most this size; a larger row is a chunk of its own."""
 
+STREAM_CHUNK_BYTES = 8 * 1024
+"""Of a stream: an item of 28 kB is then read as 36 kB on average, and the crc32c of every byte that is used is checked."""
+_STREAM_STRIDE = STREAM_CHUNK_BYTES + 4
+
 KeyT = TypeVar("KeyT")
 ValueT = TypeVar("ValueT")
 _EMPTY = 2**64 - 1
@@ -62,6 +66,8 @@ class ArraySpec:
     chunk_rows: int
     typesize: int
     """Blosc's element size, 1 to 255: bitshuffle gathers the same bit of every element."""
+    compressed: bool = True
+    """False: the chunk's bytes as they are, then crc32c. For pixels and image files, from which Blosc takes 5 % or nothing."""
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
@@ -80,9 +86,10 @@ class ArraySpec:
         if self.dtype.itemsize > 1:
             bytes_codec["configuration"] = {"endian": "little"}
         blosc = {"typesize": self.typesize, "cname": "zstd", "clevel": _BLOSC_LEVEL, "shuffle": "bitshuffle", "blocksize": 0}
+        compressor = [{"name": "blosc", "configuration": blosc}] if self.compressed else []
         sharding = {
             "chunk_shape": list(self.chunk_shape),
-            "codecs": [bytes_codec, {"name": "blosc", "configuration": blosc}, {"name": "crc32c"}],
+            "codecs": [bytes_codec, *compressor, {"name": "crc32c"}],
             "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
             "index_location": "end",
         }
@@ -113,14 +120,24 @@ def array_spec(name: str, dtype: str, inner: Sequence[int], *, views: int | None
     return ArraySpec(name=name, dtype=numpy_dtype, inner=tuple(inner), views=views, chunk_rows=chunk_rows, typesize=typesize or numpy_dtype.itemsize)
 
 
+def stream_spec(name: str) -> ArraySpec:
+    """The spec of a stream: uint8 (bytes,), not compressed, so that every chunk lies at a known place."""
+    return ArraySpec(name=name, dtype=np.dtype("uint8"), inner=(), views=None, chunk_rows=STREAM_CHUNK_BYTES, typesize=1, compressed=False)
+
+
 def encode_chunk(spec: ArraySpec, rows: np.ndarray[Any, Any]) -> bytes:
-    """One encoded chunk: `rows` (n <= chunk_rows, *inner) padded with zeros, Blosc, then crc32c (little-endian)."""
+    """One encoded chunk: `rows` (n <= chunk_rows, *inner) padded with zeros, Blosc if compressed, then crc32c (little-endian)."""
     if len(rows) < spec.chunk_rows:
         rows = np.concatenate([rows, np.zeros((spec.chunk_rows - len(rows), *spec.inner), spec.dtype)])
     raw = np.ascontiguousarray(rows, dtype=spec.dtype)
+    if not spec.compressed:
+        return _with_crc(raw.tobytes())
     blosc = numcodecs.blosc.Blosc(cname="zstd", clevel=_BLOSC_LEVEL, shuffle=numcodecs.blosc.BITSHUFFLE, blocksize=0, typesize=spec.typesize)
-    encoded: bytes = blosc.encode(raw)
-    return encoded + struct.pack("<I", google_crc32c.value(encoded))
+    return _with_crc(blosc.encode(raw))
+
+
+def _with_crc(payload: bytes) -> bytes:
+    return payload + struct.pack("<I", google_crc32c.value(payload))
 
 
 class DigestingFile:
@@ -170,6 +187,10 @@ class ShardWriter:
         self._lock = threading.Lock()
         self._abandoned = False
 
+    def encode(self, rows: np.ndarray[Any, Any]) -> bytes:
+        """What `append` takes, from the rows of one chunk. On any thread."""
+        return encode_chunk(self.spec, rows)
+
     def append(self, encoded: bytes) -> None:
         """Append the next chunk in order. After `abandon` it does nothing: a pool may still hold chunks of a failed shard."""
         with self._lock:
@@ -202,6 +223,22 @@ class ShardWriter:
         with self._lock:
             self._abandoned = True
             self._file.abandon()
+
+
+class StreamWriter(ShardWriter):
+    """A 1-D uint8 array to which any number of bytes is appended, in chunks of STREAM_CHUNK_BYTES: variable-length items, one after another."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(folder, stream_spec(name))
+
+    def encode(self, rows: np.ndarray[Any, Any]) -> bytes:
+        """Any number of whole chunks; the last one of the array may be short."""
+        return b"".join(encode_chunk(self.spec, rows[start : start + STREAM_CHUNK_BYTES]) for start in range(0, len(rows), STREAM_CHUNK_BYTES))
+
+    def append(self, encoded: bytes) -> None:
+        """Append what `encode` gave."""
+        for start in range(0, len(encoded), _STREAM_STRIDE):
+            super().append(encoded[start : start + _STREAM_STRIDE])
 
 
 def write_array(folder: Path, spec: ArraySpec, values: np.ndarray[Any, Any]) -> dict[str, DigestField]:
@@ -241,7 +278,7 @@ class ArrayReader:
             raise CorruptError(f"{self._path}: a chunk is absent; expected all {num_chunks}; run 'kdcache verify' on the cache")
         payload_size = shard_size - index_size
         inside = (index[:, 0] <= payload_size) & (index[:, 1] <= payload_size)  # before adding: a sum may wrap around
-        if not inside.all() or (index.sum(axis=1) > payload_size).any() or (index[:, 1] < _SMALLEST_CHUNK).any():
+        if not inside.all() or (index.sum(axis=1) > payload_size).any() or (index[:, 1] < (_SMALLEST_CHUNK if spec.compressed else 4)).any():
             raise CorruptError(f"{self._path}: the shard index points outside the file; run 'kdcache verify' on the cache")
         self._index = index.astype(np.int64)
 
@@ -277,6 +314,11 @@ class ArrayReader:
         payload = memoryview(encoded)[:-4]
         if google_crc32c.value(bytes(payload)) != struct.unpack("<I", encoded[-4:])[0]:
             raise CorruptError(f"{self._path}: chunk {chunk} fails its crc32c; its row is not used; run 'kdcache verify' on the cache")
+        if not self.spec.compressed:
+            if len(payload) != out.nbytes:
+                raise CorruptError(f"{self._path}: chunk {chunk} has {len(payload)} bytes, expected {out.nbytes}; run 'kdcache verify' on the cache")
+            out.reshape(-1).view(np.uint8)[:] = np.frombuffer(payload, np.uint8)
+            return
         declared, _, compressed = struct.unpack_from("<III", payload, 4)  # blosc1 header; Blosc itself trusts both sizes
         if (declared, compressed) != (out.nbytes, len(payload)):
             raise CorruptError(
@@ -287,6 +329,39 @@ class ArrayReader:
             numcodecs.blosc.decompress(payload, out)
         except RuntimeError as error:
             raise CorruptError(f"{self._path}: chunk {chunk} does not decompress: {error}; run 'kdcache verify' on the cache") from error
+
+
+class StreamReader:
+    """Reads spans of bytes of a stream, with one ranged read a span. Raises CorruptError for any byte that is not as written.
+
+    The shard index is not read: chunk i of a stream lies at i times the size of a chunk.
+    """
+
+    def __init__(self, store: Store, group: str, name: str, *, shard_size: int) -> None:
+        """group: path of the zarr group in the store. shard_size: size of the shard file in bytes, from the record."""
+        self._store = store
+        self._path = f"{group}/{stream_spec(name).shard_path}"
+        self._num_chunks, rest = divmod(shard_size - 4, _STREAM_STRIDE + 16)
+        if rest:
+            raise CorruptError(f"{self._path}: {shard_size} bytes are no whole number of chunks; run 'kdcache verify' on the cache")
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes from `start` to `stop`."""
+        if not 0 <= start < stop <= self._num_chunks * STREAM_CHUNK_BYTES:
+            raise CorruptError(
+                f"{self._path}: bytes {start} to {stop} were asked for, it has {self._num_chunks} chunks of {STREAM_CHUNK_BYTES};"
+                f" run 'kdcache verify' on the cache"
+            )
+        first, last = start // STREAM_CHUNK_BYTES, (stop - 1) // STREAM_CHUNK_BYTES
+        data = self._store.get_range(self._path, first * _STREAM_STRIDE, (last - first + 1) * _STREAM_STRIDE)
+        payloads: list[bytes] = []
+        for chunk, place in enumerate(range(0, len(data), _STREAM_STRIDE), start=first):
+            payload = data[place : place + STREAM_CHUNK_BYTES]
+            if google_crc32c.value(payload) != struct.unpack_from("<I", data, place + STREAM_CHUNK_BYTES)[0]:
+                raise CorruptError(f"{self._path}: chunk {chunk} fails its crc32c; it is not used; run 'kdcache verify' on the cache")
+            payloads.append(payload)
+        begin = start - first * STREAM_CHUNK_BYTES
+        return b"".join(payloads)[begin : begin + stop - start]
 
 
 def _adjacent_runs(chunks: np.ndarray[Any, Any], index: np.ndarray[Any, Any]) -> list[list[int]]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from .arrays import ArrayReader, ArraySpec, ByteLRU
+from .arrays import ArrayReader, ArraySpec, ByteLRU, StreamReader, stream_spec
 from .errors import CacheError, CorruptError, DriftError, MissingError, ShardError, UsageError
 from .format import (
     CacheIdentity,
@@ -33,11 +33,24 @@ from .format import (
 )
 from .images import decode_image
 from .index import Index, load_documents, read_table, root_of
-from .layout import ROW_ARRAYS, arrays_to_keys, key_bytes_spec, params_spec, pixels_spec, row_spec, target_specs
+from .layout import (
+    ROW_ARRAYS,
+    STORED_BYTES,
+    STORED_PIXELS,
+    STORED_SPAN,
+    arrays_to_keys,
+    key_bytes_spec,
+    params_spec,
+    pixels_spec,
+    row_spec,
+    stored_specs,
+    target_specs,
+)
 from .plan import ViewPlan, blake2b_128
 from .shards import ShardFiles, ShardSource, check_same_tar, scan_shard
 from .sources import locate_shards
 from .store import Store, open_store
+from .stored_views import decode_view
 from .views import ViewParams, pixel_digest, render
 
 if TYPE_CHECKING:
@@ -312,6 +325,8 @@ class Cache:
         views = len(record.views)
         if name in ROW_ARRAYS:
             spec = row_spec(name, record.samples)
+        elif name in (STORED_PIXELS, STORED_SPAN):
+            spec = stored_specs(self.plan, views, record.samples)[name]
         else:
             spec = params_spec(views, record.samples) if name == "params" else pixels_spec(views, record.samples)
         return self._reader("views", record.group, spec, record.rows)
@@ -326,6 +341,28 @@ class Cache:
         """uint64 (len(rows),): the stored pixel digests of one view."""
         record = self.views_record(shard, view)
         return self._views_reader(record, "pixels").read(view - record.views.start, rows)
+
+    def read_stored(self, shard: str, view: int, rows: RowNumbers) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
+        """Rows of one view of a plan that stores its views, as the teacher saw them: uint8 (S, S, 3) each, decoded. No tar is read.
+
+        Raises CorruptError, naming the key, for stored bytes that changed.
+        """
+        codec, record = self.plan.stored_views, self.views_record(shard, view)
+        assert codec is not None
+        column = view - record.views.start
+        spans = self._views_reader(record, STORED_SPAN).read(column, rows) if codec != "raw" else None
+        for i, row in enumerate(rows):
+            try:
+                if spans is None:
+                    yield self._views_reader(record, STORED_PIXELS).read(column, [row])[0]
+                else:
+                    yield decode_view(codec, self._stream(record).read(int(spans[i, 0]), int(spans[i, 1])), self.plan.size)
+            except CorruptError as error:
+                raise CorruptError(f"shard {shard}: key {self.keys(shard)[row]!r}, view {view}: {error}") from error
+
+    def _stream(self, record: ViewsIdentity) -> StreamReader:
+        file = record.group.files.get(stream_spec(STORED_BYTES).shard_path)
+        return StreamReader(self.store, f"views/{record.group.name}", STORED_BYTES, shard_size=file.size if file else 0)
 
     def read_components(self, teacher: str, target: str, shard: str, view: int, rows: RowNumbers) -> dict[str, np.ndarray[Any, Any]]:
         """The encoded components of rows of one view of a target: component → (len(rows), *shape). Raises MissingError."""
@@ -387,10 +424,13 @@ class Cache:
         return result
 
     def view(self, shard: str, key: str, view: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The view as the teacher saw it: uint8 (H, W, 3), rendered from the tar. Raises DriftError if its pixels are others."""
+        """The view as the teacher saw it: uint8 (H, W, 3), as stored, else rendered from the tar. Raises DriftError if its pixels are others."""
         row = self.row_of(shard, key)
-        kept = self.tables[shard][self.tables[shard][:, 3] == 0]
-        pixels = self.render_row(shard, key, view, row, int(kept[row, 0]), int(kept[row, 1]))
+        if self.plan.stored_views is not None:
+            (pixels,) = self.read_stored(shard, view, [row])
+        else:
+            kept = self.tables[shard][self.tables[shard][:, 3] == 0]
+            pixels = self.render_row(shard, key, view, row, int(kept[row, 0]), int(kept[row, 1]))
         stored = int(self.read_pixel_digests(shard, view, [row])[0])
         if pixel_digest(pixels) != stored:
             raise pixel_drift(shard, key, view, expected=stored, found=pixel_digest(pixels))

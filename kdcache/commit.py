@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .arrays import GROUP_METADATA, ArraySpec, DigestingFile, ShardWriter, encode_chunk, write_array
+from .arrays import GROUP_METADATA, ArraySpec, DigestingFile, ShardWriter, write_array
 from .errors import CorruptError
 from .format import (
     DigestField,
@@ -51,8 +51,8 @@ class ChunkPool:
         self._max_bytes = max_bytes
 
     def submit(self, writer: ShardWriter, rows: np.ndarray[Any, Any]) -> Future[None]:
-        """Encode `rows` and append them to `writer`. The array must not be changed afterwards. From one thread only."""
-        encoded = self._encoders.submit(encode_chunk, writer.spec, rows)
+        """Encode `rows` (of one chunk; of any number, for a stream) and append them to `writer`. The array must not be changed afterwards. From one thread only."""
+        encoded = self._encoders.submit(writer.encode, rows)
         appended = self._appender.submit(lambda: writer.append(encoded.result()))
         self._pending.append((appended, rows.nbytes))
         self._bytes += rows.nbytes
@@ -104,27 +104,39 @@ class GroupWriter:
             if self._filled[name] == capacity:
                 self._emit(name)
 
+    def add_files(self, files: Mapping[str, DigestField]) -> None:
+        """Take in an array that was written beside: path in the group → size and digest."""
+        self._extra |= files
+
+    def append_to(self, writer: ShardWriter, rows: np.ndarray[Any, Any]) -> None:
+        """Append to another array of the group, which the caller closes."""
+        self._appended.append(self._pool.submit(writer, rows))
+
     def _emit(self, name: str) -> None:
         block, filled = self._blocks.pop(name), self._filled[name]
         by_view = block[:filled].reshape(-1, self._num_views, *self._writers[name].spec.inner)
         for view in range(self._num_views):
-            self._appended.append(self._pool.submit(self._writers[name], np.ascontiguousarray(by_view[:, view])))
+            self.append_to(self._writers[name], np.ascontiguousarray(by_view[:, view]))
         while self._appended and self._appended[0].done():
             self._appended.popleft().result()
 
     def add_array(self, spec: ArraySpec, values: np.ndarray[Any, Any]) -> None:
         """Write one more whole array without a views axis."""
-        self._extra |= write_array(self._folder, spec, values)
+        self.add_files(write_array(self._folder, spec, values))
 
     def finish(self) -> None:
         """Hand the last, partial chunks to the pool; no more items come. On the thread that appends."""
         for name in list(self._blocks):
             self._emit(name)
 
-    def close(self) -> dict[str, DigestField]:
-        """Wait for every chunk and finish every array; path in the group → size and digest. After `finish`, on any thread."""
+    def wait(self) -> None:
+        """Wait for every chunk that was handed to the pool."""
         while self._appended:
             self._appended.popleft().result()
+
+    def close(self) -> dict[str, DigestField]:
+        """Wait for every chunk and finish every array; path in the group → size and digest. After `finish`, on any thread."""
+        self.wait()
         rows = self.num_items // self._num_views
         files = dict(self._extra)
         for writer in self._writers.values():

@@ -40,11 +40,12 @@ from .format import (
     views_record_path,
     views_segment_id,
 )
-from .layout import key_bytes_spec, keys_to_arrays, params_spec, pixels_spec, row_spec, target_specs
-from .plan import blake2b_128
+from .layout import key_bytes_spec, keys_to_arrays, row_spec, target_specs
+from .plan import ViewPlan, blake2b_128
 from .rendering import RenderedBlock, RenderTask
 from .shards import ShardIndex
 from .store import Store
+from .storing import ViewsWriter
 from .teacher import Teacher, TeacherTarget
 
 
@@ -196,14 +197,16 @@ class ShardJob:
     index: ShardIndex
     missing: Missing
     targets: Mapping[str, RecordedTarget]
-    fingerprint: Digest
+    plan: ViewPlan
     store: Store
     pool: ChunkPool
     batch_size: int
     known: ViewsIdentity | None
     """The shard's first views record, if it has one: its skipped samples have no row here either."""
     known_digests: Mapping[int, np.ndarray[Any, np.dtype[np.uint64]]]
-    """View → stored pixel digests, of views that the cache holds and this job renders again."""
+    """View → stored pixel digests, of views that the cache holds and this job renders again or reads."""
+    stored: frozenset[int] = frozenset()
+    """Those of `known_digests` that are read from the cache; if every view is, the tar is not opened."""
     spool: Path = field(init=False)
     segments: list[TargetSegment] = field(init=False)
     teacher_seconds: float = 0.0
@@ -221,15 +224,7 @@ class ShardJob:
         self._details: dict[str, str] = {}
         self._digests: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
         samples = len(self.index.samples)
-        self._views_writers = [
-            GroupWriter(
-                self.spool / f"views-{views.start}",
-                {"params": params_spec(len(views), samples), "pixels": pixels_spec(len(views), samples)},
-                self.pool,
-                num_views=len(views),
-            )
-            for views in self.missing.views
-        ]
+        self._views_writers = [ViewsWriter(self.spool / f"views-{views.start}", self.plan, views, samples, self.pool) for views in self.missing.views]
         self.segments = [
             TargetSegment(
                 self.spool / f"targets-{number}",
@@ -247,10 +242,12 @@ class ShardJob:
         skipped = {skip.index for skip in self.known.skipped} if self.known is not None else set()
         usable = [(i, sample) for i, sample in enumerate(self.index.samples) if sample.problem is None and i not in skipped]
         starts = range(0, max(1, len(usable)), samples_per_task)
-        return [
-            RenderTask(job, self.index.source, tuple(usable[start : start + samples_per_task]), self.rendered_views, start == starts[-1])
-            for start in starts
-        ]
+        tasks: list[RenderTask] = []
+        for start in starts:
+            samples = tuple(usable[start : start + samples_per_task])
+            rows = tuple(range(start, start + len(samples))) if self.stored else ()  # of a known shard, every usable sample has a row
+            tasks.append(RenderTask(job, self.index.source, samples, self.rendered_views, start == starts[-1], self.stored, rows))
+        return tasks
 
     def add(self, block: RenderedBlock, teacher: Teacher | None) -> None:
         """Take the next block: write its views, compare those that are known, give the rest to the teacher."""
@@ -268,8 +265,7 @@ class ShardJob:
         columns = {view: column for column, view in enumerate(block.task.views)}
         self._compare_known(block, rows, columns)
         for views, writer in zip(self.missing.views, self._views_writers, strict=True):
-            chosen = [columns[view] for view in range(views.start, views.stop)]
-            writer.append({"params": _items(block.params[:, chosen]), "pixels": _items(block.digests[:, chosen])})
+            writer.append_block(block, [columns[view] for view in range(views.start, views.stop)])
         self._digests.append(block.digests)
         self._kept += [position for position, _ in rows]
         self.rows += len(rows)
@@ -363,7 +359,7 @@ class ShardJob:
         identity = ViewsIdentity(
             shard=shard,
             views=views,
-            plan=self.fingerprint,
+            plan=self.plan.fingerprint,
             member_table=self.index.member_table,
             samples=samples,
             rows=self.rows,
@@ -379,7 +375,10 @@ class ShardJob:
         )
         self._settle(document.identity.group, group, created, layer="views")
         if (document.identity.rows, document.identity.pixels_by_view) != (identity.rows, identity.pixels_by_view):
-            raise DriftError(f"shard {shard}: another run has just recorded other views for it; both must decode alike: compare Pillow versions")
+            remedy = "run the command again to go on with the views that are stored, or " if self.plan.stored_views is not None else ""
+            raise DriftError(
+                f"shard {shard}: another run has just recorded other views for it; both must decode and encode alike: {remedy}compare Pillow versions"
+            )
         return path, document, _group_bytes(document.identity.group) if created else 0
 
     def _commit_targets(
@@ -416,11 +415,6 @@ class ShardJob:
         for writer in [*self._views_writers, *(segment.writer for segment in self.segments)]:
             writer.abandon()
         self.store.drop_spool(self.spool)
-
-
-def _items(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """(n, V, …) → (n × V, …), row-major and view-minor, as GroupWriter takes them."""
-    return values.reshape(values.shape[0] * values.shape[1], *values.shape[2:])
 
 
 def _group_bytes(group: Group) -> int:

@@ -1,9 +1,10 @@
-"""Stage two's input: the views that the teacher saw, rendered again, beside the targets that the cache holds for them.
+"""Stage two's input: the views that the teacher saw, rendered again or read, beside the targets that the cache holds for them.
 
 Everything is driven by an index: the order of rows is a pure function of (seed, epoch), a batch is a list of (row number, view, epoch),
-and a worker that is given one reads images by their place in the tar, renders them from the *stored* params, checks their
-pixels against the stored digests at a sampled rate, and reads the encoded targets by chunk. Targets stay encoded: they are
-decoded on the student's device, since dequantising in a worker was measured to cost a quarter of its throughput.
+and a worker that is given one reads images by their place in the tar, renders them from the *stored* params (or, from a cache that
+stores its views, reads those and opens no tar), checks their pixels against the stored digests at a sampled rate, and reads the
+encoded targets by chunk. Targets stay encoded: they are decoded on the student's device, since dequantising in a worker was measured to
+cost a quarter of its throughput.
 
 Legend: B batch, H W of the view.
 """
@@ -208,14 +209,15 @@ class CachedViews(Dataset[Batch]):
         """(place in the batch, view) for the rows of a group, checked at the sampled rate."""
         rows, cache = self.cache.rows, self.cache
         shard_rows = rows.row[group.row_numbers]
-        params = cache.read_params(group.shard, group.view, shard_rows)
+        stored = cache.read_stored(group.shard, group.view, shard_rows) if cache.plan.stored_views is not None else None
+        params = cache.read_params(group.shard, group.view, shard_rows) if stored is None else []
         asked = zip(shard_rows.tolist(), group.epochs.tolist(), strict=True)
         checked = np.array([is_checked(group.shard, row, epoch, fraction=self.check_views) for row, epoch in asked], dtype=bool)
         digests = np.zeros(len(shard_rows), np.uint64)
         if checked.any():
             digests[checked] = cache.read_pixel_digests(group.shard, group.view, shard_rows[checked])
         for i, (place, number) in enumerate(zip(group.places.tolist(), group.row_numbers.tolist(), strict=True)):
-            pixels = self._render_row(group, number, params[i])
+            pixels = next(stored) if stored is not None else self._render_row(group, number, params[i])
             if checked[i] and (found := pixel_digest(pixels)) != int(digests[i]):
                 raise pixel_drift(group.shard, self._key(number), group.view, expected=int(digests[i]), found=found)
             yield place, pixels

@@ -1,22 +1,39 @@
 """Which arrays a group holds: the one place that writer, reader and verify take array names, types and shapes from.
 
 Views group: `keys/bytes` and `keys/ends` (end of each key in bytes), `labels`, `image/offset`, `image/size`, each (rows,);
-`params` (views, rows, fields) and `pixels` (views, rows). A targets group: `<target>/<component>` (views, rows, …).
+`params` (views, rows, fields) and `pixels` (views, rows); with stored views also `stored/pixels` (views, rows, S, S, 3), or `stored/bytes`
+(bytes,) and `stored/span` (views, rows, 2). A targets group: `<target>/<component>` (views, rows, …).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from .arrays import ArraySpec, array_spec
 from .format import TargetIdentity
+from .plan import ViewPlan
 from .views import PARAM_FIELDS
 
 ROW_ARRAYS = {"keys/ends": "int64", "labels": "int64", "image/offset": "int64", "image/size": "int64"}
 """Arrays of the views group with one number a row and no views axis."""
+
+STORED_FOLDER = "stored"
+STORED_PIXELS, STORED_BYTES, STORED_SPAN = (f"{STORED_FOLDER}/{name}" for name in ("pixels", "bytes", "span"))
+"""Of stored views: the pixels as they are; or image files one after another, and where each begins and ends."""
+
+
+def stored_specs(plan: ViewPlan, views: int, samples: int) -> dict[str, ArraySpec]:
+    """Array name → spec of what a plan stores of its views, but the stream STORED_BYTES (`arrays.stream_spec`)."""
+    if plan.stored_views is None:
+        return {}
+    if plan.stored_views == "raw":
+        pixels = array_spec(STORED_PIXELS, "uint8", (plan.size, plan.size, 3), views=views, max_rows=1)  # a chunk a view, whatever its size
+        return {STORED_PIXELS: replace(pixels, compressed=False)}
+    return {STORED_SPAN: array_spec(STORED_SPAN, "int64", (2,), views=views, max_rows=samples, typesize=16)}
 
 
 def params_spec(views: int, samples: int) -> ArraySpec:

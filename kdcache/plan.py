@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -90,6 +90,10 @@ def parse_policy(name: str) -> Policy:
     return POLICIES[name]
 
 
+StoredCodec: TypeAlias = Literal["jpeg95", "png", "raw"]
+"""jpeg95: JPEG of quality 95 without chroma subsampling. png, raw: without loss."""
+
+
 class ViewPlan(FrozenModel):
     """Dataset id, policy, size, seed and the code that renders: view v means the same in every cache with this plan."""
 
@@ -102,6 +106,8 @@ class ViewPlan(FrozenModel):
     decoder: Literal["pillow"] = "pillow"
     resizer: Literal["pillow"] = "pillow"
     draw_version: Literal[1] = 1
+    stored_views: StoredCodec | None = None
+    """How the rendered views are stored, if they are: the view is then what the stored bytes decode to (`kdcache.stored_views`)."""
 
     @property
     def fingerprint(self) -> str:

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cache import Cache
 from .encodings import ChannelStatistics, TargetShape
 from .errors import ShardError
 from .images import UnreadableImageError, decode_image
 from .plan import ViewPlan
 from .shards import ShardFiles, ShardIndex, ShardSource
+from .stored_views import as_stored
 from .teacher import Teacher, TeacherTarget
 from .views import draw, render
 
@@ -40,12 +42,13 @@ class Preflight:
 
 
 def first_views(
-    plan: ViewPlan, sources: Sequence[ShardSource], scan: Callable[[ShardSource], ShardIndex], count: int
+    plan: ViewPlan, sources: Sequence[ShardSource], scan: Callable[[ShardSource], ShardIndex], count: int, cache: Cache | None = None
 ) -> tuple[Tensor, list[int], list[str]]:
     """View 0 of up to `count` readable samples, the first of each of a few shards spread over the list.
 
     Returns uint8 (n, S, S, 3), n labels, and the names of the shards. Spread, because shards are often sorted by class. A shard that can't be read is
-    passed over: its turn comes. Raises ShardError if no sample can be decoded, with the first shard's own error if it has one.
+    passed over: its turn comes. cache: where a view 0 that is stored is read from, so that its tar need not be there.
+    Raises ShardError if no sample can be decoded, with the first shard's own error if it has one.
     """
     files = ShardFiles()
     count = max(1, min(count, MAX_BYTES // (3 * plan.size * plan.size)))
@@ -57,6 +60,11 @@ def first_views(
     chosen = [sources[i * len(sources) // num_shards] for i in range(num_shards)]
     for source in chosen:
         wanted = min(count, len(views) + quota)
+        stored = _stored_views(cache, source.name, wanted - len(views))
+        if stored is not None:
+            views += stored[0]
+            labels += stored[1]
+            continue
         try:
             samples = [sample for sample in scan(source).samples if sample.problem is None]
         except ShardError as error:
@@ -72,13 +80,23 @@ def first_views(
             except ShardError as error:
                 first_error = first_error or error
                 break
-            views.append(render(image, draw(plan, source.name, sample.key, 0, image.size)))
+            views.append(as_stored(plan, render(image, draw(plan, source.name, sample.key, 0, image.size)))[0])
             labels.append(sample.label)
     if not views and first_error is not None:
         raise first_error
     if not views:
         raise ShardError(f"no sample of {num_shards} of the {len(sources)} shards can be decoded; the first is {sources[0].path}; look at its images")
     return torch.from_numpy(np.stack(views)), labels, [source.name for source in chosen]
+
+
+def _stored_views(cache: Cache | None, shard: str, count: int) -> tuple[list[np.ndarray[Any, np.dtype[np.uint8]]], list[int]] | None:
+    """View 0 of a shard's first rows and their labels, or None where they are not stored."""
+    records = cache.views.get(shard, []) if cache is not None and cache.plan.stored_views is not None else []
+    if cache is None or not any(0 in record.identity.views for record in records):
+        return None
+    table = cache.table_from_group(records[0].identity)
+    labels = table[table[:, 3] == 0, 2][:count].tolist()
+    return list(cache.read_stored(shard, 0, range(len(labels)))), labels
 
 
 def run_preflight(

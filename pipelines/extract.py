@@ -23,8 +23,8 @@ from kdcache.cache import Cache, TeacherLayer, open_cache, open_to_write
 from kdcache.console import human_bytes, human_seconds, say
 from kdcache.errors import CacheError, KDCacheError, ShardError, TeacherError, UsageError
 from kdcache.format import CacheIdentity, Document, SourceIdentity, ViewsIdentity, check_teacher_name, source_path, views_record_path
-from kdcache.index import drop_index, is_current, write_index
-from kdcache.plan import POLICIES, Policy, ViewPlan, require_same
+from kdcache.index import drop_index, is_current, read_document, write_index
+from kdcache.plan import POLICIES, Policy, StoredCodec, ViewPlan, require_same
 from kdcache.shards import ShardIndex, ShardSource, check_same_tar, scan_shard
 from kdcache.sources import check_names, default_dataset_id, resolve_shards
 from kdcache.store import Store, open_store
@@ -81,6 +81,8 @@ class ExtractConfig:
     """Side of a view, pixels. Default: the teacher's input size."""
     seed: int | None = None
     """Plan seed. Default: 0."""
+    store_views: StoredCodec | None = None
+    """Store the rendered views, so that training and further targets need no tars. Default: no."""
     batch_size: int = 64
     workers: int | None = None
     """Decoding processes; 0: decode in this one. Default: one a core, at most 8."""
@@ -121,12 +123,13 @@ class ExtractSummary:
 def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
     """Run stage one. Raises KDCacheError; a problem of a single shard is reported in the summary and the others go on."""
     begin = time.perf_counter()
-    sources = resolve_shards(config.shards, label_key=config.label_key)[: config.limit_shards]
     store = open_store(config.cache)
+    all_sources = _resolve(config, store)
+    sources = all_sources[: config.limit_shards]
     specs = _requested_specs(config)
     cache: Cache | None = None
     if store.size("cache.json") is not None:
-        summary = _finished_already(config, sources, specs)
+        summary = _finished_already(config, sources, specs, all_sources)
         if summary is not None:
             summary.seconds = time.perf_counter() - begin
             _report(config, summary)
@@ -135,11 +138,20 @@ def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
         _check_given_plan(config, cache, sources)
         sources = [cache.with_labels(source) for source in sources]
 
-    run = _Run(config, store, cache, sources, specs, progress=progress)  # imports torch
+    run = _Run(config, store, cache, sources, specs, all_sources, progress=progress)  # imports torch
     summary = run.extract()
     summary.seconds = time.perf_counter() - begin
     _report(config, summary)
     return summary
+
+
+def _resolve(config: ExtractConfig, store: Store) -> list[ShardSource]:
+    """The shards that SHARDS names; of a cache that stores its views also those that it named when their tars were still there."""
+    if store.size("cache.json") is None or read_document(store, "cache.json").identity.plan.stored_views is None:
+        return resolve_shards(config.shards, label_key=config.label_key)
+    from kdcache.stored_source import resolve_or_remember
+
+    return resolve_or_remember(config.shards, open_to_write(config.cache), label_key=config.label_key)
 
 
 def _requested_specs(config: ExtractConfig) -> list[TargetSpec]:
@@ -166,6 +178,7 @@ def _policy(config: ExtractConfig) -> Policy | None:
 def _check_given_plan(config: ExtractConfig, cache: Cache, sources: Sequence[ShardSource]) -> None:
     """What the user gave must be what the cache has; what was not given is taken from it. Raises MismatchError."""
     given: dict[str, Any] = {"dataset": config.dataset, "policy": _policy(config), "size": config.size, "seed": config.seed}
+    given["stored_views"] = config.store_views
     if config.dataset is None and not {source.name for source in sources} & set(cache.all_shards):
         given["dataset"] = default_dataset_id(sources)  # other shards altogether: most likely the wrong cache
     asked = cache.plan.model_copy(update={key: value for key, value in given.items() if value is not None})
@@ -204,7 +217,9 @@ def _num_views(config: ExtractConfig, specs: Sequence[TargetSpec], plan: ViewPla
 # --- nothing to do? --------------------------------------------------------------------------------------------------
 
 
-def _finished_already(config: ExtractConfig, sources: Sequence[ShardSource], specs: Sequence[TargetSpec]) -> ExtractSummary | None:
+def _finished_already(
+    config: ExtractConfig, sources: Sequence[ShardSource], specs: Sequence[TargetSpec], all_sources: Sequence[ShardSource]
+) -> ExtractSummary | None:
     """The summary, if everything asked for is there already; found without loading torch or scanning a tar that has not changed."""
     try:
         cache = open_cache(config.cache)
@@ -229,10 +244,10 @@ def _finished_already(config: ExtractConfig, sources: Sequence[ShardSource], spe
             segments = layer.segments(source.name, names[spec])
             if not all(any(view in segment.identity.views for segment in segments) for view in range(spec.views or wanted_views)):
                 return None
-        if not _unchanged(source, records[0]):
+        if not _unchanged(source, records[0], may_be_gone=cache.plan.stored_views is not None):
             return None
         _count_finished(summary, records[0])
-    if not is_current(cache.store, cache.documents) or not {source.name for source in resolve_shards(config.shards)} <= set(cache.all_shards):
+    if not is_current(cache.store, cache.documents) or not {source.name for source in all_sources} <= set(cache.all_shards):
         return None
     return summary
 
@@ -258,14 +273,16 @@ def _note_cut(summary: ExtractSummary, shard: str, cut: str | None) -> None:
         )
 
 
-def _unchanged(source: ShardSource, record: Document[Any]) -> bool:
-    """Whether the tar is the one that was scanned: by size and time of change, else by its member table.
+def _unchanged(source: ShardSource, record: Document[Any], *, may_be_gone: bool) -> bool:
+    """Whether the tar is the one that was scanned: by size and time of change, else by its member table. may_be_gone: its views are stored.
 
     A tar that was changed in place with its time set back is not noticed here: its pixel digests are left, which train and verify compare.
     """
     remembered = record.provenance.get("source", {})
     try:
         stat = os.stat(source.path)
+    except FileNotFoundError:
+        return may_be_gone
     except OSError:
         return False  # told when its turn comes
     if (stat.st_size, stat.st_mtime_ns) == (remembered.get("size"), remembered.get("mtime_ns")):
@@ -296,6 +313,7 @@ class _Run:
         cache: Cache | None,
         sources: Sequence[ShardSource],
         specs: Sequence[TargetSpec],
+        all_sources: Sequence[ShardSource],
         *,
         progress: bool,
     ) -> None:
@@ -303,6 +321,7 @@ class _Run:
         from kdcache.teacher import load_teacher
 
         self.config, self.store, self.sources, self.progress = config, store, sources, progress
+        self.all_sources = all_sources
         self.label_key = _common_label_key(sources)
         self.teacher_name = check_teacher_name(config.name or default_teacher_name(config.teacher))
         known = cache.teachers.get(self.teacher_name) if cache is not None else None
@@ -338,6 +357,7 @@ class _Run:
             policy=_policy(config) or POLICIES["weak"],
             size=config.size or self.teacher.identity.preprocessing.input_size,
             seed=config.seed or 0,
+            stored_views=config.store_views,
         )
 
     def _create_cache(self) -> Cache:
@@ -347,7 +367,7 @@ class _Run:
         document, _ = create_document(self.store, "cache.json", CacheIdentity(plan=self.plan, label_key=self.label_key))
         require_same("view plan", document.identity.plan, self.plan, remedy="another run has just made this cache; use another folder")
         _check_label_key(document.identity, self.label_key)
-        source = SourceIdentity(shards=tuple(sorted(one.name for one in resolve_shards(self.config.shards))))
+        source = SourceIdentity(shards=tuple(sorted(one.name for one in self.all_sources)))
         create_document(self.store, source_path(source), source)
         cache = open_to_write(self.config.cache)
         if self.pending and not is_current(self.store, cache.documents):
@@ -392,7 +412,7 @@ class _Run:
         records = self._records(source.name)
         if not records:
             return False
-        if not _unchanged(source, records[0]):
+        if not _unchanged(source, records[0], may_be_gone=self.plan.stored_views is not None):
             return False  # scanned again, and refused if its members differ
         return not self._missing(source.name)
 
@@ -420,7 +440,7 @@ class _Run:
         remembered = {shard for plan in plans if plan.card is not None for shard in plan.card.provenance.get("calibration", {}).get("shards", [])}
         sources = [source for source in self.sources if source.name in remembered] if uncalibrated else []
         count = CALIBRATION_VIEWS if uncalibrated else ACCURACY_VIEWS
-        views, labels, self.calibrated_on = first_views(self.plan, sources or self.sources, self._scan, count)
+        views, labels, self.calibrated_on = first_views(self.plan, sources or self.sources, self._scan, count, self.cache)
         found = run_preflight(self.teacher, targets, uncalibrated, views, labels, batch_size=self.config.batch_size)
         if self.progress:
             self._say_estimate(plans, found.seconds_per_view)
@@ -459,7 +479,12 @@ class _Run:
         )
         size = samples * sum(self.wanted[plan.target.name] * plan.encoding.bytes_per_view for plan in plans)
         free = shutil.disk_usage(_existing(self.config.cache)).free
-        say(f"at most {human_bytes(size)} of targets, before compression; {human_bytes(free)} are free")
+        stored = ""
+        if self.plan.stored_views is not None:
+            stored = (
+                f", and about {human_bytes(self._estimated_stored_bytes())} of stored views ({self.plan.stored_views}; by their area, an estimate)"
+            )
+        say(f"at most {human_bytes(size)} of targets, before compression{stored}; {human_bytes(free)} are free")
         students = -(-passes // TYPICAL_EPOCHS)
         say(
             f"break-even: {passes} teacher passes an image once, in place of {TYPICAL_EPOCHS} for each student trained online for {TYPICAL_EPOCHS}"
@@ -493,21 +518,35 @@ class _Run:
         return self.summary
 
     def _estimated_samples(self) -> int:
-        """Samples of the pending shards, from the sizes of their tars and what the scanned ones hold a byte."""
+        """Samples of the pending shards."""
+        return round(sum(samples for _, samples in self._pending_samples()))
+
+    def _estimated_stored_bytes(self) -> float:
+        """What the views that the pending shards lack will weigh, as they are stored."""
+        from kdcache.stored_views import estimated_bytes
+
+        codec, size = self.plan.stored_views, self.plan.size
+        views = sum(samples * sum(map(len, self._missing(source.name).views)) for source, samples in self._pending_samples())
+        return views * estimated_bytes(codec, size) if codec is not None else 0
+
+    def _pending_samples(self) -> Iterator[tuple[ShardSource, float]]:
+        """Each pending shard and its samples: as recorded, else from the size of its tar and what the scanned ones hold a byte."""
         scanned = list(self._indexes.values())
         per_byte = sum(len(index.samples) for index in scanned) / max(1, sum(index.size for index in scanned))
-        size = 0
         for source in self.pending:
+            records = self._records(source.name)
+            if records:
+                yield source, records[0].identity.samples
+                continue
             with contextlib.suppress(OSError):  # told when its turn comes
-                size += os.path.getsize(source.path)
-        return round(size * per_byte)
+                yield source, os.path.getsize(source.path) * per_byte
 
     def _work(self, bar: Any) -> None:
         from kdcache.rendering import FailedTask, rendered_blocks
 
         committing: tuple[int, Future[JobResult]] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="kdcache-commit") as committer:
-            for block in rendered_blocks(self.plan, self._tasks(), num_workers=self.num_workers):
+            for block in rendered_blocks(self.plan, self._tasks(), num_workers=self.num_workers, cache=self.cache):
                 number = block.task.job
                 if number not in self.jobs:
                     continue  # the shard has failed
@@ -560,9 +599,7 @@ class _Run:
             records = self._records(source.name)
             known = records[0].identity if records else None
             try:
-                index = self._scan(source)
-                if known is not None:
-                    check_same_tar(index, known)
+                index = self._index(source, known)
             except ShardError as error:
                 self.summary.problems.append({"kind": "source", "shard": source.name, "key": "", "detail": str(error)})
                 continue
@@ -572,9 +609,12 @@ class _Run:
             if not missing:
                 continue
             known_digests = {}
+            stored: list[int] = []
             if known is not None:
                 rows = np.arange(known.rows)
                 have = [view for view in missing.all_views if any(view in record.identity.views for record in records)]
+                if self.plan.stored_views is not None:
+                    stored = have[1:] if missing.views else have
                 have = have or [known.views.start]  # new views only: one old view is rendered too, to notice drift
                 assert self.cache is not None
                 known_digests = {view: self.cache.read_pixel_digests(source.name, view, rows) for view in have}
@@ -582,14 +622,33 @@ class _Run:
                 index=index,
                 missing=missing,
                 targets=self.recorded,
-                fingerprint=self.plan.fingerprint,
+                plan=self.plan,
                 store=self.store,
                 pool=self.pool,
                 batch_size=self.config.batch_size,
                 known=known,
                 known_digests=known_digests,
+                stored=frozenset(stored),
             )
             yield from job.tasks(number, samples_per_task(self.plan, len(job.rendered_views)))
+
+    def _index(self, source: ShardSource, known: ViewsIdentity | None) -> ShardIndex:
+        """The shard's samples: from its tar, or from the cache if the tar is gone and all views that are wanted are stored. Raises ShardError."""
+        from kdcache.stored_source import index_of_stored
+
+        if known is not None and self.plan.stored_views is not None and not os.path.exists(source.path):
+            lacking = [view for views in self._missing(source.name).views for view in range(views.start, views.stop)]
+            if lacking:
+                raise ShardError(
+                    f"shard {source.name}: {source.path} is gone, and views {lacking} are not stored; expected the tar, to render them from:"
+                    f" restore it, or ask for at most {lacking[0]} views"
+                )
+            assert self.cache is not None
+            return index_of_stored(self.cache, source)
+        index = self._scan(source)
+        if known is not None:
+            check_same_tar(index, known)
+        return index
 
     # --- after the work ---
 

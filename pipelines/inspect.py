@@ -16,6 +16,7 @@ from kdcache.console import human_bytes
 from kdcache.errors import UsageError
 from kdcache.fidelity import combine_fidelity
 from kdcache.format import Document
+from kdcache.layout import STORED_FOLDER
 
 
 def inspect_cache(cache: Cache) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def inspect_cache(cache: Cache) -> dict[str, Any]:
         "teachers": {name: _teacher(cache, layer) for name, layer in sorted(cache.teachers.items())},
         "plan": cache.plan.to_json(),
         "views_bytes": sum(_group_bytes(document) for records in cache.views.values() for document in records),
+        "stored_views": _stored_views(cache),
         "skipped": dict(reasons.most_common()),
         "cut": {shard: records[0].identity.cut for shard, records in sorted(cache.views.items()) if records[0].identity.cut is not None},
         "labels": {"labelled": int((labels >= 0).sum()), "classes": len(np.unique(labels[labels >= 0])), "highest": int(labels.max(initial=-1))},
@@ -42,6 +44,16 @@ def inspect_cache(cache: Cache) -> dict[str, Any]:
 def _group_bytes(document: Document[Any]) -> int:
     group = getattr(document.identity, "group", None)
     return sum(field.size for field in group.files.values()) if group is not None else 0
+
+
+def _stored_views(cache: Cache) -> dict[str, Any] | None:
+    """How the views are stored and what one weighs, None where they are not stored."""
+    if cache.plan.stored_views is None:
+        return None
+    records = [document.identity for documents in cache.views.values() for document in documents]
+    size = sum(field.size for record in records for path, field in record.group.files.items() if path.startswith(f"{STORED_FOLDER}/"))
+    row_views = sum(record.rows * len(record.views) for record in records)
+    return {"codec": cache.plan.stored_views, "bytes": size, "bytes_per_view": size / row_views if row_views else None}
 
 
 def _teacher(cache: Cache, layer: TeacherLayer) -> dict[str, Any]:
@@ -151,7 +163,7 @@ def _printable(text: str) -> str:
 def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
     """A page for people."""
     plan, policy = facts["plan"], facts["plan"]["policy"]
-    shards = facts["shards"]
+    shards, stored = facts["shards"], facts["stored_views"]
     crop = policy["crop"]
     crop_text = (
         f"centre crop {crop['crop_pct']:g}" if crop["kind"] == "center" else f"random resized crop {crop['scale'][0]:g} to {crop['scale'][1]:g}"
@@ -164,11 +176,14 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
         f"  shards       {shards['done']} of {shards['total']} done",
         f"  rows         {facts['rows']:,} x {facts['views']} views",
         f"  labels       {facts['labels']['labelled']:,} labelled, {facts['labels']['classes']} classes",
-        f"  size         {human_bytes(facts['bytes'])} ({human_bytes(facts['views_bytes'])} of them views: keys, params, digests)",
+        f"  size         {human_bytes(facts['bytes'])} ({human_bytes(facts['views_bytes'])} of them views: keys, params, digests{', pixels' if stored else ''})",
         f"  skipped      {sum(facts['skipped'].values())}"
         + "".join(f"\n               {count:5d}  {reason}" for reason, count in facts["skipped"].items()),
         f"  made with    {', '.join(f'{name} {version}' for name, version in facts['made_with'].items())}",
     ]
+    if stored:
+        weight = f", {stored['bytes_per_view']:,.0f} B a view" if stored["bytes_per_view"] is not None else ""
+        lines.append(f"  stored views {stored['codec']}: {human_bytes(stored['bytes'])}{weight}; training needs no tars")
     lines += [f"  cut          {shard}: {cut}" for shard, cut in facts["cut"].items()]
     for name, teacher in facts["teachers"].items():
         accuracy = f", {teacher['top1']:.2f} % top-1 on its own views" if teacher["top1"] is not None else ""

@@ -235,7 +235,7 @@ def _open_data(config: TrainConfig) -> _Data:
     row_numbers = np.nonzero(chosen[rows.shard])[0].astype(np.int64)
     if len(row_numbers) == 0:
         raise MissingError(f"{cache.store.url}: its {len(shards)} shards have no rows; every sample was skipped when the cache was made")
-    for shard in shards:
+    for shard in shards if cache.plan.stored_views is None else ():
         cache.check_source(shard)  # raises for a shard that --data lacks, a tar that is gone or one of another size and other members
     num_classes = _num_classes(config, cache, teacher, targets)
     label_key = config.label_key if config.label_key is not None else cache.label_key

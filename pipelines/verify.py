@@ -1,7 +1,8 @@
 """Prove that a cache is what it claims to be: every byte against its record, every record against its parents, up to the root.
 
 With `views` also the pixels: views are drawn and rendered again from the tars, without a teacher or a GPU, and compared with
-the digests of what the teacher saw. Nothing is changed; the verdict is a list of problems, empty for a sound cache.
+the digests of what the teacher saw. Stored views are decoded and compared, and rendered again too where the tar is there.
+Nothing is changed; the verdict is a list of problems, empty for a sound cache.
 """
 
 from __future__ import annotations
@@ -298,12 +299,16 @@ def _replay(cache: Cache, views: int | Literal["all"], verdict: Verdict, *, work
     total = sum(plan.count(shard) for shard in cache.shards)
     num_workers = workers if workers is not None else min(8, os.cpu_count() or 1)
     with tqdm(total=total, unit="view", desc="verify views", disable=not progress) as bar:
-        for block in rendered_blocks(cache.plan, plan.tasks(), num_workers=num_workers):
+        for block in rendered_blocks(cache.plan, plan.tasks(), num_workers=num_workers, cache=cache):
             if isinstance(block, FailedTask):
-                verdict.problems.append(Problem("source", block.task.source.name, "", str(block.error)))
+                verdict.problems.append(Problem("corrupt" if block.task.stored else "source", block.task.source.name, "", str(block.error)))
             else:
                 plan.compare(block)
             bar.update(len(block.task.samples) * len(block.task.views))
+    if plan.gone:
+        verdict.notes.append(
+            f"{len(plan.gone)} of {len(cache.shards)} tars are gone, {plan.gone[0]} is the first: their stored views were compared, not rendered again"
+        )
     for shard, more in plan.unlisted.items():
         verdict.problems.append(Problem("pixels", shard, "", f"{more} more views of this shard differ"))
 
@@ -314,17 +319,20 @@ class _Replay:
     def __init__(self, cache: Cache, views: int | Literal["all"], verdict: Verdict) -> None:
         self.cache, self.views, self.verdict = cache, views, verdict
         self.unlisted: dict[str, int] = {}
+        self.gone: list[str] = []
+        """Tars that are not there, of a cache that stores its views."""
         self._listed: dict[str, int] = {}
 
     def count(self, shard: str) -> int:
         every = sum(record.identity.rows * len(record.identity.views) for record in self.cache.views[shard])
-        return every if self.views == "all" else min(every, self.views)
+        once = every if self.views == "all" else min(every, self.views)
+        return 2 * once if self.cache.plan.stored_views is not None else once
 
     def tasks(self) -> Iterator[Any]:
         """Render tasks, shard after shard; a tar that is gone or was changed becomes a problem instead."""
-        from kdcache.rendering import RenderTask, samples_per_task
-
         for shard in self.cache.shards:
+            if self.cache.plan.stored_views is not None:
+                yield from self._stored_tasks(shard)
             source, index = self._source(shard)
             if source is None or index is None:
                 continue
@@ -339,19 +347,38 @@ class _Replay:
                     Problem("plan", shard, "", f"key {error} of the cache is not in the tar, though its member table is the same")
                 )
                 continue
-            all_views = tuple(view for record in self.cache.views[shard] for view in range(record.identity.views.start, record.identity.views.stop))
-            if self.views == "all":
-                step = samples_per_task(self.cache.plan, len(all_views))
-                for start in range(0, len(rows), step):
-                    yield RenderTask(0, source, tuple(rows[start : start + step]), all_views, False)
-            else:
-                for row, view in self._chosen(shard, len(rows), all_views):
-                    yield RenderTask(0, source, (rows[row],), (view,), False)
+            yield from self._cut(source, rows, stored=False)
+
+    def _stored_tasks(self, shard: str) -> Iterator[Any]:
+        """Tasks that read the stored views and need no tar."""
+        try:
+            rows = [(row, Sample(key, 0, 0, -1, None)) for row, key in enumerate(self.cache.keys(shard))]
+        except KDCacheError:  # reported with the bytes
+            return
+        yield from self._cut(ShardSource(shard, ""), rows, stored=True)
+
+    def _cut(self, source: ShardSource, rows: Sequence[tuple[int, Sample]], *, stored: bool) -> Iterator[Any]:
+        """A shard's rows, all or a sample, as tasks."""
+        from kdcache.rendering import RenderTask, samples_per_task
+
+        records = self.cache.views[source.name]
+        all_views = tuple(view for record in records for view in range(record.identity.views.start, record.identity.views.stop))
+        wanted: list[tuple[Sequence[tuple[int, Sample]], tuple[int, ...]]]
+        if self.views == "all":
+            step = samples_per_task(self.cache.plan, len(all_views))
+            wanted = [(rows[start : start + step], all_views) for start in range(0, len(rows), step)]
+        else:
+            wanted = [([rows[row]], (view,)) for row, view in self._chosen(source.name, len(rows), all_views)]
+        for part, views in wanted:
+            yield RenderTask(0, source, tuple(part), views, False, frozenset(views if stored else ()), tuple(row for row, _ in part))
 
     def _source(self, shard: str) -> tuple[ShardSource | None, ShardIndex | None]:
         record = self.cache.views[shard][0].identity
         try:
             source = self.cache.source(shard)
+            if self.cache.plan.stored_views is not None and not os.path.exists(source.path):
+                self.gone.append(source.path)
+                return None, None
             index = scan_shard(source)
         except KDCacheError as error:
             self.verdict.problems.append(Problem("source", shard, "", f"{error}; pass --data with SHARDS where the tars lie now"))
@@ -376,11 +403,13 @@ class _Replay:
         return [(int(place) // len(all_views), all_views[int(place) % len(all_views)]) for place in chosen]
 
     def compare(self, block: Any) -> None:
-        """A rendered block against the stored params and digests."""
+        """A block of views that were rendered or read, against the stored params and digests."""
         task = block.task
+        stores = self.cache.plan.stored_views is not None
         shard = task.source.name
         for place, reason in block.reasons.items():
-            self._problem(shard, task.samples[place][1], f"can't be decoded now ({reason}), it could when the cache was made")
+            text = f"can't be decoded now ({reason}), it could when the cache was made"
+            self._problem(shard, task.samples[place][1], text, kind="source" if stores else "pixels")
         rows = [task.samples[place][0] for place in block.kept]
         for column, view in enumerate(task.views):
             try:
@@ -390,14 +419,19 @@ class _Replay:
                 self.verdict.problems.append(Problem("corrupt", shard, "", str(error)))
                 return
             for i, place in enumerate(block.kept):
-                self.verdict.views_replayed += 1
+                self.verdict.views_replayed += view in task.stored or not stores  # a stored view is counted once
                 sample = task.samples[place][1]
                 if block.digests[i, column] != digests[i]:
-                    self._problem(
-                        shard,
-                        sample,
-                        f"view {view}: expected pixel digest {int(digests[i]):016x}, found {int(block.digests[i, column]):016x}; {self._decoders(shard)}",
-                    )
+                    found = f"expected pixel digest {int(digests[i]):016x}, found {int(block.digests[i, column]):016x}"
+                    if view in task.stored:
+                        self._problem(shard, sample, f"view {view}: decoded as stored: {found}; {self._decoders(shard)}")
+                    elif stores:  # what the teacher saw lies in the cache
+                        text = f"view {view}: rendered again: {found}; training reads what is stored; {self._decoders(shard)}"
+                        self._problem(shard, sample, text, kind="source")
+                    else:
+                        self._problem(shard, sample, f"view {view}: {found}; {self._decoders(shard)}")
+                elif view in task.stored:
+                    continue
                 elif not np.array_equal(block.params[i, column], params[i].to_row()):
                     self._problem(shard, sample, f"view {view}: the stored params are not those that the plan draws")
 
@@ -407,9 +441,9 @@ class _Replay:
         then = self.cache.views[shard][0].provenance.get("packages", {}).get("pillow")
         return f"rendered with Pillow {then} then and {version('pillow')} now: the image or its decoder changed"
 
-    def _problem(self, shard: str, sample: Sample, detail: str) -> None:
+    def _problem(self, shard: str, sample: Sample, detail: str, *, kind: Literal["pixels", "source"] = "pixels") -> None:
         self._listed[shard] = self._listed.get(shard, 0) + 1
         if self._listed[shard] > MAX_LISTED:
             self.unlisted[shard] = self.unlisted.get(shard, 0) + 1
         else:
-            self.verdict.problems.append(Problem("pixels", shard, sample.key, detail))
+            self.verdict.problems.append(Problem(kind, shard, sample.key, detail))
