@@ -14,11 +14,11 @@ import stat
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import CorruptError, MissingError, StoreError
-from .base import Store, check_relative
+from .base import Spool, Store, check_relative
 
 MAX_OPEN_FILES = 128
 """Descriptors kept for reading, per process; well under the usual limit of 1024."""
@@ -179,7 +179,7 @@ class LocalStore(Store):
         except OSError as error:
             raise StoreError(f"{self.url}: {path} can't be deleted: {error.strerror}") from error
         folder = target.parent
-        while any(part.endswith(".zarr") for part in folder.relative_to(self.root).parts):  # only a group's folders go with their last file
+        while len(folder.relative_to(self.root).parts) > 1:  # a group's and a teacher's folders go with their last file
             try:
                 folder.rmdir()
             except OSError:  # not empty: the usual case
@@ -240,6 +240,66 @@ class LocalStore(Store):
         with contextlib.suppress(OSError):  # another attempt is alive, or nothing was there
             folder.rmdir()
         return swept
+
+    def spools(self) -> Sequence[Spool]:
+        folder = self.root / _SPOOL
+        found = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        return [Spool(f"{_SPOOL}/{path.name}", _bytes_below(path), self._is_alive(path)) for path in found]
+
+    def _is_alive(self, spool: Path) -> bool:
+        try:
+            descriptor = os.open(spool / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False  # as `sweep_spools` has it
+        except OSError:
+            return True  # another user's: not ours to judge
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    @contextlib.contextmanager
+    def hold(self, *, alone: bool = False) -> Iterator[None]:
+        is_new = not self.root.exists()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StoreError(f"{self.url} can't be opened for writing: {error.strerror}; expected a writable folder with free space") from error
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            whose = "another process is writing to it" if alone else "'kdcache gc' is removing from it"
+            raise StoreError(f"{self.url}: {whose}; nothing was changed: run the command again when that has ended") from error
+        except OSError as error:  # a file system that locks no folders
+            if alone:
+                os.close(descriptor)
+                raise StoreError(
+                    f"{self.url}: the folder can't be locked ({error.strerror}), so nobody knows whether another process writes to it"
+                ) from error
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # see above; a forked worker may outlive this and keep the descriptor
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+            if is_new:
+                with contextlib.suppress(OSError):  # not empty: the usual case
+                    self.root.rmdir()
+
+
+def _bytes_below(folder: Path) -> int:
+    """Bytes of all files below a folder that others may be removing meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return total
 
 
 def _link_new(source: Path, target: Path) -> bool:
