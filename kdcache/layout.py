@@ -19,6 +19,11 @@ ROW_ARRAYS = {"keys/ends": "int64", "labels": "int64", "image/offset": "int64", 
 """Arrays of the views group with one number a row and no views axis."""
 
 
+def has_views_axis(layer: str, name: str) -> bool:
+    """Whether an array of a group of this layer (`views` or `teachers/<name>`) has a views axis before its rows."""
+    return layer != "views" or name not in {*ROW_ARRAYS, "keys/bytes"}
+
+
 def params_spec(views: int, samples: int) -> ArraySpec:
     """typesize is a whole row of params, so that bitshuffle gathers each field over rows: most fields compress to nothing."""
     return array_spec("params", "int32", (len(PARAM_FIELDS),), views=views, max_rows=samples, typesize=4 * len(PARAM_FIELDS))
