@@ -55,7 +55,7 @@ class Change:
     @property
     def size(self) -> int:
         """Bytes of groups that it frees; an estimate where views are dropped."""
-        whole = sum(field.size for field in self.document.identity.group.files.values())
+        whole: int = sum(field.size for field in self.document.identity.group.files.values())
         return whole - (self.part.size if self.part is not None else 0)
 
 
@@ -181,12 +181,14 @@ class _Collection:
         found = self.found
         if not found.garbage and not found.dropped:
             return "nothing to remove: records own every file"
-        things = f"{len(found.garbage)} things that no record owns" if found.garbage else "nothing that no record owns"
-        drops = f", {found.removed_records} segments to drop and {found.rewritten_records} to rewrite" if found.dropped else ""
+        things = f"{len(found.garbage)} things that no record owns"
+        if found.removed_records:
+            things += f", {found.removed_records} segments"
+        if found.rewritten_records:
+            things += f", parts of {found.rewritten_records} segments"
         if found.deleted:
-            drops = drops.replace(" to drop and", " dropped and").replace(" to rewrite", " rewritten")
-            return f"removed {things}{drops}: about {human_bytes(found.bytes)}; root {found.root}"
-        return f"{things}{drops}: about {human_bytes(found.bytes)}. Nothing was changed: pass --delete to remove all of this"
+            return f"removed {things}: about {human_bytes(found.bytes)}; root {found.root}"
+        return f"{things}: about {human_bytes(found.bytes)}. Nothing was changed: pass --delete to remove all of this"
 
 
 # --- what to drop ----------------------------------------------------------------------------------------------------

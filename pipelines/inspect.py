@@ -187,7 +187,7 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
             size = f"{t['bytes_per_view']:9,.0f}" if t["bytes_per_view"] is not None else f"{'':>9}"
             lines.append(f"               {target:<24} {t['encoding']:<9} {t['views']:5d} {shape:<12} {size} {figures}".rstrip())
         if any(t["measured_on_more"] for t in teacher["targets"].values()):
-            lines.append("               (the figures are those of the extraction, over views that copy or gc has left out since, too)")
+            lines.append("               (measured when it was extracted, over views that copy or gc has left out since, too)")
     return "\n".join(lines)
 
 

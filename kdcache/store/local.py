@@ -129,9 +129,9 @@ class LocalStore(Store):
                     os.fsync(file.fileno())
             else:
                 spooled = source
-            for _ in range(10):  # another process may remove an empty group folder between these two
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):
+            for _ in range(10):  # another process may remove an empty folder between these two, or while pathlib looks whether it exists
+                with contextlib.suppress(FileNotFoundError, FileExistsError):
+                    target.parent.mkdir(parents=True, exist_ok=True)
                     return _link_new(spooled, target)
             return _link_new(spooled, target)
         except OSError as error:
@@ -174,11 +174,15 @@ class LocalStore(Store):
             descriptor = self._descriptors.pop(path, None)
             if descriptor is not None:
                 os.close(descriptor)
+        folder = target.parent
         try:
-            target.unlink(missing_ok=True)
+            target.unlink()
+            if not any(part.endswith(".zarr") for part in path.split("/")[:-1]):  # a document: gone for good before what it named may go
+                _sync(folder)
+        except FileNotFoundError:
+            return
         except OSError as error:
             raise StoreError(f"{self.url}: {path} can't be deleted: {error.strerror}") from error
-        folder = target.parent
         while len(folder.relative_to(self.root).parts) > 1:  # a group's and a teacher's folders go with their last file
             try:
                 folder.rmdir()
@@ -192,7 +196,7 @@ class LocalStore(Store):
                 (self.root / _SPOOL).mkdir(parents=True, exist_ok=True)
                 spool = Path(tempfile.mkdtemp(dir=self.root / _SPOOL))
                 descriptor = os.open(spool / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):  # the second: removed while pathlib looks whether it exists
                 continue
             except OSError as error:
                 raise StoreError(f"{self.url}: no spool folder can be made: {error.strerror}; expected a writable folder with free space") from error
@@ -208,7 +212,7 @@ class LocalStore(Store):
         raise StoreError(f"{self.url}: no spool folder can be made: another process keeps removing {_SPOOL}/")
 
     def drop_spool(self, spool: Path) -> None:
-        shutil.rmtree(spool, ignore_errors=True)
+        _remove_spool(spool)
         descriptor = self._spool_locks.pop(spool, None)
         if descriptor is not None:
             os.close(descriptor)
@@ -233,7 +237,7 @@ class LocalStore(Store):
             except BlockingIOError:
                 continue  # its attempt is alive
             else:
-                shutil.rmtree(spool, ignore_errors=True)
+                _remove_spool(spool)
                 swept += 1
             finally:
                 os.close(descriptor)
@@ -292,6 +296,17 @@ class LocalStore(Store):
                     self.root.rmdir()
 
 
+def _remove_spool(spool: Path) -> None:
+    """Remove a spool, its lock last: one that is killed half-way is still known for a spool, and swept."""
+    with contextlib.suppress(OSError):
+        for path in sorted(spool.iterdir(), key=lambda path: path.name == _LOCK):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        spool.rmdir()
+
+
 def _bytes_below(folder: Path) -> int:
     """Bytes of all files below a folder that others may be removing meanwhile."""
     total = 0
@@ -316,9 +331,14 @@ def _link_new(source: Path, target: Path) -> bool:
         os.rename(source, target)
     else:
         source.unlink()
-    descriptor = os.open(target.parent, os.O_RDONLY)
+    _sync(target.parent)
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return True
