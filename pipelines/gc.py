@@ -150,11 +150,14 @@ class _Collection:
             self.store.delete(f"{group}/{path}")
 
     def sweep(self, *, progress: bool) -> None:
-        """Remove what was listed as nobody's. The index is brought up to date by who calls."""
-        for one in tqdm(self.found.garbage, unit="item", desc="gc", disable=not progress or not self.found.garbage):
+        """Remove what no record owns now: a group that an attempt left may be what a rewritten segment has just taken up."""
+        documents = open_to_write(self.config.cache).documents
+        for one in tqdm(find_garbage(self.store, documents), unit="item", desc="gc", disable=not progress or not self.found.garbage):
             for path in one.files:
                 self.store.delete(path)
         self.store.sweep_spools()
+        groups = {group_path(path, document) for path, document in documents.items() if document.kind in ("views", "targets")}
+        self.found.garbage = [one for one in self.found.garbage if one.path not in groups]
 
     # --- telling ---
 
