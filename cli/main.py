@@ -16,6 +16,8 @@ COMMANDS: dict[str, str] = {
     "train": "Stage two: train students against a cache, with no teacher in memory.",
     "inspect": "Show what is in a cache.",
     "verify": "Prove that a cache is what it claims to be.",
+    "copy": "Take a cache, or a teacher, targets or views of it, to another folder.",
+    "gc": "Show and remove what no record owns; drop a target, a teacher or views.",
 }
 """Command → its line in `kdcache --help`, in the order of a user's day; each lives in the module of its name."""
 

@@ -125,6 +125,31 @@ def stream_spec(name: str) -> ArraySpec:
     return ArraySpec(name=name, dtype=np.dtype("uint8"), inner=(), views=None, chunk_rows=STREAM_CHUNK_BYTES, typesize=1, compressed=False)
 
 
+def spec_of_metadata(name: str, data: bytes, *, has_views: bool, where: str) -> tuple[ArraySpec, int]:
+    """The spec and number of rows that `ArraySpec.metadata` wrote as `data`. Raises CorruptError for an array of any other kind."""
+    axis = int(has_views)
+    try:
+        body = json.loads(data)
+        sharding = body["codecs"][0]["configuration"]
+        chunk, shape = sharding["chunk_shape"], body["shape"]
+        spec = ArraySpec(
+            name=name,
+            dtype=np.dtype(body["data_type"]).newbyteorder("<"),
+            inner=tuple(shape[axis + 1 :]),
+            views=shape[0] if has_views else None,
+            chunk_rows=chunk[axis],
+            typesize=sharding["codecs"][1]["configuration"]["typesize"],
+        )
+        rows = int(shape[axis])
+        is_ours = json.loads(spec.metadata(rows)) == body
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError):
+        is_ours = False
+    if not is_ours:
+        axes = "views and rows" if has_views else "rows"
+        raise CorruptError(f"{where}: expected an array of {axes} as kdcache writes them, found another; run 'kdcache verify' on the cache")
+    return spec, rows
+
+
 def encode_chunk(spec: ArraySpec, rows: np.ndarray[Any, Any]) -> bytes:
     """One encoded chunk: `rows` (n <= chunk_rows, *inner) padded with zeros, Blosc if compressed, then crc32c (little-endian)."""
     if len(rows) < spec.chunk_rows:
@@ -305,15 +330,25 @@ class ArrayReader:
                     out[places] = decoded[wanted[places] % spec.chunk_rows]
         return out
 
+    def read_encoded(self, view: int, block: int) -> bytes:
+        """One chunk as it lies in the file, its crc32c checked: what `ShardWriter.append` takes."""
+        offset, size = self._index[view * self.spec.num_blocks(self.rows) + block].tolist()
+        encoded = self._store.get_range(self._path, offset, size)
+        self._check_crc(encoded, view * self.spec.num_blocks(self.rows) + block)
+        return encoded
+
     @property
     def index_bytes(self) -> int:
         """Memory that the cached index takes."""
         return int(self._index.nbytes) + 500
 
-    def _decode(self, encoded: bytes, chunk: int, out: np.ndarray[Any, Any]) -> None:
-        payload = memoryview(encoded)[:-4]
-        if google_crc32c.value(bytes(payload)) != struct.unpack("<I", encoded[-4:])[0]:
+    def _check_crc(self, encoded: bytes, chunk: int) -> None:
+        if google_crc32c.value(encoded[:-4]) != struct.unpack("<I", encoded[-4:])[0]:
             raise CorruptError(f"{self._path}: chunk {chunk} fails its crc32c; its row is not used; run 'kdcache verify' on the cache")
+
+    def _decode(self, encoded: bytes, chunk: int, out: np.ndarray[Any, Any]) -> None:
+        self._check_crc(encoded, chunk)
+        payload = memoryview(encoded)[:-4]
         if not self.spec.compressed:
             if len(payload) != out.nbytes:
                 raise CorruptError(f"{self._path}: chunk {chunk} has {len(payload)} bytes, expected {out.nbytes}; run 'kdcache verify' on the cache")

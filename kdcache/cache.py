@@ -32,7 +32,7 @@ from .format import (
     views_record_path,
 )
 from .images import decode_image
-from .index import Index, load_documents, read_table, root_of
+from .index import Index, is_current, load_documents, read_table, root_of, write_index
 from .layout import (
     ROW_ARRAYS,
     STORED_BYTES,
@@ -595,4 +595,12 @@ def open_to_write(path: str | os.PathLike[str]) -> Cache:
     for kind, text, _shard in document_problems(cache):
         if kind != "missing":
             raise CorruptError(f"{store.url}: {text}; run 'kdcache verify' on the cache")
+    return cache
+
+
+def refresh_index(path: str | os.PathLike[str]) -> Cache:
+    """Bring the index up to date with the documents, and the cache as it is then. For who holds the store. Raises CacheError."""
+    cache = open_to_write(path)
+    if not is_current(cache.store, cache.documents):
+        write_index(cache.store, cache.documents, {shard: cache.table_from_group(records[0].identity) for shard, records in cache.views.items()})
     return cache

@@ -36,6 +36,11 @@ def stored_specs(plan: ViewPlan, views: int, samples: int) -> dict[str, ArraySpe
     return {STORED_SPAN: array_spec(STORED_SPAN, "int64", (2,), views=views, max_rows=samples, typesize=16)}
 
 
+def has_views_axis(layer: str, name: str) -> bool:
+    """Whether an array of a group of this layer (`views` or `teachers/<name>`) has a views axis before its rows."""
+    return layer != "views" or name not in {*ROW_ARRAYS, "keys/bytes"}
+
+
 def params_spec(views: int, samples: int) -> ArraySpec:
     """typesize is a whole row of params, so that bitshuffle gathers each field over rows: most fields compress to nothing."""
     return array_spec("params", "int32", (len(PARAM_FIELDS),), views=views, max_rows=samples, typesize=4 * len(PARAM_FIELDS))

@@ -27,6 +27,7 @@ def check_store(make_store: Callable[[], Store]) -> None:
     _check_paths(make_store())
     _check_creation_race(make_store())
     _check_spools(make_store())
+    _check_holding(make_store())
     _check_pickling(make_store())
 
 
@@ -99,6 +100,7 @@ def _check_spools(store: Store) -> None:
     assert spool != other, "every attempt has a spool of its own"
     (spool / "file").write_bytes(b"spooled")
     assert list(store.list()) == [], "what is spooled is no object"
+    assert sorted((one.size >= 7, one.is_alive) for one in store.spools()) == [(False, True), (True, True)], "spools tells sizes and live attempts"
     assert store.sweep_spools() == 0, "sweep_spools never touches a live attempt"
     assert store.put_new("object", spool / "file"), "a spooled file can be put"
     assert store.get("object", max_size=7) == b"spooled", "a spooled file is put whole"
@@ -108,6 +110,16 @@ def _check_spools(store: Store) -> None:
     store.drop_spool(other)
     assert not spool.exists(), "drop_spool removes the folder"
     assert dict(store.list()) == {"object": 7}, "objects outlive their spool"
+
+
+def _check_holding(store: Store) -> None:
+    with store.hold(), store.hold():
+        _refuses(StoreError, lambda: store.hold(alone=True).__enter__(), "holding a store alone that others hold")
+    with store.hold(alone=True):
+        _refuses(StoreError, lambda: store.hold().__enter__(), "holding a store that another holds alone")
+        assert store.put_new("object", b"x"), "who holds a store can put"
+    with store.hold(alone=True):
+        store.delete("object")
 
 
 def _check_pickling(store: Store) -> None:

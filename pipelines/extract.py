@@ -127,19 +127,19 @@ def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
     all_sources = _resolve(config, store)
     sources = all_sources[: config.limit_shards]
     specs = _requested_specs(config)
-    cache: Cache | None = None
     if store.size("cache.json") is not None:
         summary = _finished_already(config, sources, specs, all_sources)
         if summary is not None:
             summary.seconds = time.perf_counter() - begin
             _report(config, summary)
             return summary
-        cache = open_to_write(config.cache)
-        _check_given_plan(config, cache, sources)
-        sources = [cache.with_labels(source) for source in sources]
-
-    run = _Run(config, store, cache, sources, specs, all_sources, progress=progress)  # imports torch
-    summary = run.extract()
+    with store.hold():  # from before the documents are read: `kdcache gc` takes away nothing that this run counts on
+        cache = open_to_write(config.cache) if store.size("cache.json") is not None else None
+        if cache is not None:
+            _check_given_plan(config, cache, sources)
+            sources = [cache.with_labels(source) for source in sources]
+        run = _Run(config, store, cache, sources, specs, all_sources, progress=progress)  # imports torch
+        summary = run.extract()
     summary.seconds = time.perf_counter() - begin
     _report(config, summary)
     return summary

@@ -82,6 +82,7 @@ def _target(cache: Cache, layer: TeacherLayer, name: str) -> dict[str, Any]:
         "encoding": card.encoding,
         "views": cache.target_views(layer.name, name),
         "shards": len({record.identity.shard for record in segments}),
+        "measured_on_more": any("views" in record.measured for record in segments),
         "bytes": size,
         "bytes_per_view": size / row_views if row_views else None,
         "shape": shape,
@@ -100,6 +101,7 @@ def inspect_shard(cache: Cache, shard: str) -> dict[str, Any]:
             "views": [record.identity.views.start, record.identity.views.stop],
             "bytes": _group_bytes(record),
             "fidelity": {t: {k: v for k, v in f.items() if k != "sums"} for t, f in record.measured.get("fidelity", {}).items()},
+            "measured_on": record.measured.get("views", [record.identity.views.start, record.identity.views.stop]),
             "group": record.identity.group.name,
         }
         for name, layer in sorted(cache.teachers.items())
@@ -199,6 +201,8 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
             )
             size = f"{t['bytes_per_view']:9,.0f}" if t["bytes_per_view"] is not None else f"{'':>9}"
             lines.append(f"               {target:<24} {t['encoding']:<9} {t['views']:5d} {shape:<12} {size} {figures}".rstrip())
+        if any(t["measured_on_more"] for t in teacher["targets"].values()):
+            lines.append("               (measured when it was extracted, over views that copy or gc has left out since, too)")
     return "\n".join(lines)
 
 
@@ -222,8 +226,10 @@ def shard_as_text(facts: Mapping[str, Any]) -> str:
         lines.append(
             f"  segment      {segment['teacher']}: {', '.join(segment['targets'])}; views {start} to {stop - 1}; {human_bytes(segment['bytes'])}"
         )
+        first, end = segment["measured_on"]
+        over = f" (over views {first} to {end - 1})" if segment["measured_on"] != segment["views"] else ""
         for target, fidelity in segment["fidelity"].items():
-            lines.append(f"               {target}: " + ", ".join(f"{name} {value:.3g}" for name, value in fidelity.items()))
+            lines.append(f"               {target}: " + ", ".join(f"{name} {value:.3g}" for name, value in fidelity.items()) + over)
     return "\n".join(lines)
 
 

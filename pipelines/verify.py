@@ -7,7 +7,6 @@ Nothing is changed; the verdict is a list of problems, empty for a sound cache.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,8 +19,9 @@ from tqdm import tqdm
 
 from kdcache.cache import Cache, document_problems
 from kdcache.errors import CacheError, CorruptError, FormatVersionError, KDCacheError, MissingError, NotACacheError
-from kdcache.format import DigestField, Document, Group, ViewsIdentity, calibration_path, digest_of_files, file_digest_holds
+from kdcache.format import DigestField, Document, Group, ViewsIdentity, digest_of_files, file_digest_holds
 from kdcache.index import MAX_DOCUMENT_BYTES, document_paths, index_paths, read_document, read_index, read_table
+from kdcache.ownership import index_tables, owned_files
 from kdcache.plan import blake2b_128, canonical_json
 from kdcache.shards import Sample, ShardIndex, ShardSource, scan_shard
 from kdcache.sources import locate_shards
@@ -142,14 +142,11 @@ def _build_cache(store: Store, documents: Mapping[str, Document[Any]], data: str
 
 def _check_files(store: Store, documents: Mapping[str, Document[Any]], verdict: Verdict, *, progress: bool) -> None:
     """Every file that a record names: there, of its size, with its digest. Every file that is there: named by something."""
-    expected: dict[str, tuple[DigestField, str]] = {}
     for path, document in documents.items():
         group = getattr(document.identity, "group", None)
         if group is not None:
-            _expect_group(path, group, document.identity.shard, expected, verdict)
-        elif document.kind == "target" and document.identity.calibration is not None:
-            teacher = path.split("/")[1]
-            expected[calibration_path(teacher, document.identity.name)] = (document.identity.calibration, "")
+            _check_table(path, group, document.identity.shard, verdict)
+    expected = owned_files(documents)
     found = dict(store.list())
     verdict.files, verdict.bytes = len(found), sum(found.values())
     suspect = {problem.detail for problem in verdict.problems}
@@ -162,21 +159,23 @@ def _check_files(store: Store, documents: Mapping[str, Document[Any]], verdict: 
         for path, detail in _digest_all(store, present, bar.update):
             verdict.problems.append(Problem("corrupt", expected[path][1], "", detail))
     known = set(expected) | set(documents) | set(index_paths(store))
-    known |= _index_tables(store)
+    known |= index_tables(store)
     for path in sorted(found):
         damaged = any(path in detail for detail in suspect)
         if path not in known and not damaged and not _belongs_to_damaged(path, suspect):
             verdict.problems.append(
-                Problem("extra", _shard_in(path), "", f"{path}: no record names this file; delete it, or run the extraction that was cut off again")
+                Problem(
+                    "extra",
+                    _shard_in(path),
+                    "",
+                    f"{path}: no record names this file; run the extraction that was cut off again, or 'kdcache gc' to remove it",
+                )
             )
 
 
-def _expect_group(record: str, group: Group, shard: str, expected: dict[str, tuple[DigestField, str]], verdict: Verdict) -> None:
+def _check_table(record: str, group: Group, shard: str, verdict: Verdict) -> None:
     if digest_of_files(group.files) != group.digest or f".{group.digest[:12]}.zarr" not in group.name:
         verdict.problems.append(Problem("corrupt", shard, "", f"{record}: the group's digest does not match its file table"))
-    layer = record.rpartition("/")[0]
-    for path, digest in group.files.items():
-        expected[f"{layer}/{group.name}/{path}"] = (digest, shard)
 
 
 def _belongs_to_damaged(path: str, details: Iterable[str]) -> bool:
@@ -243,15 +242,6 @@ def _table_agrees(cache: Cache, shard: str, table: np.ndarray[Any, Any]) -> bool
         return np.array_equal(table, cache.table_from_group(cache.views[shard][0].identity))
     except CacheError:
         return True  # the group is damaged, and reported as such
-
-
-def _index_tables(store: Store) -> set[str]:
-    """Tables that a sound index names."""
-    tables = set()
-    for path in index_paths(store):
-        with contextlib.suppress(KDCacheError):  # reported where the index is checked
-            tables.add(read_index(store, path).table_path)
-    return tables
 
 
 def _check_pixel_columns(cache: Cache, verdict: Verdict) -> None:

@@ -73,6 +73,25 @@ def test_a_spool_killed_before_it_was_locked_is_swept(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "tmp") == ["stray"]
 
 
+def test_a_spool_killed_while_it_is_dropped_is_swept(tmp_path: Path) -> None:
+    """Its lock is what it is known by, so the lock goes last."""
+    code = (
+        "import os, shutil, signal, sys\nfrom pathlib import Path\nfrom kdcache.store import LocalStore\n"
+        "store = LocalStore(sys.argv[1]); spool = store.new_spool()\n"
+        "for name in ('a', 'z'): (spool / name).mkdir(); (spool / name / 'file').write_text('x')\n"
+        "remove = shutil.rmtree\n"
+        "def killed(path, *rest, **options):\n"
+        "    if Path(path) == spool: (spool / 'lock').unlink()\n"  # a folder's entries go in any order
+        "    else: remove(path)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "shutil.rmtree = killed; store.drop_spool(spool)"
+    )
+    assert run_python(code, tmp_path, check=False).returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "tmp").iterdir())) == 1
+    assert LocalStore(tmp_path).sweep_spools() == 1
+    assert not (tmp_path / "tmp").exists()
+
+
 def test_a_full_disk_is_an_error_and_nothing_before_it_is_lost(tmp_path: Path) -> None:
     """The limit on a file's size stands for the disk's: write() fails in the same place."""
     LocalStore(tmp_path).put_new("before", b"kept")

@@ -4,6 +4,7 @@
 * `put_new` creates an object if it is absent, atomically: readers see all of it or nothing, of two writers exactly one
   succeeds. It never overwrites.
 * `list` names every object under a prefix with its size. `delete` removes one object; a missing one is no error.
+* `hold` keeps those who add and who remove apart; readers ask for no leave.
 
 Paths are relative, '/'-separated, and never leave the cache. Stores are cheap to pickle and safe to use after a fork.
 `kdcache.testing.check_store` holds the checks that every implementation must pass.
@@ -12,10 +13,23 @@ Paths are relative, '/'-separated, and never leave the cache. Stores are cheap t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import StoreError
+
+
+@dataclass(frozen=True)
+class Spool:
+    """A folder in which an attempt prepares what it will put."""
+
+    path: str
+    size: int
+    """Bytes of all that it holds."""
+    is_alive: bool
+    """Whether its attempt still runs."""
 
 
 class Store(ABC):
@@ -64,6 +78,17 @@ class Store(ABC):
     @abstractmethod
     def sweep_spools(self) -> int:
         """Remove what killed attempts left behind; the number of folders removed. Never touches a live attempt."""
+
+    @abstractmethod
+    def spools(self) -> Sequence[Spool]:
+        """The spools that are there, of live attempts and of killed ones."""
+
+    @abstractmethod
+    def hold(self, *, alone: bool = False) -> AbstractContextManager[None]:
+        """Within the context objects may be added (many processes may hold a store so), or, with `alone`, also removed.
+
+        A process that dies lets go. Raises StoreError at once if another process holds the store in a way that does not allow it.
+        """
 
 
 def check_relative(path: str) -> str:

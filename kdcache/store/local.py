@@ -14,11 +14,11 @@ import stat
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import CorruptError, MissingError, StoreError
-from .base import Store, check_relative
+from .base import Spool, Store, check_relative
 
 MAX_OPEN_FILES = 128
 """Descriptors kept for reading, per process; well under the usual limit of 1024."""
@@ -129,9 +129,9 @@ class LocalStore(Store):
                     os.fsync(file.fileno())
             else:
                 spooled = source
-            for _ in range(10):  # another process may remove an empty group folder between these two
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with contextlib.suppress(FileNotFoundError):
+            for _ in range(10):  # another process may remove an empty folder between these two, or while pathlib looks whether it exists
+                with contextlib.suppress(FileNotFoundError, FileExistsError):
+                    target.parent.mkdir(parents=True, exist_ok=True)
                     return _link_new(spooled, target)
             return _link_new(spooled, target)
         except OSError as error:
@@ -174,12 +174,16 @@ class LocalStore(Store):
             descriptor = self._descriptors.pop(path, None)
             if descriptor is not None:
                 os.close(descriptor)
+        folder = target.parent
         try:
-            target.unlink(missing_ok=True)
+            target.unlink()
+            if not any(part.endswith(".zarr") for part in path.split("/")[:-1]):  # a document: gone for good before what it named may go
+                _sync(folder)
+        except FileNotFoundError:
+            return
         except OSError as error:
             raise StoreError(f"{self.url}: {path} can't be deleted: {error.strerror}") from error
-        folder = target.parent
-        while any(part.endswith(".zarr") for part in folder.relative_to(self.root).parts):  # only a group's folders go with their last file
+        while len(folder.relative_to(self.root).parts) > 1:  # a group's and a teacher's folders go with their last file
             try:
                 folder.rmdir()
             except OSError:  # not empty: the usual case
@@ -192,7 +196,7 @@ class LocalStore(Store):
                 (self.root / _SPOOL).mkdir(parents=True, exist_ok=True)
                 spool = Path(tempfile.mkdtemp(dir=self.root / _SPOOL))
                 descriptor = os.open(spool / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):  # the second: removed while pathlib looks whether it exists
                 continue
             except OSError as error:
                 raise StoreError(f"{self.url}: no spool folder can be made: {error.strerror}; expected a writable folder with free space") from error
@@ -208,7 +212,7 @@ class LocalStore(Store):
         raise StoreError(f"{self.url}: no spool folder can be made: another process keeps removing {_SPOOL}/")
 
     def drop_spool(self, spool: Path) -> None:
-        shutil.rmtree(spool, ignore_errors=True)
+        _remove_spool(spool)
         descriptor = self._spool_locks.pop(spool, None)
         if descriptor is not None:
             os.close(descriptor)
@@ -233,13 +237,84 @@ class LocalStore(Store):
             except BlockingIOError:
                 continue  # its attempt is alive
             else:
-                shutil.rmtree(spool, ignore_errors=True)
+                _remove_spool(spool)
                 swept += 1
             finally:
                 os.close(descriptor)
         with contextlib.suppress(OSError):  # another attempt is alive, or nothing was there
             folder.rmdir()
         return swept
+
+    def spools(self) -> Sequence[Spool]:
+        folder = self.root / _SPOOL
+        found = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        return [Spool(f"{_SPOOL}/{path.name}", _bytes_below(path), self._is_alive(path)) for path in found]
+
+    def _is_alive(self, spool: Path) -> bool:
+        try:
+            descriptor = os.open(spool / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False  # as `sweep_spools` has it
+        except OSError:
+            return True  # another user's: not ours to judge
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    @contextlib.contextmanager
+    def hold(self, *, alone: bool = False) -> Iterator[None]:
+        is_new = not self.root.exists()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StoreError(f"{self.url} can't be opened for writing: {error.strerror}; expected a writable folder with free space") from error
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            whose = "another process is writing to it" if alone else "'kdcache gc' is removing from it"
+            raise StoreError(f"{self.url}: {whose}; nothing was changed: run the command again when that has ended") from error
+        except OSError as error:  # a file system that locks no folders
+            if alone:
+                os.close(descriptor)
+                raise StoreError(
+                    f"{self.url}: the folder can't be locked ({error.strerror}), so nobody knows whether another process writes to it"
+                ) from error
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # see above; a forked worker may outlive this and keep the descriptor
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+            if is_new:
+                with contextlib.suppress(OSError):  # not empty: the usual case
+                    self.root.rmdir()
+
+
+def _remove_spool(spool: Path) -> None:
+    """Remove a spool, its lock last: one that is killed half-way is still known for a spool, and swept."""
+    with contextlib.suppress(OSError):
+        for path in sorted(spool.iterdir(), key=lambda path: path.name == _LOCK):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        spool.rmdir()
+
+
+def _bytes_below(folder: Path) -> int:
+    """Bytes of all files below a folder that others may be removing meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return total
 
 
 def _link_new(source: Path, target: Path) -> bool:
@@ -256,9 +331,14 @@ def _link_new(source: Path, target: Path) -> bool:
         os.rename(source, target)
     else:
         source.unlink()
-    descriptor = os.open(target.parent, os.O_RDONLY)
+    _sync(target.parent)
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return True
