@@ -204,6 +204,8 @@ class ShardJob:
     """The shard's first views record, if it has one: its skipped samples have no row here either."""
     known_digests: Mapping[int, np.ndarray[Any, np.dtype[np.uint64]]]
     """View → stored pixel digests, of views that the cache holds and this job renders again."""
+    label: str = ""
+    """Shown to other ranks while this job is alive."""
     spool: Path = field(init=False)
     segments: list[TargetSegment] = field(init=False)
     teacher_seconds: float = 0.0
@@ -215,7 +217,7 @@ class ShardJob:
         return tuple(sorted({*self.missing.all_views, *self.known_digests}))
 
     def __post_init__(self) -> None:
-        self.spool = self.store.new_spool()
+        self.spool = self.store.new_spool(self.label)
         self._kept: list[int] = []
         self._skipped: list[Skipped] = []
         self._details: dict[str, str] = {}

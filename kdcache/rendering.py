@@ -6,7 +6,7 @@ bounded in bytes, and the loader holds a fixed number of them, so the queue betw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,10 +108,10 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
         return RenderedBlock(task, kept, reasons, torch.from_numpy(pixels[:n]), params[:n], digests[:n])
 
 
-def rendered_blocks(plan: ViewPlan, tasks: Iterable[RenderTask], *, num_workers: int) -> Iterator[RenderedBlock | FailedTask]:
+def rendered_blocks(plan: ViewPlan, tasks: Iterable[RenderTask], *, num_workers: int) -> Generator[RenderedBlock | FailedTask, None, None]:
     """Blocks in task order. `tasks` is drawn from as workers become free; 0 workers render in this process.
 
-    Raises StoreError if a worker process was killed.
+    Raises StoreError if a worker process was killed. Close it to end the workers early.
     """
     loader: DataLoader[RenderedBlock | FailedTask] = DataLoader(
         Renderer(plan),

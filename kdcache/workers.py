@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from .errors import StoreError
 
 
-def iterate(loader: DataLoader[Any]) -> Iterator[Any]:
+def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
     """The loader's items. Raises StoreError if a worker process was killed; the message says what to try."""
     items = iter(loader)
     while True:
@@ -18,6 +19,10 @@ def iterate(loader: DataLoader[Any]) -> Iterator[Any]:
             item = next(items)
         except StopIteration:
             return
+        except KeyboardInterrupt:
+            if isinstance(items, _MultiProcessingDataLoaderIter):  # its traceback would keep the workers alive
+                items._shutdown_workers()
+            raise
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
