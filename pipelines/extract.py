@@ -373,6 +373,7 @@ class _Run:
             "weight_files": weight_files(config.teacher, config.checkpoint),
         }
         self.teacher_document = create_teacher(self.store, self.teacher_name, self.teacher.identity, provenance=provenance)
+        self.cache.teachers.setdefault(self.teacher_name, TeacherLayer(self.teacher_name, self.teacher_document))  # to take records of others
         making = {"shards": self.calibrated_on, "batch_size": config.batch_size, "device": str(self.teacher.device)}
         self.recorded = create_cards(self.store, self.teacher_name, plans, statistics, making=making)
 
@@ -482,6 +483,8 @@ class _Run:
                 self._work(bar)
                 while self.remaining:
                     self._work(bar, insist=self._wait())
+                bar.total = bar.n
+                bar.refresh()
         except KDCacheError:
             with contextlib.suppress(KDCacheError):  # the first error is the one to tell; what was committed stays indexed
                 self._finish_index()
@@ -539,8 +542,6 @@ class _Run:
                     self.summary.teacher_seconds += job.teacher_seconds
             if committing is not None:
                 self._settle(*committing)
-        bar.total = bar.n
-        bar.refresh()
 
     def _wait(self) -> str:
         """Wait for the remaining shards, which other processes are doing; '' when one of them was finished or given up.
