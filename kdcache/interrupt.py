@@ -50,12 +50,14 @@ def stopping_cleanly() -> Iterator[None]:
         if not begun:
             begun.append(time.monotonic())
             timer.start()
+            signal.signal(signal.SIGCHLD, _pass)  # torch would raise for each worker that the same signal has reached
             raise Stopped(signal.Signals(number).name)
         if time.monotonic() - begun[0] > REPEAT_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(owner, number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    on_child = signal.getsignal(signal.SIGCHLD)
     handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
     for number in handled:
         signal.signal(number, handle)
@@ -65,6 +67,12 @@ def stopping_cleanly() -> Iterator[None]:
         timer.cancel()
         for number in handled:
             signal.signal(number, before[number])
+        if begun and on_child is not None:
+            signal.signal(signal.SIGCHLD, on_child)
+
+
+def _pass(_number: int, _frame: FrameType | None) -> None:
+    return
 
 
 def _give_up() -> None:

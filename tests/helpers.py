@@ -179,7 +179,7 @@ class Forked:
             status = action() or 0
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else 1
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - shown, and the process ends
             traceback.print_exc()
         finally:
             with contextlib.suppress(Exception):

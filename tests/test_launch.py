@@ -271,7 +271,7 @@ def test_racing_extractions_of_one_empty_cache_do_no_shard_twice(setup: Path, tm
 
     def race() -> int:
         summary: Any = run(setup, str(cache), targets=("logits", FEATURES))
-        print(json.dumps(summary.to_json()))
+        sys.stdout.write(json.dumps(summary.to_json()) + "\n")
         return 0 if summary.rows == SHARDS * SAMPLES else 1
 
     racers = [Forked(race, tmp_path / f"log-{i}") for i in range(3)]
