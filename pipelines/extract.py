@@ -467,6 +467,7 @@ class _Run:
     def extract(self) -> ExtractSummary:
         """Do every pending shard that no other rank does, write the index, sum up."""
         from kdcache.commit import ChunkPool
+        from kdcache.workers import naming_killed_workers
 
         self.store.sweep_spools()
         self.pool = ChunkPool(num_threads=min(4, self.launch.cores), max_bytes=WRITE_QUEUE_BYTES)
@@ -479,7 +480,7 @@ class _Run:
         own = self.remaining[: sum(source.name in names for source in self.sources[self.launch.rank :: self.launch.world_size])]
         total = self._estimated_samples(own) * self.views
         try:
-            with tqdm(total=total, unit="view", desc="extract", disable=not self.progress or not self.pending) as bar:
+            with naming_killed_workers(), tqdm(total=total, unit="view", desc="extract", disable=not self.progress or not self.pending) as bar:
                 self._work(bar)
                 while self.remaining:
                     self._work(bar, insist=self._wait())

@@ -17,6 +17,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from click.testing import CliRunner
 from helpers import (
@@ -224,6 +225,19 @@ def test_a_second_signal_or_ten_seconds_end_what_does_not_end(
         assert "still busy" in child.output()
     assert child.group_is_gone(timeout_s=30), "workers notice that their parent is gone"
     monkeypatch.undo()
+    run(setup, str(cache), targets=TARGETS)
+    assert_nothing_lost(cache, setup)
+
+
+def test_a_killed_worker_is_an_error_that_says_so_and_loses_nothing(setup: Path, tmp_path: Path, slow_images: None) -> None:
+    cache = tmp_path / "cache"
+    child = Forked(kdcache_command(*arguments(setup, cache, "-j", 2)), tmp_path / "log")
+    wait_for(lambda: records(cache) > 0, child)
+    psutil.Process(child.pid).children()[0].kill()
+    assert child.wait(60) == 1, child.output()
+    assert "a worker process was killed" in child.output()
+    assert "Traceback" not in child.output()
+    assert not (cache / "tmp").exists()
     run(setup, str(cache), targets=TARGETS)
     assert_nothing_lost(cache, setup)
 
