@@ -62,10 +62,11 @@ def command(
       kdcache extract 'train-{0000..1023}.tar' cache --teacher vit_large_patch16_224 --precision bf16
       kdcache extract shards/ cache --teacher local-dir:teacher --target logits --target features@norm
 
-    
+    \b
     Several processes share the work when a launcher starts them, on one machine or many that see CACHE:
       torchrun --nproc-per-node 8 --no-python kdcache extract shards/ cache --teacher vit_large_patch16_224
       srun --ntasks 16 --gpus-per-task 1 kdcache extract shards/ cache --teacher vit_large_patch16_224
+
     A Kubernetes indexed job needs KDCACHE_WORLD_SIZE beside its JOB_COMPLETION_INDEX; any other launcher sets KDCACHE_RANK
     and KDCACHE_WORLD_SIZE. Rank 0 shows the progress and the JSON. What one rank leaves, the others do.
 
