@@ -80,7 +80,16 @@ def command(
       kdcache extract shards/ cache --teacher local-dir:teacher --target logits --target features@norm
       kdcache extract --list-nodes --teacher vit_large_patch16_224
 
-    Exit code 1 if a shard was cut short or could not be done; the others are done all the same.
+    \b
+    Several processes share the work when a launcher starts them, on one machine or many that see CACHE:
+      torchrun --nproc-per-node 8 --no-python kdcache extract shards/ cache --teacher vit_large_patch16_224
+      srun --ntasks 16 --gpus-per-task 1 kdcache extract shards/ cache --teacher vit_large_patch16_224
+
+    A Kubernetes indexed job needs KDCACHE_WORLD_SIZE beside its JOB_COMPLETION_INDEX; any other launcher sets KDCACHE_RANK
+    and KDCACHE_WORLD_SIZE. Rank 0 shows the progress and the JSON. What one rank leaves, the others do.
+
+    Exit code 1 if a shard was cut short or could not be done; the others are done all the same. Ctrl-C and SIGTERM exit with
+    1 within 10 s; run the same command again to finish.
     """
 
     model_args = parse_settings(model_kwargs, option="--model-kwargs")
@@ -91,6 +100,7 @@ def command(
         raise click.UsageError(f"Missing argument '{'SHARDS' if shards is None else 'CACHE'}'.")
 
     def action() -> int:
+        from kdcache.launch import read_launch
         from pipelines.extract import ExtractConfig, extract
 
         config = ExtractConfig(
@@ -98,11 +108,11 @@ def command(
             methods=methods, targets=targets, **options,  # type: ignore[arg-type]  # names and types are click's above
         )  # fmt: skip
         summary = extract(config, progress=True)
-        if as_json:
+        if as_json and read_launch().rank == 0:
             print_json(summary.to_json())
         return 1 if summary.problems else 0
 
-    raise SystemExit(run_command(action))
+    raise SystemExit(run_command(action, resume="what was committed is kept: run the same command again to finish the rest"))
 
 
 def _list_nodes(teacher: str, checkpoint: Any, model_args: Mapping[str, Any], *, as_json: bool) -> None:

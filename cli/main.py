@@ -58,12 +58,19 @@ def main() -> None:
     """
 
 
-def run_command(action: Callable[[], Any]) -> Any:
-    """Run a pipeline and turn its errors into exit codes: UsageError 2, every other KDCacheError 1."""
+def run_command(action: Callable[[], Any], *, resume: str = "nothing that was there before is lost") -> Any:
+    """Run a pipeline and turn its errors into exit codes: UsageError 2, every other KDCacheError 1, a signal 1.
+
+    resume: what is kept, and how to go on, for the person who stops the command with Ctrl-C or SIGTERM.
+    """
     from kdcache.errors import KDCacheError, UsageError
+    from kdcache.interrupt import Stopped, stopping_cleanly
 
     try:
-        return action()
+        with stopping_cleanly():
+            return action()
+    except Stopped as signal:
+        raise click.ClickException(f"stopped by {signal}; {resume}") from signal
     except UsageError as error:
         raise click.UsageError(str(error)) from error
     except KDCacheError as error:

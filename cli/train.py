@@ -117,7 +117,7 @@ def command(
                 if as_json:
                     print_json({"runs": runs})
 
-    run_command(action)
+    run_command(action, resume="the checkpoint of the last whole epoch is kept: run the same command again with --resume to go on")
 
 
 def _table(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -151,6 +151,15 @@ class Cache:
         for records in self.views.values():
             records.sort(key=lambda record: record.identity.views.start)
 
+    def add_record(self, path: str, record: Document[Any]) -> None:
+        """Take note of a views or targets record that another process has committed since the cache was opened."""
+        self.documents[path] = record
+        shard = record.identity.shard
+        if record.kind == "views":
+            self.views[shard] = sorted([*self.views.get(shard, []), record], key=lambda one: one.identity.views.start)
+        else:
+            self.teachers[path.split("/")[1]].records.setdefault(shard, []).append(record)
+
     # --- what it is ---
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .errors import UsageError
+from .launch import Launch
 
 SMALL_MODEL_PARAMETERS = 1_000_000
 
@@ -24,6 +25,21 @@ def resolve_device(name: str | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device {name!r}: this machine can't use it ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def share_machine(device: torch.device, launch: Launch) -> torch.device:
+    """The device of one of several ranks on a machine: GPU number local rank, modulo the GPUs that this process sees.
+
+    SLURM may show each task its own GPU only, as number 0. Also leaves each rank its share of the cores: torch would take all of them.
+    """
+    if launch.local_world_size == 1:
+        return device
+    torch.set_num_threads(min(torch.get_num_threads(), launch.cores))
+    if str(device) != "cuda":  # the user chose one
+        return device
+    device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)  # or every rank would keep a context on the first GPU too
     return device
 
 

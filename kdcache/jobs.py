@@ -207,6 +207,8 @@ class ShardJob:
     """View → stored pixel digests, of views that the cache holds and this job renders again or reads."""
     stored: frozenset[int] = frozenset()
     """Those of `known_digests` that are read from the cache; if every view is, the tar is not opened."""
+    label: str = ""
+    """Shown to other ranks while this job is alive."""
     spool: Path = field(init=False)
     segments: list[TargetSegment] = field(init=False)
     teacher_seconds: float = 0.0
@@ -218,7 +220,7 @@ class ShardJob:
         return tuple(sorted({*self.missing.all_views, *self.known_digests}))
 
     def __post_init__(self) -> None:
-        self.spool = self.store.new_spool()
+        self.spool = self.store.new_spool(self.label)
         self._kept: list[int] = []
         self._skipped: list[Skipped] = []
         self._details: dict[str, str] = {}

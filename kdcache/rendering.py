@@ -7,7 +7,7 @@ bounded in bytes, and the loader holds a fixed number of them, so the queue betw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,10 +142,10 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
 
 def rendered_blocks(
     plan: ViewPlan, tasks: Iterable[RenderTask], *, num_workers: int, cache: Cache | None = None
-) -> Iterator[RenderedBlock | FailedTask]:
+) -> Generator[RenderedBlock | FailedTask, None, None]:
     """Blocks in task order. `tasks` is drawn from as workers become free; 0 workers render in this process. cache: for tasks with stored views.
 
-    Raises StoreError if a worker process was killed.
+    Raises StoreError if a worker process was killed. Close it to end the workers early.
     """
     loader: DataLoader[RenderedBlock | FailedTask] = DataLoader(
         Renderer(plan, cache),

@@ -110,6 +110,11 @@ def _check_spools(store: Store) -> None:
     store.drop_spool(other)
     assert not spool.exists(), "drop_spool removes the folder"
     assert dict(store.list()) == {"object": 7}, "objects outlive their spool"
+    labelled, unlabelled = store.new_spool("train-0007"), store.new_spool()
+    assert store.live_labels() == {"train-0007"}, "the labels of live attempts are shown"
+    store.drop_spools()
+    assert not labelled.exists() and not unlabelled.exists(), "drop_spools removes every folder of this process"
+    assert store.live_labels() == set(), "an attempt that was dropped is not alive"
 
 
 def _check_holding(store: Store) -> None:

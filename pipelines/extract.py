@@ -2,6 +2,9 @@
 
 Workers decode and render, the device runs the teacher and encodes, a pool compresses and writes, and a thread commits; the
 four overlap, and every queue between them is bounded in bytes. The unit of commit, retry and resume is a segment of a shard.
+
+Several processes may run this at once, started by a launcher or by hand: each begins with shards of its own (`kdcache.launch`), goes
+on with those that nobody is doing, and ends when every shard is done. They meet in the cache only.
 """
 
 from __future__ import annotations
@@ -22,8 +25,18 @@ from tqdm import tqdm
 from kdcache.cache import Cache, TeacherLayer, open_cache, open_to_write
 from kdcache.console import human_bytes, human_seconds, say
 from kdcache.errors import CacheError, KDCacheError, ShardError, TeacherError, UsageError
-from kdcache.format import CacheIdentity, Document, SourceIdentity, ViewsIdentity, check_teacher_name, source_path, views_record_path
+from kdcache.format import (
+    CacheIdentity,
+    Document,
+    SourceIdentity,
+    ViewsIdentity,
+    check_teacher_name,
+    source_path,
+    targets_record_path,
+    views_record_path,
+)
 from kdcache.index import drop_index, is_current, read_document, write_index
+from kdcache.launch import Launch, read_launch, shard_order
 from kdcache.plan import POLICIES, Policy, StoredCodec, ViewPlan, require_same
 from kdcache.shards import ShardIndex, ShardSource, check_same_tar, scan_shard
 from kdcache.sources import check_names, default_dataset_id, resolve_shards
@@ -47,6 +60,11 @@ ACCURACY_VIEWS = 64
 WRITE_QUEUE_BYTES = 256 << 20
 TYPICAL_EPOCHS = 100
 """Of one student's training online, for the break-even line."""
+POLL_S = 0.2
+"""Between looks at the shards that other processes are doing."""
+MIN_PATIENCE_S = 30.0
+"""How long such a shard is waited for at least, before it is done twice."""
+INDEX_ATTEMPTS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +103,7 @@ class ExtractConfig:
     """Store the rendered views, so that training and further targets need no tars. Default: no."""
     batch_size: int = 64
     workers: int | None = None
-    """Decoding processes; 0: decode in this one. Default: one a core, at most 8."""
+    """Decoding processes; 0: decode in this one. Default: one a core of this process's share, at most 8."""
     device: str | None = None
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Default: fp32."""
@@ -97,7 +115,7 @@ class ExtractConfig:
 
 @dataclass
 class ExtractSummary:
-    """What is there now, and what this run added. The keys of `kdcache extract --json`."""
+    """What is there now, and what this run added: this rank of it. The keys of `kdcache extract --json`."""
 
     shards: int = 0
     """Shards asked for that are complete now."""
@@ -123,6 +141,7 @@ class ExtractSummary:
 def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
     """Run stage one. Raises KDCacheError; a problem of a single shard is reported in the summary and the others go on."""
     begin = time.perf_counter()
+    launch = read_launch()
     store = open_store(config.cache)
     all_sources = _resolve(config, store)
     sources = all_sources[: config.limit_shards]
@@ -131,17 +150,17 @@ def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
         summary = _finished_already(config, sources, specs, all_sources)
         if summary is not None:
             summary.seconds = time.perf_counter() - begin
-            _report(config, summary)
+            _report(config, summary, launch)
             return summary
     with store.hold():  # from before the documents are read: `kdcache gc` takes away nothing that this run counts on
         cache = open_to_write(config.cache) if store.size("cache.json") is not None else None
         if cache is not None:
             _check_given_plan(config, cache, sources)
             sources = [cache.with_labels(source) for source in sources]
-        run = _Run(config, store, cache, sources, specs, all_sources, progress=progress)  # imports torch
+        run = _Run(config, store, cache, sources, specs, all_sources, launch, progress=progress and launch.rank == 0)  # imports torch
         summary = run.extract()
     summary.seconds = time.perf_counter() - begin
-    _report(config, summary)
+    _report(config, summary, launch)
     return summary
 
 
@@ -314,13 +333,14 @@ class _Run:
         sources: Sequence[ShardSource],
         specs: Sequence[TargetSpec],
         all_sources: Sequence[ShardSource],
+        launch: Launch,
         *,
         progress: bool,
     ) -> None:
-        from kdcache.device import resolve_device
+        from kdcache.device import resolve_device, share_machine
         from kdcache.teacher import load_teacher
 
-        self.config, self.store, self.sources, self.progress = config, store, sources, progress
+        self.config, self.store, self.sources, self.launch, self.progress = config, store, sources, launch, progress
         self.all_sources = all_sources
         self.label_key = _common_label_key(sources)
         self.teacher_name = check_teacher_name(config.name or default_teacher_name(config.teacher))
@@ -331,7 +351,7 @@ class _Run:
             checkpoint=Path(config.checkpoint) if config.checkpoint else None,
             model_args=config.model_args,
             precision=precision,
-            device=resolve_device(config.device),
+            device=share_machine(resolve_device(config.device), launch),
         )
         if known is not None:
             require_same(
@@ -344,8 +364,10 @@ class _Run:
         self.cache = cache
         self.plan = cache.plan if cache is not None else self._make_plan()
         self.wanted_views = _num_views(config, specs, self.plan, cache)
-        self.num_workers = config.workers if config.workers is not None else min(8, os.cpu_count() or 1)
+        self.num_workers = config.workers if config.workers is not None else min(8, launch.cores)
         self.summary = ExtractSummary()
+        self._job_number = 0
+        self._unreadable: set[str] = set()
         self.calibrated_on: list[str] = []
         self._indexes: dict[str, ShardIndex] = {}
         self._prepare(specs, resolved)
@@ -399,6 +421,7 @@ class _Run:
             "weight_files": weight_files(config.teacher, config.checkpoint),
         }
         self.teacher_document = create_teacher(self.store, self.teacher_name, self.teacher.identity, provenance=provenance)
+        self.cache.teachers.setdefault(self.teacher_name, TeacherLayer(self.teacher_name, self.teacher_document))  # to take records of others
         making = {"shards": self.calibrated_on, "batch_size": config.batch_size, "device": str(self.teacher.device)}
         self.recorded = create_cards(self.store, self.teacher_name, plans, statistics, making=making)
 
@@ -471,11 +494,12 @@ class _Run:
             )
 
     def _say_estimate(self, plans: Sequence[TargetPlan], seconds_per_view: float) -> None:
-        samples = self._estimated_samples()
+        samples, ranks = self._estimated_samples(self.pending), self.launch.world_size
         passes = max(self.wanted[plan.target.name] for plan in plans)
         say(
             f"{len(self.pending)} of {len(self.sources)} shards to do: about {samples:,} samples x {self.views} views;"
-            f" the teacher needs about {human_seconds(samples * passes * seconds_per_view)} ({1e3 * seconds_per_view:.1f} ms a view)"
+            f" the teacher needs about {human_seconds(samples * passes * seconds_per_view / ranks)} ({1e3 * seconds_per_view:.1f} ms a view)"
+            + (f" on each of {ranks} ranks" if ranks > 1 else "")
         )
         size = samples * sum(self.wanted[plan.target.name] * plan.encoding.bytes_per_view for plan in plans)
         free = shutil.disk_usage(_existing(self.config.cache)).free
@@ -494,17 +518,27 @@ class _Run:
     # --- the work ---
 
     def extract(self) -> ExtractSummary:
-        """Do every pending shard, write the index, sum up."""
+        """Do every pending shard that no other rank does, write the index, sum up."""
         from kdcache.commit import ChunkPool
+        from kdcache.workers import naming_killed_workers
 
         self.store.sweep_spools()
-        self.pool = ChunkPool(num_threads=min(4, os.cpu_count() or 1), max_bytes=WRITE_QUEUE_BYTES)
+        self.pool = ChunkPool(num_threads=min(4, self.launch.cores), max_bytes=WRITE_QUEUE_BYTES)
         self.committed: dict[str, np.ndarray[Any, Any]] = {}
         self.jobs: dict[int, ShardJob] = {}
-        total = self._estimated_samples() * self.views
+        self._started: dict[int, float] = {}
+        self._patience_s = MIN_PATIENCE_S
+        names = {source.name for source in self.pending}
+        self.remaining = [source for source in shard_order(self.sources, self.launch) if source.name in names]
+        own = self.remaining[: sum(source.name in names for source in self.sources[self.launch.rank :: self.launch.world_size])]
+        total = self._estimated_samples(own) * self.views
         try:
-            with tqdm(total=total, unit="view", desc="extract", disable=not self.progress or not self.pending) as bar:
+            with naming_killed_workers(), tqdm(total=total, unit="view", desc="extract", disable=not self.progress or not self.pending) as bar:
                 self._work(bar)
+                while self.remaining:
+                    self._work(bar, insist=self._wait())
+                bar.total = bar.n
+                bar.refresh()
         except KDCacheError:
             with contextlib.suppress(KDCacheError):  # the first error is the one to tell; what was committed stays indexed
                 self._finish_index()
@@ -513,27 +547,29 @@ class _Run:
             self.pool.close()
             for job in self.jobs.values():
                 job.abandon()
+            self.store.drop_spools()
+            self.store.sweep_spools()  # of ranks that were killed meanwhile
         self._finish_index()
         self._sum_up()
         return self.summary
 
-    def _estimated_samples(self) -> int:
-        """Samples of the pending shards."""
-        return round(sum(samples for _, samples in self._pending_samples()))
+    def _estimated_samples(self, sources: Sequence[ShardSource]) -> int:
+        """Samples of these shards, of those that are pending."""
+        return round(sum(samples for _, samples in self._samples_of(sources)))
 
     def _estimated_stored_bytes(self) -> float:
         """What the views that the pending shards lack will weigh, as they are stored."""
         from kdcache.stored_views import estimated_bytes
 
         codec, size = self.plan.stored_views, self.plan.size
-        views = sum(samples * sum(map(len, self._missing(source.name).views)) for source, samples in self._pending_samples())
+        views = sum(samples * sum(map(len, self._missing(source.name).views)) for source, samples in self._samples_of(self.pending))
         return views * estimated_bytes(codec, size) if codec is not None else 0
 
-    def _pending_samples(self) -> Iterator[tuple[ShardSource, float]]:
-        """Each pending shard and its samples: as recorded, else from the size of its tar and what the scanned ones hold a byte."""
+    def _samples_of(self, sources: Sequence[ShardSource]) -> Iterator[tuple[ShardSource, float]]:
+        """Each shard and its samples: as recorded, else from the size of its tar and what the scanned ones hold a byte."""
         scanned = list(self._indexes.values())
         per_byte = sum(len(index.samples) for index in scanned) / max(1, sum(index.size for index in scanned))
-        for source in self.pending:
+        for source in sources:
             records = self._records(source.name)
             if records:
                 yield source, records[0].identity.samples
@@ -541,12 +577,14 @@ class _Run:
             with contextlib.suppress(OSError):  # told when its turn comes
                 yield source, os.path.getsize(source.path) * per_byte
 
-    def _work(self, bar: Any) -> None:
+    def _work(self, bar: Any, *, insist: str = "") -> None:
+        """Do the remaining shards that no other process is doing; those stay in `remaining`. insist: a shard to do in any case."""
         from kdcache.rendering import FailedTask, rendered_blocks
 
         committing: tuple[int, Future[JobResult]] | None = None
-        with ThreadPoolExecutor(1, thread_name_prefix="kdcache-commit") as committer:
-            for block in rendered_blocks(self.plan, self._tasks(), num_workers=self.num_workers, cache=self.cache):
+        blocks = rendered_blocks(self.plan, self._tasks(insist), num_workers=self.num_workers, cache=self.cache)
+        with contextlib.closing(blocks), ThreadPoolExecutor(1, thread_name_prefix="kdcache-commit") as committer:
+            for block in blocks:
                 number = block.task.job
                 if number not in self.jobs:
                     continue  # the shard has failed
@@ -572,8 +610,22 @@ class _Run:
                     self.summary.teacher_seconds += job.teacher_seconds
             if committing is not None:
                 self._settle(*committing)
-        bar.total = bar.n
-        bar.refresh()
+
+    def _wait(self) -> str:
+        """Wait for the remaining shards, which other processes are doing; '' when one of them was finished or given up.
+
+        A hint must not stop the work: after twice the time that this rank's slowest shard took, the name of one to do all the same.
+        """
+        waited_for = {self._label(source) for source in self.remaining}
+        deadline = time.monotonic() + self._patience_s
+        while time.monotonic() < deadline:
+            if waited_for - self.store.live_labels():
+                return ""
+            time.sleep(POLL_S)
+        return self.remaining[0].name
+
+    def _label(self, source: ShardSource) -> str:
+        return f"{self.teacher_name}/{source.name}"
 
     def _fail(self, number: int, error: KDCacheError) -> None:
         """One shard can't be done: it becomes a problem, and the others go on. Anything else ends the run."""
@@ -581,21 +633,48 @@ class _Run:
             raise error
         job = self.jobs.pop(number)
         job.abandon()
+        del self._started[number]
         self.summary.problems.append({"kind": "source", "shard": job.index.source.name, "key": "", "detail": str(error)})
 
     def _settle(self, number: int, committed: Future[JobResult]) -> None:
         result = committed.result()
         del self.jobs[number]
+        self._patience_s = max(self._patience_s, 2 * (time.monotonic() - self._started.pop(number)))
         self.summary.bytes += result.size_bytes
         shard = next(iter(result.documents.values())).identity.shard
         self.committed[shard] = result.table
 
-    def _tasks(self) -> Iterator[RenderTask]:
-        """Render tasks of every pending shard in order. Drawn from by the loader, in this process, as workers become free."""
+    def _turns(self, insist: str) -> Iterator[tuple[int, ShardSource]]:
+        """(a number for its job, shard) of every remaining shard that is not done meanwhile and that no other process is doing now."""
+        remaining, self.remaining = self.remaining, []
+        for source in remaining:
+            if source.name != insist and self._label(source) in self.store.live_labels():
+                self.remaining.append(source)
+                continue
+            if self._was_done_meanwhile(source.name):
+                continue
+            self._job_number += 1
+            self._started[self._job_number] = time.monotonic()
+            yield self._job_number, source
+
+    def _was_done_meanwhile(self, shard: str) -> bool:
+        """Look for the records that this run would make of a shard; whether others have made all of them."""
+        missing, cache = self._missing(shard), self.cache
+        assert cache is not None
+        paths = [views_record_path(shard, views) for views in missing.views]
+        for names, views in missing.segments:
+            paths.append(targets_record_path(self.teacher_name, shard, {name: self.recorded[name].card.identity_digest for name in names}, views))
+        found = [path for path in paths if self.store.size(path) is not None]
+        for path in found:
+            cache.add_record(path, read_document(self.store, path))
+        return bool(found) and not self._missing(shard)
+
+    def _tasks(self, insist: str) -> Iterator[RenderTask]:
+        """Render tasks of the shards whose turn it is. Drawn from by the loader, in this process, as workers become free."""
         from kdcache.jobs import ShardJob
         from kdcache.rendering import samples_per_task
 
-        for number, source in enumerate(self.pending):
+        for number, source in self._turns(insist):
             records = self._records(source.name)
             known = records[0].identity if records else None
             try:
@@ -629,6 +708,7 @@ class _Run:
                 known=known,
                 known_digests=known_digests,
                 stored=frozenset(stored),
+                label=self._label(source),
             )
             yield from job.tasks(number, samples_per_task(self.plan, len(job.rendered_views)))
 
@@ -653,27 +733,37 @@ class _Run:
     # --- after the work ---
 
     def _finish_index(self) -> None:
-        """Bring the index up to date with the documents, those of other runs included."""
-        fresh = open_to_write(self.config.cache)
-        if is_current(self.store, fresh.documents):
-            return
+        """Bring the index up to date with the documents, those of other runs included.
+
+        Another rank may be replacing it at the same time, and remove what this one has written: whoever writes last looks last.
+        """
+        for _ in range(INDEX_ATTEMPTS):
+            fresh = open_to_write(self.config.cache)
+            if is_current(self.store, fresh.documents):
+                return
+            self._write_index(fresh)
+
+    def _write_index(self, fresh: Cache) -> None:
         tables = dict(self.committed)
         for shard in fresh.views.keys() - tables.keys():
             try:
                 tables[shard] = fresh.table_from_group(fresh.views[shard][0].identity)
             except CacheError as error:
+                if shard in self._unreadable:
+                    continue
+                self._unreadable.add(shard)
                 remedy = f"delete {views_record_path(shard, fresh.views[shard][0].identity.views)} and run the command again to make it anew"
                 self.summary.problems.append({"kind": "corrupt", "shard": shard, "key": "", "detail": f"{error}; {remedy}"})
         write_index(self.store, fresh.documents, tables)
 
     def _sum_up(self) -> None:
-        fresh = open_cache(self.config.cache)
+        self.cache = fresh = open_cache(self.config.cache)
         failed = {problem["shard"] for problem in self.summary.problems}
         pending = {source.name for source in self.pending}
         self.summary.views = self.views
         for source in self.sources:
             records = fresh.views.get(source.name)
-            if not records or source.name in failed:
+            if not records or source.name in failed or self._missing(source.name):
                 continue
             before = self.summary.resumed_shards
             _count_finished(self.summary, records[0])
@@ -689,10 +779,13 @@ def _existing(path: str) -> str:
     return str(folder)
 
 
-def _report(config: ExtractConfig, summary: ExtractSummary) -> None:
-    """The summary for people, on stderr."""
+def _report(config: ExtractConfig, summary: ExtractSummary, launch: Launch) -> None:
+    """The summary for people, on stderr; of ranks but the first only the problems."""
+    who = f"rank {launch.rank}: " if launch.world_size > 1 else ""
     for problem in summary.problems:
-        say(f"problem: shard {problem['shard']}: {problem['detail']}")
+        say(f"{who}problem: shard {problem['shard']}: {problem['detail']}")
+    if launch.rank > 0:
+        return
     say(
         f"{config.cache}: {summary.shards} shards, {summary.rows:,} rows x {summary.views} views, {summary.skipped} samples skipped;"
         f" added {human_bytes(summary.bytes)} in {human_seconds(summary.seconds)}"

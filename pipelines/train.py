@@ -49,6 +49,7 @@ from kdcache.shards import NO_LABEL, ShardIndex, scan_shard
 from kdcache.sources import resolve_shards
 from kdcache.students import Student, build_student, export_student
 from kdcache.targets import parse_target
+from kdcache.workers import naming_killed_workers
 
 SCHEDULES = ("cosine", "tanh", "constant", "none")
 """timm's schedules that need no options beyond ours."""
@@ -441,7 +442,7 @@ class _Run:
         if self.last.is_file():
             loop.load(load_checkpoint(self.last, fingerprint=self.data.cache.fingerprint))
         self._write_args(device, workers)
-        with fitting_threads(method, device):
+        with fitting_threads(method, device), naming_killed_workers():
             loop.train(evaluator, workers, progress=progress)
         self._export(student, method, loop.history)
         return self._report(loop.history, loop.seconds, "done")

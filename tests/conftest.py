@@ -16,6 +16,8 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "JOB_COMPLETION_INDEX", "KDCACHE_RANK", "KDCACHE_WORLD_SIZE"):
+    os.environ.pop(name, None)  # of what launched the tests
 settings.register_profile("kdcache", deadline=None, derandomize=True, max_examples=30, print_blob=False)
 settings.load_profile("kdcache")
 

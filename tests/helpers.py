@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +148,83 @@ def run_python(code: str, *arguments: object, check: bool = True, timeout_s: flo
     if check:
         assert result.returncode == 0, result.stderr
     return result
+
+
+class Forked:
+    """A process of its own group that runs `action` and exits with what it returns (None is 0), its output in `log`.
+
+    Forked from this one, which has torch loaded: a fresh interpreter would need seconds for that.
+    """
+
+    def __init__(self, action: Callable[[], int | None], log: Path, environ: Mapping[str, str] | None = None) -> None:
+        self.log = log
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(action, environ or {})
+        with contextlib.suppress(OSError):
+            os.setpgid(self.pid, self.pid)  # here too: whoever comes first
+
+    def _run(self, action: Callable[[], int | None], environ: Mapping[str, str]) -> None:
+        status = 70
+        try:
+            os.setpgid(0, 0)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False, buffering=1) for number in (1, 2))
+            os.environ.update(environ)
+            status = action() or 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 1
+        except BaseException:  # noqa: BLE001 - shown, and the process ends
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(status)
+
+    def kill(self, number: int = signal.SIGKILL, *, group: bool = False) -> None:
+        (os.killpg if group else os.kill)(self.pid, number)
+
+    def wait(self, timeout_s: float = 120) -> int:
+        """The exit status, negative for a signal. Kills the group and fails after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.005)
+        os.killpg(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise AssertionError(f"still running after {timeout_s} s: {self.output()}")
+
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def group_is_gone(self, timeout_s: float = 0.0) -> bool:
+        """Whether no process of its group is left; its workers have `timeout_s` to notice."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                os.killpg(self.pid, 0)
+            except ProcessLookupError:
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+
+
+def kdcache_command(*arguments: object) -> Callable[[], int]:
+    """The command line in this process, for `Forked`: `kdcache_command("verify", cache)`."""
+
+    def run() -> int:
+        from cli.main import main
+
+        main([str(argument) for argument in arguments])
+        return 0
+
+    return run

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -190,52 +187,7 @@ def test_missing_segments_are_exactly_what_is_wanted_and_not_there(
     assert [(names, (v.start, v.stop)) for names, v in missing.segments] == segments
 
 
-# --- kill ------------------------------------------------------------------------------------------------------------
-
-_CHILD = """
-import sys
-from pipelines.extract import ExtractConfig, extract
-from kdcache.plan import Policy, RandomResizedCrop
-root = sys.argv[1]
-extract(ExtractConfig(shards=root + '/shards', cache=sys.argv[2], teacher='local-dir:' + root + '/teacher', targets=('logits', 'features@blocks.-1:int8'),
-        views=2, workers=1, batch_size=5, device='cpu'))
-"""
-
-
-def count_records(cache: Path) -> int:
-    """Views records there are now, of a cache that another process is writing."""
-    return sum(name.endswith(".json") for name in os.listdir(cache / "views")) if (cache / "views").is_dir() else 0
-
-
-def test_resume_after_kill_gives_identical_bytes(tmp_path: Path) -> None:
-    """SIGKILL at five moments of the writing, then a second run: the same files with the same bytes, no orphans, all sound."""
-    make_shards(tmp_path / "shards", num_shards=8, num_samples=60)
-    make_teacher_dir(tmp_path / "teacher")
-    run(tmp_path, "undisturbed", targets=("logits", FEATURES), workers=1)
-    expected = tree(tmp_path / "undisturbed")
-    root = open_cache(tmp_path / "undisturbed").root
-    states = set()
-    for moment in range(5):
-        cache = tmp_path / f"killed-{moment}"
-        child = subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path), str(cache)], start_new_session=True)
-        deadline = time.monotonic() + 120
-        while child.poll() is None and time.monotonic() < deadline and count_records(cache) < moment:
-            pass
-        while moment == 0 and child.poll() is None and not any(name == "targets-0" for _, names, _ in os.walk(cache / "tmp") for name in names):
-            pass
-        assert child.poll() is None, "the child ended before it could be killed"
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait(10)
-        records = len(list(cache.glob("teachers/teacher/*.json"))) - 1
-        states.add(records)
-        assert records < 8, "killed too late to show anything"
-        run(tmp_path, cache.name, targets=("logits", FEATURES), workers=1)
-        assert tree(cache) == expected
-        assert not (cache / "tmp").exists()
-        assert open_cache(cache).root == root
-        verdict = verify(str(cache), views="all", workers=0)
-        assert verdict.ok, verdict.problems
-    assert len(states) > 2, f"the kills struck after {states} shards only"
+# --- kill (also test_faults) -----------------------------------------------------------------------------------------
 
 
 def test_group_published_without_its_record_is_adopted(setup: Path) -> None:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import make_shard, make_shards, make_teacher_dir, run_python
+from helpers import Forked, make_shard, make_shards, make_teacher_dir, run_python
 from test_extract import FEATURES, groups, run, setup, tree  # noqa: F401 - setup is a fixture
 
 import pipelines.extract
 from kdcache import open_cache
-from kdcache.errors import CorruptError, KDCacheError, MismatchError, MissingError, ShardError, StoreError, TeacherError, UsageError
+from kdcache.errors import CorruptError, KDCacheError, MismatchError, MissingError, ShardError, TeacherError, UsageError
 from kdcache.index import load_documents
 from kdcache.store import open_store
 from kdcache.teacher import load_teacher
@@ -215,78 +211,25 @@ def test_tar_that_shrinks_while_it_is_read_is_a_problem_of_its_shard_only(setup:
     assert not (setup / "cache" / "tmp").exists()
 
 
-def test_full_disk_is_a_store_error_that_leaves_no_spool_and_loses_nothing(setup: Path) -> None:  # noqa: F811
-    """RLIMIT_FSIZE stands for the disk: writes beyond it fail in the middle of a file."""
-    run(setup)
-    before = {path: digest for path, digest in tree(setup / "cache").items() if not path.startswith("index")}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
-    try:
-        with pytest.raises(StoreError, match=r"can't be|failed"):
-            run(setup, targets=("logits", "features@blocks.-1:fp16"), views=3)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, previous)
-    assert before.items() <= tree(setup / "cache").items()
-    assert not (setup / "cache" / "tmp").exists()
-    run(setup, targets=("logits", "features@blocks.-1:fp16"), views=3)
-    assert verify(str(setup / "cache"), views="all", workers=0).ok
-
-
-_RACER = """
-import sys
-from pipelines.extract import *
-root = sys.argv[1]
-print(extract(ExtractConfig(shards=root + '/shards', cache=root + '/cache', teacher='local-dir:' + root + '/' + sys.argv[2], name=sys.argv[2],
-      targets=('logits', 'features@norm:int8'), views=2, workers=1, batch_size=4, device='cpu')).rows)
-"""
-
-
-@pytest.mark.parametrize("second", ["teacher", "other"])
-def test_two_extractions_of_one_empty_cache_lose_nothing_and_agree(tmp_path: Path, second: str) -> None:
+def test_two_extractions_of_different_teachers_into_one_empty_cache_lose_nothing(tmp_path: Path) -> None:
+    """They race for cache.json and every view (test_launch: for one teacher)."""
     make_shards(tmp_path / "shards", num_shards=4, num_samples=12)
     make_teacher_dir(tmp_path / "teacher")
     make_teacher_dir(tmp_path / "other", seed=5)
-    racers = [
-        subprocess.Popen([sys.executable, "-c", _RACER, str(tmp_path), name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for name in ("teacher", second)
-    ]
-    for racer in racers:
-        out, err = racer.communicate(timeout=120)
-        assert (racer.returncode, out.strip()) == (0, "48"), err
-    for name in ("teacher", second):
-        pipelines.extract.extract(
-            pipelines.extract.ExtractConfig(
-                shards=str(tmp_path / "shards"), cache=str(tmp_path / "cache"), teacher=f"local-dir:{tmp_path / name}", name=name, views=2,
-                targets=("logits", "features@norm:int8"), workers=0, batch_size=4, device="cpu",
-            )
-        )  # fmt: skip
+
+    def extraction(name: str) -> Any:
+        return lambda: int(run(tmp_path, teacher=f"local-dir:{tmp_path / name}", name=name, targets=("logits", "features@norm:int8")).rows != 48)
+
+    racers = [Forked(extraction(name), tmp_path / name / "log") for name in ("teacher", "other")]
+    assert [racer.wait() for racer in racers] == [0, 0], [racer.output() for racer in racers]
     verdict = verify(str(tmp_path / "cache"), views="all", workers=0)
     assert verdict.ok, verdict.problems
     cache = open_cache(tmp_path / "cache")
-    assert sorted(cache.teachers) == sorted({"teacher", second})
+    assert sorted(cache.teachers) == ["other", "teacher"]
     for name in cache.teachers:
         logits = np.stack([cache.read(shard, key, 1, name)["logits"] for shard in cache.shards for key in cache.keys(shard)])
         assert logits.shape == (48, 10)
         assert len(np.unique(logits[:, 0])) > 24  # rows, not one row many times
-
-
-def test_interrupted_cache_is_sound_and_says_that_it_is_unfinished(tmp_path: Path) -> None:
-    make_shards(tmp_path / "shards", num_shards=8, num_samples=60)
-    make_teacher_dir(tmp_path / "teacher")
-    child = subprocess.Popen(
-        [sys.executable, "-c", _RACER, str(tmp_path), "teacher"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    views = tmp_path / "cache" / "views"
-    while child.poll() is None and not (views.is_dir() and any(name.endswith(".json") for name in os.listdir(views))):
-        time.sleep(0.002)
-    assert child.poll() is None
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait(10)
-    verdict = verify(str(tmp_path / "cache"))
-    assert {problem.kind for problem in verdict.problems} <= {"extra"}, verdict.problems  # a group whose record was not reached
-    assert any("unfinished" in note for note in verdict.notes)
 
 
 def test_descriptors_are_given_back(setup: Path) -> None:  # noqa: F811

@@ -68,12 +68,26 @@ class Store(ABC):
         return
 
     @abstractmethod
-    def new_spool(self) -> Path:
-        """A new empty local folder, unique to this attempt, from which `put_new` is cheap. Remove it with `drop_spool`."""
+    def new_spool(self, label: str = "") -> Path:
+        """A new empty local folder, unique to this attempt, from which `put_new` is cheap. Remove it with `drop_spool`.
+
+        label: what the attempt works on, shown to others by `live_labels`.
+        """
 
     @abstractmethod
     def drop_spool(self, spool: Path) -> None:
         """Remove a folder made by `new_spool`."""
+
+    @abstractmethod
+    def drop_spools(self) -> None:
+        """Remove every folder that this process made by `new_spool` and has not dropped."""
+
+    @abstractmethod
+    def live_labels(self) -> set[str]:
+        """Labels of the attempts that are alive, this process's own included; what killed ones left behind is swept.
+
+        A hint, and no lock: it may miss an attempt, and an object store sees those of this machine only.
+        """
 
     @abstractmethod
     def sweep_spools(self) -> int:

@@ -25,6 +25,7 @@ MAX_OPEN_FILES = 128
 
 _SPOOL = "tmp"
 _LOCK = "lock"
+_MAX_LABEL_BYTES = 4096
 
 
 class LocalStore(Store):
@@ -190,7 +191,7 @@ class LocalStore(Store):
                 break
             folder = folder.parent
 
-    def new_spool(self) -> Path:
+    def new_spool(self, label: str = "") -> Path:
         for _ in range(20):  # another process may drop the common folder, or sweep ours before it is locked
             try:
                 (self.root / _SPOOL).mkdir(parents=True, exist_ok=True)
@@ -207,9 +208,18 @@ class LocalStore(Store):
                 locked = False
             if locked:
                 self._spool_locks[spool] = descriptor
+                self._write_label(spool, descriptor, label)
                 return spool
             os.close(descriptor)
-        raise StoreError(f"{self.url}: no spool folder can be made: another process keeps removing {_SPOOL}/")
+        raise StoreError(f"{self.url}: no spool folder can be made: {_SPOOL}/ is no folder, or another process keeps removing it")
+
+    def _write_label(self, spool: Path, descriptor: int, label: str) -> None:
+        try:
+            if label:
+                os.write(descriptor, label.encode())
+        except OSError as error:
+            self.drop_spool(spool)
+            raise StoreError(f"{self.url}: no spool folder can be made: {error.strerror}; expected a writable folder with free space") from error
 
     def drop_spool(self, spool: Path) -> None:
         _remove_spool(spool)
@@ -219,9 +229,21 @@ class LocalStore(Store):
         with contextlib.suppress(OSError):  # another attempt is alive
             (self.root / _SPOOL).rmdir()
 
+    def drop_spools(self) -> None:
+        for spool in list(self._spool_locks):
+            self.drop_spool(spool)
+
     def sweep_spools(self) -> int:
+        return self._sweep()[0]
+
+    def live_labels(self) -> set[str]:
+        return self._sweep()[1]
+
+    def _sweep(self) -> tuple[int, set[str]]:
+        """How many dead attempts' folders were removed, and the labels of the live ones."""
         folder = self.root / _SPOOL
         swept = 0
+        live: set[str] = set()
         for spool in sorted(folder.iterdir()) if folder.is_dir() else []:
             try:
                 descriptor = os.open(spool / _LOCK, os.O_RDWR | os.O_CLOEXEC)
@@ -234,8 +256,8 @@ class LocalStore(Store):
                 continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # its attempt is alive
+            except BlockingIOError:  # its attempt is alive
+                live.add(os.pread(descriptor, _MAX_LABEL_BYTES, 0).decode(errors="replace"))
             else:
                 _remove_spool(spool)
                 swept += 1
@@ -243,7 +265,7 @@ class LocalStore(Store):
                 os.close(descriptor)
         with contextlib.suppress(OSError):  # another attempt is alive, or nothing was there
             folder.rmdir()
-        return swept
+        return swept, live - {""}
 
     def spools(self) -> Sequence[Spool]:
         folder = self.root / _SPOOL
