@@ -71,8 +71,9 @@ def command(
     Targets: logits                     uint8 with an affine pair a row, ~0.9 kB for 1000 classes
              features@blocks.22:int8    raw output of a block; ~7 bits a value
              features@norm:fp16,views=4 output of forward_features(), 4 views only
-    With --store-views the teacher sees what the stored view decodes to, and training or a further target reads that: it needs
-    no tars. An image then costs a quarter of rendering it (jpeg95), a twentieth (raw), or as much (png). More views still need the tars.
+
+    With --store-views the teacher sees what the stored view decodes to; training and further targets read that and need no tars
+    (more views do). An image then costs training a quarter of rendering it (jpeg95), a twentieth (raw), or as much (png).
 
     \b
     Examples:

@@ -504,10 +504,8 @@ class _Run:
         size = samples * sum(self.wanted[plan.target.name] * plan.encoding.bytes_per_view for plan in plans)
         free = shutil.disk_usage(_existing(self.config.cache)).free
         stored = ""
-        if self.plan.stored_views is not None:
-            stored = (
-                f", and about {human_bytes(self._estimated_stored_bytes())} of stored views ({self.plan.stored_views}; by their area, an estimate)"
-            )
+        if stored_bytes := self._estimated_stored_bytes():
+            stored = f", and about {human_bytes(stored_bytes)} of stored views ({self.plan.stored_views}; by their area, an estimate)"
         say(f"at most {human_bytes(size)} of targets, before compression{stored}; {human_bytes(free)} are free")
         students = -(-passes // TYPICAL_EPOCHS)
         say(
@@ -561,9 +559,10 @@ class _Run:
         """What the views that the pending shards lack will weigh, as they are stored."""
         from kdcache.stored_views import estimated_bytes
 
-        codec, size = self.plan.stored_views, self.plan.size
+        if self.plan.stored_views is None:
+            return 0
         views = sum(samples * sum(map(len, self._missing(source.name).views)) for source, samples in self._samples_of(self.pending))
-        return views * estimated_bytes(codec, size) if codec is not None else 0
+        return views * estimated_bytes(self.plan.stored_views, self.plan.size)
 
     def _samples_of(self, sources: Sequence[ShardSource]) -> Iterator[tuple[ShardSource, float]]:
         """Each shard and its samples: as recorded, else from the size of its tar and what the scanned ones hold a byte."""

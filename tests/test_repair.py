@@ -290,10 +290,10 @@ def read_everything(folder: Path) -> list[bytes]:
 
 def test_shard_that_fails_late_leaves_the_others_whole_while_chunks_are_queued(setup: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """The failed shard's chunks are still in the pool that the next shard uses."""
-    import kdcache.commit
+    import kdcache.arrays
     from kdcache.shards import ShardFiles
 
-    encode, read = kdcache.commit.encode_chunk, ShardFiles.read
+    encode, read = kdcache.arrays.encode_chunk, ShardFiles.read
 
     def slow_encode(spec: Any, rows: Any) -> bytes:
         time.sleep(0.02)
@@ -306,7 +306,7 @@ def test_shard_that_fails_late_leaves_the_others_whole_while_chunks_are_queued(s
 
     shutil.rmtree(setup / "shards")
     make_shards(setup / "shards", num_shards=2, num_samples=200)
-    monkeypatch.setattr(kdcache.commit, "encode_chunk", slow_encode)
+    monkeypatch.setattr(kdcache.arrays, "encode_chunk", slow_encode)
     monkeypatch.setattr(ShardFiles, "read", broken_read)
     monkeypatch.setattr("kdcache.rendering.BLOCK_BYTES", 300_000)
     summary = run(setup, targets=("logits", "features@blocks.0:fp16", "features@norm:fp16"))
