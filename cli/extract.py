@@ -21,7 +21,7 @@ from .options import device_option, json_option, parse_settings, print_json, wor
 @click.option("--for", "methods", multiple=True, metavar="METHOD", help="Record what this method needs. Repeatable.")
 @click.option("--target", "targets", multiple=True, metavar="SPEC", help="target[@node][:encoding][,views=N]. Repeatable. Default: logits.")
 @click.option("--views", type=click.IntRange(1), metavar="V", help="Views a sample. Default: 8; 1 without randomness. More can be added later.")
-@click.option("--augment", metavar="POLICY", help="none (centre crop) or weak (random resized crop and flip). Default: weak.")
+@click.option("--augment", metavar="POLICY", help="none, weak, strong, 3aug or a FILE.yaml, see below. Default: weak.")
 @click.option("--size", type=click.IntRange(1), metavar="S", help="Side of a view, pixels. Default: the teacher's input size.")
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Seed of the view plan. Default: 0.")
 @click.option("--batch-size", "-b", type=click.IntRange(1), default=64, show_default=True, metavar="B", help="Views a teacher pass.")
@@ -57,6 +57,14 @@ def command(
     Targets: logits                     uint8 with an affine pair a row, ~0.9 kB for 1000 classes
              features@blocks.22:int8    raw output of a block; ~7 bits a value
              features@norm:fp16,views=4 output of forward_features(), 4 views only
+    \b
+    Policies: none    centre crop, one view
+              weak    random resized crop and flip
+              strong  weak, RandAugment (n2 m9 mstd0.5), random erasing .25
+              3aug    weak, DeiT III's greyscale, solarize or blur, colour jitter .3
+              FILE    a YAML file of fields, from a named one on with 'base: strong':
+                      crop, hflip, interpolation, three_augment, rand_augment,
+                      color_jitter, erase, mix (Mixup and CutMix); see FORMAT.md
     \b
     Examples:
       kdcache extract 'train-{0000..1023}.tar' cache --teacher vit_large_patch16_224 --precision bf16

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,9 @@ def inspect_row(cache: Cache, shard: str, key: str, view: int) -> dict[str, Any]
         result["label"] = read["label"]
         result["crop"] = [params.crop.left, params.crop.top, params.crop.width, params.crop.height]
         result["flip"] = params.flip
+        result["ops"] = [[op, magnitude / 65536] for op, magnitude in params.ops]
+        result["erase"] = None if params.erase is None else asdict(params.erase)
+        result["mix"] = None if params.mix is None else asdict(params.mix)
         if name is not None:
             arrays = {target: value for target, value in read.items() if isinstance(value, np.ndarray)}
             result["teachers"][name] = {target: _statistics(value) for target, value in arrays.items()}
@@ -161,6 +165,7 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
         f"  root         {facts['root']}",
         f"  plan         {facts['fingerprint']}: dataset {plan['dataset']!r}, {plan['size']} px, seed {plan['seed']}",
         f"  policy       {crop_text}, flip {policy['hflip']:g}, {policy['interpolation']}; decoder {plan['decoder']}",
+        *(f"               {name}: {_in_words(fields)}" for name, fields in policy.items() if isinstance(fields, dict) and name != "crop"),
         f"  shards       {shards['done']} of {shards['total']} done",
         f"  rows         {facts['rows']:,} x {facts['views']} views",
         f"  labels       {facts['labels']['labelled']:,} labelled, {facts['labels']['classes']} classes",
@@ -185,6 +190,10 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
             size = f"{t['bytes_per_view']:9,.0f}" if t["bytes_per_view"] is not None else f"{'':>9}"
             lines.append(f"               {target:<24} {t['encoding']:<9} {t['views']:5d} {shape:<12} {size} {figures}".rstrip())
     return "\n".join(lines)
+
+
+def _in_words(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items())
 
 
 def shard_as_text(facts: Mapping[str, Any]) -> str:
@@ -212,6 +221,10 @@ def shard_as_text(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _box_in_words(box: Mapping[str, int]) -> str:
+    return f"{box['width']} x {box['height']} px at ({box['left']}, {box['top']})"
+
+
 def row_as_text(facts: Mapping[str, Any]) -> str:
     """A row for people."""
     left, top, width, height = facts["crop"]
@@ -219,7 +232,14 @@ def row_as_text(facts: Mapping[str, Any]) -> str:
         f"shard {facts['shard']}, key {facts['key']}, view {facts['view']} (row {facts['row']})",
         f"  label        {facts['label'] if facts['label'] >= 0 else 'none'}",
         f"  view         crop {width} x {height} px at ({left}, {top}){', flipped' if facts['flip'] else ''}; pixel digest {facts['pixels']}",
+        *(f"               image op {op} with {magnitude:g}" for op, magnitude in facts["ops"]),
     ]
+    if facts["erase"] is not None:
+        lines.append(f"               erased {_box_in_words(facts['erase']['box'])} with {'noise' if facts['erase']['mode'] == 2 else 'a colour'}")
+    if facts["mix"] is not None:
+        mix = facts["mix"]
+        how = f"CutMix {_box_in_words(mix['box'])}" if mix["mode"] == 1 else "Mixup"
+        lines.append(f"               {how} with sample {mix['partner']} of the tar, own weight {mix['lambda_q16'] / 65536:.4f}")
     for name, targets in facts["teachers"].items():
         for target, t in targets.items():
             shape = "x".join(map(str, t["shape"]))
