@@ -560,6 +560,7 @@ class _Run:
                 batch_size=self.config.batch_size,
                 known=known,
                 known_digests=known_digests,
+                is_mixed=self.plan.policy.mix is not None,
             )
             yield from job.tasks(number, samples_per_task(self.plan, len(job.rendered_views)))
 

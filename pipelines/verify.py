@@ -321,15 +321,15 @@ class _Replay:
 
     def tasks(self) -> Iterator[Any]:
         """Render tasks, shard after shard; a tar that is gone or was changed becomes a problem instead."""
-        from kdcache.rendering import RenderTask, samples_per_task
+        from kdcache.rendering import Neighbours, RenderTask, samples_per_task
 
         for shard in self.cache.shards:
             source, index = self._source(shard)
             if source is None or index is None:
                 continue
-            by_key = {sample.key: sample for sample in index.samples}
+            by_key = {sample.key: (position, sample) for position, sample in enumerate(index.samples)}
             try:
-                rows = [(row, by_key[key]) for row, key in enumerate(self.cache.keys(shard))]
+                rows = [by_key[key] for key in self.cache.keys(shard)]
             except KDCacheError as error:
                 self.verdict.problems.append(Problem("corrupt", shard, "", str(error)))
                 continue
@@ -338,14 +338,16 @@ class _Replay:
                     Problem("plan", shard, "", f"key {error} of the cache is not in the tar, though its member table is the same")
                 )
                 continue
+            skipped = [skip.index for skip in self.cache.views[shard][0].identity.skipped]
+            neighbours = Neighbours.of(index, skipped) if self.cache.plan.policy.mix is not None else None
             all_views = tuple(view for record in self.cache.views[shard] for view in range(record.identity.views.start, record.identity.views.stop))
             if self.views == "all":
                 step = samples_per_task(self.cache.plan, len(all_views))
                 for start in range(0, len(rows), step):
-                    yield RenderTask(0, source, tuple(rows[start : start + step]), all_views, False)
+                    yield RenderTask(0, source, tuple(rows[start : start + step]), all_views, False, neighbours)
             else:
                 for row, view in self._chosen(shard, len(rows), all_views):
-                    yield RenderTask(0, source, (rows[row],), (view,), False)
+                    yield RenderTask(0, source, (rows[row],), (view,), False, neighbours)
 
     def _source(self, shard: str) -> tuple[ShardSource | None, ShardIndex | None]:
         record = self.cache.views[shard][0].identity
@@ -380,9 +382,9 @@ class _Replay:
         shard = task.source.name
         for place, reason in block.reasons.items():
             self._problem(shard, task.samples[place][1], f"can't be decoded now ({reason}), it could when the cache was made")
-        rows = [task.samples[place][0] for place in block.kept]
         for column, view in enumerate(task.views):
             try:
+                rows = [self.cache.row_at(shard, task.samples[place][0]) for place in block.kept]
                 digests = self.cache.read_pixel_digests(shard, view, rows)
                 params = self.cache.read_params(shard, view, rows)
             except CacheError as error:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm.data.auto_augment as timm_ops
 import torch
-from helpers import make_image
+from helpers import make_image, random_policies
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,7 +30,6 @@ from kdcache.plan import (
     RandAugment,
     RandomErasing,
     RandomResizedCrop,
-    ThreeAugment,
     ViewPlan,
 )
 from kdcache.policy_file import load_policy, parse_policy
@@ -243,30 +242,6 @@ def test_mixup_is_the_rounded_mean(weight: int, seed: int) -> None:
 
 
 # --- random policies ---
-
-fractions = st.sampled_from([0.0, 0.01, 0.3, 0.5, 1.0])
-pairs = st.tuples(fractions, fractions).map(lambda pair: (min(pair), max(pair)))
-random_policies = st.builds(
-    Policy,
-    crop=st.just(CenterCrop()) | st.builds(RandomResizedCrop, scale=st.sampled_from([(0.08, 1.0), (0.5, 0.5)])),
-    hflip=fractions,
-    interpolation=st.sampled_from(["bilinear", "bicubic"]),
-    three_augment=st.none() | st.builds(ThreeAugment, prob=fractions, sigma=st.sampled_from([(0.1, 2.0), (0.01, 32.0)])),
-    rand_augment=st.none()
-    | st.builds(
-        RandAugment,
-        num_ops=st.integers(1, 4),
-        magnitude=st.floats(0, 10),
-        magnitude_std=st.floats(0, 100),
-        increasing=st.booleans(),
-        prob=fractions,
-        translate=fractions,
-    ),
-    color_jitter=st.none() | st.builds(ColorJitter, prob=fractions, brightness=fractions, contrast=fractions, saturation=fractions),
-    erase=st.none()
-    | st.builds(RandomErasing, prob=fractions, mode=st.sampled_from(["noise", "constant"]), area=pairs.filter(lambda pair: pair[1] > 0)),
-    mix=st.none() | st.builds(MixedViews, prob=fractions, switch_prob=fractions, mixup_alpha=st.just(0.0), cutmix_alpha=st.floats(0.01, 32)),
-)
 
 
 @given(random_policies, st.integers(1, 64), st.integers(0, 2**63 - 1), st.text(max_size=5), st.integers(0, 1000))
