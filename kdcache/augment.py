@@ -34,6 +34,8 @@ GREYSCALE, GAUSSIAN_BLUR = 16, 17
 class Op:
     """One image op: how it is done, and which magnitudes (in 1/65536) it may have."""
 
+    name: str
+    """For people."""
     apply: Callable[[Image.Image, float, Image.Resampling], Image.Image]
     """(image, magnitude, filter) → image of the same size."""
     lowest: float = 0.0
@@ -63,23 +65,23 @@ def _solarize_add(image: Image.Image, add: float, _resample: Image.Resampling) -
 
 
 OPS: Mapping[int, Op] = {
-    AUTO_CONTRAST: Op(lambda image, _m, _r: ImageOps.autocontrast(image)),
-    EQUALIZE: Op(lambda image, _m, _r: ImageOps.equalize(image)),
-    INVERT: Op(lambda image, _m, _r: ImageOps.invert(image)),
-    ROTATE: Op(lambda image, m, r: image.rotate(m, resample=r, fillcolor=FILL), -30, 30),
-    POSTERIZE: Op(_posterize, 0, 4, is_whole=True),
-    SOLARIZE: Op(lambda image, m, _r: ImageOps.solarize(image, int(m)), 0, 256, is_whole=True),
-    SOLARIZE_ADD: Op(_solarize_add, 0, 128, is_whole=True),
-    COLOR: Op(lambda image, m, _r: ImageEnhance.Color(image).enhance(m), 0, 2),
-    CONTRAST: Op(lambda image, m, _r: ImageEnhance.Contrast(image).enhance(m), 0, 2),
-    BRIGHTNESS: Op(lambda image, m, _r: ImageEnhance.Brightness(image).enhance(m), 0, 2),
-    SHARPNESS: Op(lambda image, m, _r: ImageEnhance.Sharpness(image).enhance(m), 0, 2),
-    SHEAR_X: Op(lambda image, m, r: _affine(image, (1, m, 0, 0, 1, 0), r), -1, 1),
-    SHEAR_Y: Op(lambda image, m, r: _affine(image, (1, 0, 0, m, 1, 0), r), -1, 1),
-    TRANSLATE_X: Op(lambda image, m, r: _affine(image, (1, 0, m * image.width, 0, 1, 0), r), -1, 1),
-    TRANSLATE_Y: Op(lambda image, m, r: _affine(image, (1, 0, 0, 0, 1, m * image.height), r), -1, 1),
-    GREYSCALE: Op(lambda image, _m, _r: image.convert("L").convert("RGB")),
-    GAUSSIAN_BLUR: Op(lambda image, m, _r: image.filter(ImageFilter.GaussianBlur(m)), 0.009, 32),
+    AUTO_CONTRAST: Op("auto contrast", lambda image, _m, _r: ImageOps.autocontrast(image)),
+    EQUALIZE: Op("equalize", lambda image, _m, _r: ImageOps.equalize(image)),
+    INVERT: Op("invert", lambda image, _m, _r: ImageOps.invert(image)),
+    ROTATE: Op("rotate", lambda image, m, r: image.rotate(m, resample=r, fillcolor=FILL), -30, 30),
+    POSTERIZE: Op("posterize", _posterize, 0, 4, is_whole=True),
+    SOLARIZE: Op("solarize", lambda image, m, _r: ImageOps.solarize(image, int(m)), 0, 256, is_whole=True),
+    SOLARIZE_ADD: Op("solarize add", _solarize_add, 0, 128, is_whole=True),
+    COLOR: Op("colour", lambda image, m, _r: ImageEnhance.Color(image).enhance(m), 0, 2),
+    CONTRAST: Op("contrast", lambda image, m, _r: ImageEnhance.Contrast(image).enhance(m), 0, 2),
+    BRIGHTNESS: Op("brightness", lambda image, m, _r: ImageEnhance.Brightness(image).enhance(m), 0, 2),
+    SHARPNESS: Op("sharpness", lambda image, m, _r: ImageEnhance.Sharpness(image).enhance(m), 0, 2),
+    SHEAR_X: Op("shear x", lambda image, m, r: _affine(image, (1, m, 0, 0, 1, 0), r), -1, 1),
+    SHEAR_Y: Op("shear y", lambda image, m, r: _affine(image, (1, 0, 0, m, 1, 0), r), -1, 1),
+    TRANSLATE_X: Op("translate x", lambda image, m, r: _affine(image, (1, 0, m * image.width, 0, 1, 0), r), -1, 1),
+    TRANSLATE_Y: Op("translate y", lambda image, m, r: _affine(image, (1, 0, 0, 0, 1, m * image.height), r), -1, 1),
+    GREYSCALE: Op("greyscale", lambda image, _m, _r: image.convert("L").convert("RGB")),
+    GAUSSIAN_BLUR: Op("blur", lambda image, m, _r: image.filter(ImageFilter.GaussianBlur(m)), 0.009, 32),
 }
 
 

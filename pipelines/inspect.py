@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kdcache.augment import OPS
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.console import human_bytes
 from kdcache.errors import UsageError
@@ -56,6 +57,7 @@ def _teacher(cache: Cache, layer: TeacherLayer) -> dict[str, Any]:
         "precision": identity.precision,
         "num_classes": identity.num_classes,
         "top1": 100 * sum(score.get("correct", 0) for score in scores) / labelled if labelled else None,
+        "labelled": labelled,
         "targets": {name: _target(cache, layer, name) for name in sorted(layer.targets)},
     }
 
@@ -121,7 +123,7 @@ def inspect_row(cache: Cache, shard: str, key: str, view: int) -> dict[str, Any]
         result["label"] = read["label"]
         result["crop"] = [params.crop.left, params.crop.top, params.crop.width, params.crop.height]
         result["flip"] = params.flip
-        result["ops"] = [[op, magnitude / 65536] for op, magnitude in params.ops]
+        result["ops"] = [[OPS[op].name, magnitude / 65536] for op, magnitude in params.ops]
         result["erase"] = None if params.erase is None else asdict(params.erase)
         result["mix"] = None if params.mix is None else asdict(params.mix)
         if name is not None:
@@ -176,7 +178,8 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
     ]
     lines += [f"  cut          {shard}: {cut}" for shard, cut in facts["cut"].items()]
     for name, teacher in facts["teachers"].items():
-        accuracy = f", {teacher['top1']:.2f} % top-1 on its own views" if teacher["top1"] is not None else ""
+        which = f"its {teacher['labelled']:,} unmixed views" if "mix" in policy else "its own views"
+        accuracy = f", {teacher['top1']:.2f} % top-1 on {which}" if teacher["top1"] is not None else ""
         lines.append(f"  teacher      {name}: {teacher['model']}, weights {teacher['weights']}, {teacher['precision']}{accuracy}")
         lines.append(
             f"               {'target':<24} {'encoding':<9} {'views':>5} {'shape':<12} {'B/view':>9} {'rel_l2':>9} {'cosine':>9} {'z_l2':>9} {'KL T=1':>9} {'KL T=4':>9}"
@@ -232,7 +235,7 @@ def row_as_text(facts: Mapping[str, Any]) -> str:
         f"shard {facts['shard']}, key {facts['key']}, view {facts['view']} (row {facts['row']})",
         f"  label        {facts['label'] if facts['label'] >= 0 else 'none'}",
         f"  view         crop {width} x {height} px at ({left}, {top}){', flipped' if facts['flip'] else ''}; pixel digest {facts['pixels']}",
-        *(f"               image op {op} with {magnitude:g}" for op, magnitude in facts["ops"]),
+        *(f"               {name} {magnitude:g}" for name, magnitude in facts["ops"]),
     ]
     if facts["erase"] is not None:
         lines.append(f"               erased {_box_in_words(facts['erase']['box'])} with {'noise' if facts['erase']['mode'] == 2 else 'a colour'}")

@@ -12,7 +12,7 @@ import torch
 from helpers import make_shards, make_teacher_dir, random_policies
 from hypothesis import given, settings
 
-from kdcache.augment import blend
+from kdcache.augment import OPS, blend
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import CorruptError, DriftError, ShardError
 from kdcache.images import decode_image
@@ -23,6 +23,7 @@ from kdcache.shards import scan_shard
 from kdcache.views import CUTMIX, MIXUP, ViewParams, draw, draw_mix, render
 from pipelines import train as train_pipeline
 from pipelines.extract import ExtractConfig, extract
+from pipelines.inspect import cache_as_text, inspect_cache, inspect_row, row_as_text
 from pipelines.verify import verify
 
 MIX = MixedViews(prob=0.7, mixup_alpha=0.8, cutmix_alpha=1.0)
@@ -142,6 +143,16 @@ def test_accuracy_counts_views_that_are_not_mixed(mixed: Cache) -> None:
     plain = sum(params.mix is None for *_, params in all_params(mixed))
     records = [record for records in mixed.layer(None).records.values() for record in records]
     assert 0 < sum(record.measured["accuracy"]["labelled"] for record in records) == plain < 40
+
+
+def test_inspect_words_what_was_drawn(mixed: Cache) -> None:
+    views = {params.mix.mode: (shard, row, view) for shard, view, row, params in all_params(mixed) if params.mix is not None and params.ops}
+    for mode, word in ((CUTMIX, "CutMix"), (MIXUP, "Mixup with sample")):
+        shard, row, view = views[mode]
+        (params,) = mixed.read_params(shard, view, [row])
+        text = row_as_text(inspect_row(mixed, shard, mixed.keys(shard)[row], view))
+        assert word in text and all(OPS[op].name in text for op, _ in params.ops)
+    assert "unmixed views" in cache_as_text(inspect_cache(mixed), "mixed")
 
 
 def test_batches_carry_the_partners_label_and_the_own_labels_weight(mixed: Cache) -> None:
