@@ -47,9 +47,13 @@ class Neighbours:
     @classmethod
     def of(cls, index: ShardIndex, skipped: Iterable[int]) -> Neighbours:
         """skipped: positions that are known to have no row."""
-        sizes = np.array([-1 if sample.problem is not None else sample.image_size for sample in index.samples], np.int64)
-        sizes[list(skipped)] = -1
-        return cls(tuple(sample.key for sample in index.samples), np.array([sample.image_offset for sample in index.samples], np.int64), sizes)
+        without_row = set(skipped)
+        unusable = [i in without_row or sample.problem is not None for i, sample in enumerate(index.samples)]
+        return cls(
+            keys=tuple(sample.key for sample in index.samples),
+            offsets=np.array([sample.image_offset for sample in index.samples], np.int64),
+            sizes=np.array([-1 if bad else sample.image_size for bad, sample in zip(unusable, index.samples, strict=True)], np.int64),
+        )
 
 
 @dataclass(frozen=True)
