@@ -27,7 +27,7 @@ from .options import device_option, json_option, parse_settings, print_json, wor
 @click.option("--for", "methods", multiple=True, metavar="METHOD", help="Record what this method needs. Repeatable.")
 @click.option("--target", "targets", multiple=True, metavar="SPEC", help="target[@node][:encoding][,views=N]. Repeatable. Default: logits.")
 @click.option("--views", type=click.IntRange(1), metavar="V", help="Views a sample. Default: 8; 1 without randomness. More can be added later.")
-@click.option("--augment", metavar="POLICY", help="none (centre crop) or weak (random resized crop and flip). Default: weak.")
+@click.option("--augment", metavar="POLICY", help="none, weak, strong, 3aug or a FILE.yaml, see below. Default: weak.")
 @click.option("--size", type=click.IntRange(1), metavar="S", help="Side of a view, pixels. Default: the teacher's input size.")
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Seed of the view plan. Default: 0.")
 @click.option(
@@ -75,6 +75,14 @@ def command(
     With --store-views the teacher sees what the stored view decodes to; training and further targets read that and need no tars
     (more views do). An image then costs training a quarter of rendering it (jpeg95), a twentieth (raw), or as much (png).
 
+    \b
+    Policies: none    centre crop, one view
+              weak    random resized crop and flip
+              strong  weak, RandAugment (n2 m9 mstd0.5), random erasing .25
+              3aug    weak, DeiT III's greyscale, solarize or blur, colour jitter .3
+              FILE    a YAML file of fields, from a named one on with 'base: strong':
+                      crop, hflip, interpolation, three_augment, rand_augment,
+                      color_jitter, erase, mix (Mixup and CutMix); see FORMAT.md
     \b
     Examples:
       kdcache extract 'train-{0000..1023}.tar' cache --teacher vit_large_patch16_224 --precision bf16

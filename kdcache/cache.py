@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from PIL import Image
 
 from .arrays import ArrayReader, ArraySpec, ByteLRU, StreamReader, stream_spec
+from .augment import Pixels
 from .errors import CacheError, CorruptError, DriftError, MissingError, ShardError, UsageError
 from .format import (
     CacheIdentity,
@@ -83,6 +86,22 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.row)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """All that it takes to render one view of one row again. The one place that knows how stored views are mixed."""
+
+    row: int
+    """Within its shard."""
+    params: ViewParams
+    partner: Replay | None = None
+    """Of a mixed view: its partner's view of the same number, unmixed."""
+
+    def render(self, image_of: Callable[[int], Image.Image]) -> Pixels:
+        """The view: uint8 (size, size, 3), unchecked. image_of: row → its decoded image."""
+        partner = self.partner.render(image_of) if self.partner is not None else None
+        return render(image_of(self.row), self.params, partner)
 
 
 @dataclass
@@ -346,6 +365,25 @@ class Cache:
         stored = self._views_reader(record, "params").read(view - record.views.start, rows)
         return [ViewParams.from_row(row, self.plan) for row in stored]
 
+    def read_replays(self, shard: str, view: int, rows: RowNumbers) -> list[Replay]:
+        """How to render rows of one view again. Raises CorruptError for a partner that has no row."""
+        params = self.read_params(shard, view, rows)
+        partner_rows = {one.mix.partner: self.row_at(shard, one.mix.partner) for one in params if one.mix is not None}
+        read = self.read_params(shard, view, list(partner_rows.values())) if partner_rows else []
+        partners = {position: Replay(row, own.unmixed) for (position, row), own in zip(partner_rows.items(), read, strict=True)}
+        return [Replay(int(row), one, partners.get(one.mix.partner) if one.mix is not None else None) for row, one in zip(rows, params, strict=True)]
+
+    def row_at(self, shard: str, position: int) -> int:
+        """The row of the sample at a position of the tar. Raises CorruptError if it has none."""
+        record = self.views_record(shard, 0)
+        skipped = [skip.index for skip in record.skipped]  # ascending
+        place = bisect_left(skipped, position)
+        if not 0 <= position < record.samples or (place < len(skipped) and skipped[place] == position):
+            raise CorruptError(
+                f"{self.store.url}: shard {shard}: sample {position} of {record.samples} has no row; run 'kdcache verify' on the cache"
+            )
+        return position - place
+
     def read_pixel_digests(self, shard: str, view: int, rows: RowNumbers) -> np.ndarray[Any, np.dtype[np.uint64]]:
         """uint64 (len(rows),): the stored pixel digests of one view."""
         record = self.views_record(shard, view)
@@ -410,8 +448,9 @@ class Cache:
     def read(self, shard: str, key: str, view: int = 0, teacher: str | None = None) -> dict[str, Any]:
         """One row: {"label": int, "params": ViewParams, "logits": (K,), "features@NODE": (tokens, C), …}, decoded to float32 numpy.
 
-        Prefix tokens (cls, registers) come apart, as "features@NODE.prefix": (prefix tokens, C). teacher: its name, or None for
-        the only one; a cache without teachers gives label and params. Raises MissingError for a row, view or target that is not there.
+        Prefix tokens (cls, registers) come apart, as "features@NODE.prefix": (prefix tokens, C). A mixed view has its "partner_label" too, and
+        params.mix the weight of both. teacher: its name, or None for the only one; a cache without teachers gives label and params. Raises
+        MissingError for a row, view or target that is not there.
         """
         import torch
 
@@ -420,6 +459,9 @@ class Cache:
             "label": int(self._views_reader(self.views_record(shard, view), "labels").read(0, [row])[0]),
             "params": self.read_params(shard, view, [row])[0],
         }
+        if result["params"].mix is not None:
+            partner = self.row_at(shard, result["params"].mix.partner)
+            result["partner_label"] = int(self._views_reader(self.views_record(shard, view), "labels").read(0, [partner])[0])
         if teacher is None and not self.teachers:
             return result
         layer = self.layer(teacher)
@@ -438,23 +480,28 @@ class Cache:
         if self.plan.stored_views is not None:
             (pixels,) = self.read_stored(shard, view, [row])
         else:
-            kept = self.tables[shard][self.tables[shard][:, 3] == 0]
-            pixels = self.render_row(shard, key, view, row, int(kept[row, 0]), int(kept[row, 1]))
+            pixels = self.render_row(shard, view, row)
         stored = int(self.read_pixel_digests(shard, view, [row])[0])
         if pixel_digest(pixels) != stored:
             raise pixel_drift(shard, key, view, expected=stored, found=pixel_digest(pixels))
         return pixels
 
-    def render_row(self, shard: str, key: str, view: int, row: int, offset: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def render_row(self, shard: str, view: int, row: int) -> Pixels:
         """Render a view from its stored params and the image bytes in its tar, unchecked."""
-        data = self._files.read(self.source(shard), key, offset, size)
-        try:
-            image = decode_image(data)
-        except ValueError as error:
-            raise DriftError(
-                f"shard {shard}: key {key!r}: the image can't be decoded now ({error}), it could when the cache was made; the tar was changed"
-            ) from error
-        return render(image, self.read_params(shard, view, [row])[0])
+        kept = self.tables[shard][self.tables[shard][:, 3] == 0]
+        keys = self.keys(shard)
+
+        def image_of(number: int) -> Image.Image:
+            data = self._files.read(self.source(shard), keys[number], int(kept[number, 0]), int(kept[number, 1]))
+            try:
+                return decode_image(data)
+            except ValueError as error:
+                raise DriftError(
+                    f"shard {shard}: key {keys[number]!r}: the image can't be decoded now ({error}), it could when the cache was made;"
+                    f" the tar was changed"
+                ) from error
+
+        return self.read_replays(shard, view, [row])[0].render(image_of)
 
     @property
     def label_key(self) -> str | None:

@@ -42,11 +42,14 @@ from .format import (
 )
 from .layout import key_bytes_spec, keys_to_arrays, row_spec, target_specs
 from .plan import ViewPlan, blake2b_128
-from .rendering import RenderedBlock, RenderTask
+from .rendering import Neighbours, RenderedBlock, RenderTask
 from .shards import ShardIndex
 from .store import Store
 from .storing import ViewsWriter
 from .teacher import Teacher, TeacherTarget
+from .views import PARAM_FIELDS
+
+_MIX_MODE = PARAM_FIELDS.index("mix_mode")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +125,16 @@ class TargetSegment:
         self.correct = self.labelled = 0
         self._pixels: list[Tensor] = []
         self._labels: list[int] = []
+        self._mixed: list[bool] = []
         self._keys: list[tuple[str, int]] = []
 
-    def add(self, pixels: Tensor, labels: Sequence[int], keys: Sequence[str], teacher: Teacher) -> None:
-        """Queue rows: pixels uint8 (n, views, S, S, 3), one label and key a row; full batches go to the teacher."""
+    def add(
+        self, pixels: Tensor, labels: Sequence[int], keys: Sequence[str], teacher: Teacher, *, mixed: np.ndarray[Any, np.dtype[np.bool_]]
+    ) -> None:
+        """Queue rows: pixels uint8 (n, views, S, S, 3), one label and key a row, mixed (n, views); full batches go to the teacher."""
         self._pixels.append(pixels.flatten(0, 1))
         self._labels += [label for label in labels for _ in range(len(self.views))]
+        self._mixed += mixed.ravel().tolist()
         self._keys += [(key, view) for key in keys for view in range(self.views.start, self.views.stop)]
         while len(self._labels) >= self._batch_size:
             self._run_batch(teacher, self._batch_size)
@@ -142,6 +149,7 @@ class TargetSegment:
         queued = torch.cat(self._pixels) if len(self._pixels) > 1 else self._pixels[0]
         batch, self._pixels = queued[:size], [queued[size:]] if len(queued) > size else []
         labels, self._labels = self._labels[:size], self._labels[size:]
+        mixed, self._mixed = self._mixed[:size], self._mixed[size:]
         keys, self._keys = self._keys[:size], self._keys[size:]
         values = teacher(batch, [recorded.target for recorded in self.targets])
         arrays: dict[str, np.ndarray[Any, Any]] = {}
@@ -157,8 +165,9 @@ class TargetSegment:
                     arrays[f"{name}/{component}"] = host.view(recorded.card.identity.components[component].dtype)
         if "logits" in values:
             predicted = values["logits"]["logits"].argmax(dim=1).cpu().tolist()
-            self.correct += sum(label == guess for label, guess in zip(labels, predicted, strict=True))
-            self.labelled += sum(label >= 0 for label in labels)
+            scored = [label if not is_mixed else -1 for label, is_mixed in zip(labels, mixed, strict=True)]  # a mixed view has two labels
+            self.correct += sum(label == guess for label, guess in zip(scored, predicted, strict=True))
+            self.labelled += sum(label >= 0 for label in scored)
         self.writer.append(arrays)
 
     def _not_finite(self, name: str, value: Mapping[str, Tensor], keys: Sequence[tuple[str, int]]) -> TeacherError:
@@ -170,7 +179,7 @@ class TargetSegment:
         )
 
     def measured(self) -> dict[str, Any]:
-        """For the record: fidelity by target with its sums, and the teacher's accuracy on these views."""
+        """For the record: fidelity by target with its sums, and the teacher's accuracy on those of these views that are not mixed."""
         body: dict[str, Any] = {
             "fidelity": {name: {**combine_fidelity([fidelity.sums]), "sums": fidelity.sums} for name, fidelity in self.fidelity.items()}
         }
@@ -244,11 +253,12 @@ class ShardJob:
         skipped = {skip.index for skip in self.known.skipped} if self.known is not None else set()
         usable = [(i, sample) for i, sample in enumerate(self.index.samples) if sample.problem is None and i not in skipped]
         starts = range(0, max(1, len(usable)), samples_per_task)
+        neighbours = Neighbours.of(self.index, skipped) if self.plan.policy.mix is not None else None
         tasks: list[RenderTask] = []
         for start in starts:
             samples = tuple(usable[start : start + samples_per_task])
             rows = tuple(range(start, start + len(samples))) if self.stored else ()  # of a known shard, every usable sample has a row
-            tasks.append(RenderTask(job, self.index.source, samples, self.rendered_views, start == starts[-1], self.stored, rows))
+            tasks.append(RenderTask(job, self.index.source, samples, self.rendered_views, start == starts[-1], self.stored, rows, neighbours))
         return tasks
 
     def add(self, block: RenderedBlock, teacher: Teacher | None) -> None:
@@ -276,7 +286,8 @@ class ShardJob:
             for segment in self.segments:
                 first = columns[segment.views.start]
                 chosen_views = block.pixels[:, first : first + len(segment.views)]
-                segment.add(chosen_views, [sample.label for _, sample in rows], [sample.key for _, sample in rows], teacher)
+                mixed = block.params[:, first : first + len(segment.views), _MIX_MODE] != 0
+                segment.add(chosen_views, [sample.label for _, sample in rows], [sample.key for _, sample in rows], teacher, mixed=mixed)
             self.teacher_seconds += time.perf_counter() - begin
 
     def _compare_known(self, block: RenderedBlock, rows: Sequence[tuple[int, Any]], columns: Mapping[int, int]) -> None:

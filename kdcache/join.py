@@ -14,20 +14,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .cache import Cache, pixel_drift
+from .augment import Q16, Pixels
+from .cache import Cache, Replay, pixel_drift
 from .errors import CorruptError, DriftError, KDCacheError, MissingError, ShardError
 from .format import ViewRange
 from .images import UnreadableImageError, decode_image
 from .plan import canonical_json
 from .shards import ShardFiles
-from .views import ViewParams, pixel_digest, render
+from .views import pixel_digest
 from .workers import as_it_is, iterate
 
 ORDER_VERSION = 1
@@ -51,6 +53,10 @@ class Batch(TypedDict):
     """uint8 (B, H, W, 3)"""
     labels: Tensor
     """int64 (B,), -1 where the tar has none"""
+    partner_labels: NotRequired[Tensor]
+    """int64 (B,), where the policy mixes: labels of the samples mixed in, the row's own for a view that is not mixed"""
+    label_weights: NotRequired[Tensor]
+    """float32 (B,), likewise: the weight of the row's own label, in [0, 1]; its partner's label has the rest"""
     targets: dict[str, dict[str, Tensor]]
     """target → component → (B, …), still encoded; uint16 as its int16 bits"""
 
@@ -178,10 +184,17 @@ class CachedViews(Dataset[Batch]):
         size = self.cache.plan.size
         views_BHWC = np.empty((len(items), size, size, 3), np.uint8)
         arrays: dict[str, dict[str, np.ndarray[Any, Any]]] = {target: {} for target in self.targets}
+        is_mixed, is_stored = self.cache.plan.policy.mix is not None, self.cache.plan.stored_views is not None
+        partners, weights = row_numbers.copy(), np.ones(len(items), np.float32)
         for group in self._groups(items):
-            for place, pixels in self._render(group):
-                views_BHWC[place] = pixels
             shard_rows = rows.row[group.row_numbers]
+            replays = self.cache.read_replays(group.shard, group.view, shard_rows) if is_mixed or not is_stored else []
+            for place, pixels in self._render(group, replays):
+                views_BHWC[place] = pixels
+            for place, replay in zip(group.places.tolist(), replays, strict=not is_stored):
+                if replay.partner is not None and replay.params.mix is not None:
+                    partners[place] += replay.partner.row - replay.row
+                    weights[place] = replay.params.mix.lambda_q16 / Q16
             for target in self.targets:
                 assert self.teacher is not None
                 components = self.cache.read_components(self.teacher, target, group.shard, group.view, shard_rows)
@@ -189,11 +202,15 @@ class CachedViews(Dataset[Batch]):
                     if name not in arrays[target]:
                         arrays[target][name] = np.empty((len(items), *values.shape[1:]), values.dtype)
                     arrays[target][name][group.places] = values
-        return Batch(
+        batch = Batch(
             views=torch.from_numpy(views_BHWC),
             labels=torch.from_numpy(rows.label[row_numbers]),
             targets={target: {name: _to_tensor(array) for name, array in components.items()} for target, components in arrays.items()},
         )
+        if is_mixed:
+            batch["partner_labels"] = torch.from_numpy(rows.label[partners])
+            batch["label_weights"] = torch.from_numpy(weights)
+        return batch
 
     def _groups(self, items: Sequence[Item | tuple[int, int]]) -> Iterator[_Group]:
         rows = self.cache.rows
@@ -205,24 +222,30 @@ class CachedViews(Dataset[Batch]):
             first = places[0]
             yield _Group(rows.shards[shards[first]], int(views[first]), places, row_numbers[places], epochs[places])
 
-    def _render(self, group: _Group) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.uint8]]]]:
-        """(place in the batch, view) for the rows of a group, checked at the sampled rate."""
+    def _render(self, group: _Group, replays: Sequence[Replay]) -> Iterator[tuple[int, Pixels]]:
+        """(place in the batch, view) for the rows of a group, checked at the sampled rate. replays: of views that are not stored."""
         rows, cache = self.cache.rows, self.cache
         shard_rows = rows.row[group.row_numbers]
         stored = cache.read_stored(group.shard, group.view, shard_rows) if cache.plan.stored_views is not None else None
-        params = cache.read_params(group.shard, group.view, shard_rows) if stored is None else []
         asked = zip(shard_rows.tolist(), group.epochs.tolist(), strict=True)
         checked = np.array([is_checked(group.shard, row, epoch, fraction=self.check_views) for row, epoch in asked], dtype=bool)
         digests = np.zeros(len(shard_rows), np.uint64)
         if checked.any():
             digests[checked] = cache.read_pixel_digests(group.shard, group.view, shard_rows[checked])
         for i, (place, number) in enumerate(zip(group.places.tolist(), group.row_numbers.tolist(), strict=True)):
-            pixels = next(stored) if stored is not None else self._render_row(group, number, params[i])
+            pixels = next(stored) if stored is not None else self._render_row(group, number, replays[i])
             if checked[i] and (found := pixel_digest(pixels)) != int(digests[i]):
                 raise pixel_drift(group.shard, self._key(number), group.view, expected=int(digests[i]), found=found)
             yield place, pixels
 
-    def _render_row(self, group: _Group, number: int, params: ViewParams) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def _render_row(self, group: _Group, number: int, replay: Replay) -> Pixels:
+        first = number - replay.row  # of the shard's rows
+        try:
+            return replay.render(lambda row: self._decode(group, first + row))
+        except CorruptError as error:
+            raise self._cannot_render(group, number, error) from error
+
+    def _decode(self, group: _Group, number: int) -> Image.Image:
         rows = self.cache.rows
         source, offset, size = self.cache.source(group.shard), int(rows.offset[number]), int(rows.size[number])
         try:
@@ -230,12 +253,15 @@ class CachedViews(Dataset[Batch]):
         except ShardError:
             data = self._files.read(source, self._key(number), offset, size)  # keys are read for messages only
         try:
-            return render(decode_image(data), params)
-        except (UnreadableImageError, CorruptError) as error:
-            raise DriftError(
-                f"shard {group.shard}: key {self._key(number)!r}, view {group.view}: can't be rendered now ({error}), it could when the cache"
-                f" was made; the tar was changed: restore it, or pass --data with the folder that holds the original"
-            ) from error
+            return decode_image(data)
+        except UnreadableImageError as error:
+            raise self._cannot_render(group, number, error) from error
+
+    def _cannot_render(self, group: _Group, number: int, error: Exception) -> DriftError:
+        return DriftError(
+            f"shard {group.shard}: key {self._key(number)!r}, view {group.view}: can't be rendered now ({error}), it could when the cache"
+            f" was made; the tar was changed: restore it, or pass --data with the folder that holds the original"
+        )
 
     def _key(self, number: int) -> str:
         rows = self.cache.rows

@@ -2,6 +2,8 @@
 
 Every function upcasts to at least float32 and leaves any autocast region, so that a half-precision student gets the same loss.
 
+Labels are class numbers, or, for mixed views, shares of the classes: `soft_labels` makes them.
+
 Legend: B batch, K classes.
 """
 
@@ -29,14 +31,25 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) ->
         return F.kl_div(log_student_BK, log_teacher_BK, reduction="batchmean", log_target=True) * temperature**2
 
 
-def cross_entropy(student_logits: Tensor, labels_B: Tensor, *, smoothing: float = 0.0) -> Tensor:
+def cross_entropy(student_logits: Tensor, labels: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy with the labels, mean over the batch; a scalar.
 
-    labels_B: int64 in [0, K). smoothing: the share of each label's mass that is spread over all K classes, as timm's
-    LabelSmoothingCrossEntropy does.
+    labels: int64 (B,) in [0, K), or float (B, K), the shares of the classes. smoothing: the share of each row's mass that is spread
+    over all K classes, as timm's LabelSmoothingCrossEntropy and, for shares, its mixup_target do.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
-        return F.cross_entropy(_at_least_float32(student_logits), labels_B, label_smoothing=smoothing)
+        logits_BK = _at_least_float32(student_logits)
+        return F.cross_entropy(logits_BK, labels.to(logits_BK.dtype) if labels.is_floating_point() else labels, label_smoothing=smoothing)
+
+
+def soft_labels(labels_B: Tensor, partner_labels_B: Tensor, weights_B: Tensor, num_classes: int) -> Tensor:
+    """The labels of mixed views: float32 (B, K), weight on the own label and 1 - weight on the partner's.
+
+    labels_B, partner_labels_B: int64 in [0, K). weights_B: float32 in [0, 1].
+    """
+    shares_BK = torch.zeros(len(labels_B), num_classes, device=labels_B.device)
+    shares_BK.scatter_add_(1, labels_B[:, None], weights_B[:, None])
+    return shares_BK.scatter_add_(1, partner_labels_B[:, None], 1 - weights_B[:, None])
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

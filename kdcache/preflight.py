@@ -1,4 +1,7 @@
-"""Before hours are spent: the teacher on view 0 of the first samples. Gives channel statistics, its accuracy, and seconds a view."""
+"""Before hours are spent: the teacher on view 0 of the first samples. Gives channel statistics, its accuracy, and seconds a view.
+
+Views are not mixed here: a mixed view has two labels, and channel statistics need no partner.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ class Preflight:
 def first_views(
     plan: ViewPlan, sources: Sequence[ShardSource], scan: Callable[[ShardSource], ShardIndex], count: int, cache: Cache | None = None
 ) -> tuple[Tensor, list[int], list[str]]:
-    """View 0 of up to `count` readable samples, the first of each of a few shards spread over the list.
+    """View 0 of up to `count` readable samples, the first of each of a few shards spread over the list; unmixed, whatever the policy.
 
     Returns uint8 (n, S, S, 3), n labels, and the names of the shards. Spread, because shards are often sorted by class. A shard that can't be read is
     passed over: its turn comes. cache: where a view 0 that is stored is read from, so that its tar need not be there.

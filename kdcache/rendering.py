@@ -3,30 +3,60 @@
 A task is some samples of one shard × the views wanted of them: the image is decoded once for all its views. Views that lie in the
 cache are read from there, and a task of nothing else needs no tar. Blocks are
 bounded in bytes, and the loader holds a fixed number of them, so the queue between workers and device is bounded in bytes.
+
+Where the policy mixes, a worker also decodes and renders the partner of each mixed view. Partners lie anywhere in the tar, so
+that the few decoded images which a worker keeps seldom serve twice: it is the price of mixing, and `MixedViews.prob` its dial.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from .arrays import ByteLRU
+from .augment import Pixels
 from .cache import Cache
 from .errors import KDCacheError
 from .images import UnreadableImageError, decode_image
 from .plan import ViewPlan
-from .shards import Sample, ShardFiles, ShardSource
+from .shards import Sample, ShardFiles, ShardIndex, ShardSource
 from .stored_views import as_stored
-from .views import PARAM_FIELDS, draw, pixel_digest, render
+from .views import PARAM_FIELDS, Mix, draw, draw_mix, pixel_digest, render
 from .workers import as_it_is, iterate
 
 BLOCK_BYTES = 8 << 20
 """Views of one task, if that holds more than one sample; 8 workers with two tasks ahead then hold 128 MiB. A task holds at least one
 sample's views: 300 views of 224 pixels are 45 MB."""
+PARTNER_BYTES = 64 << 20
+"""Decoded partners of mixed views that a worker keeps: about a hundred images of ImageNet's size."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Every sample of a tar by position: where a mixed view takes its partner from."""
+
+    keys: tuple[str, ...]
+    offsets: np.ndarray[Any, np.dtype[np.int64]]
+    """(samples,) first byte of the image in the tar."""
+    sizes: np.ndarray[Any, np.dtype[np.int64]]
+    """(samples,) bytes of the image; -1: the sample can be no partner."""
+
+    @classmethod
+    def of(cls, index: ShardIndex, skipped: Iterable[int]) -> Neighbours:
+        """skipped: positions that are known to have no row."""
+        without_row = set(skipped)
+        unusable = [i in without_row or sample.problem is not None for i, sample in enumerate(index.samples)]
+        return cls(
+            keys=tuple(sample.key for sample in index.samples),
+            offsets=np.array([sample.image_offset for sample in index.samples], np.int64),
+            sizes=np.array([-1 if bad else sample.image_size for bad, sample in zip(unusable, index.samples, strict=True)], np.int64),
+        )
 
 
 @dataclass(frozen=True)
@@ -43,6 +73,8 @@ class RenderTask:
     """Those of `views` that are read from the cache and not rendered."""
     rows: tuple[int, ...] = ()
     """The samples' rows in the cache, where `stored` is not empty."""
+    neighbours: Neighbours | None = None
+    """Given where the plan's policy mixes."""
 
 
 @dataclass
@@ -87,6 +119,7 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
         """cache: where stored views are read from, for tasks that name any."""
         self._plan, self._cache = plan, cache
         self._files: ShardFiles | None = None
+        self._partners: ByteLRU[tuple[str, int], Image.Image | None] = ByteLRU(PARTNER_BYTES)
 
     def __getitem__(self, task: RenderTask) -> RenderedBlock | FailedTask:
         try:
@@ -108,7 +141,7 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
         rendered = [(column, view) for column, view in enumerate(task.views) if view not in task.stored]
         if not rendered:
             kept = list(range(len(task.samples)))
-        for place, (_, sample) in enumerate(task.samples if rendered else ()):
+        for place, (position, sample) in enumerate(task.samples if rendered else ()):
             data = self._files.read(task.source, sample.key, sample.image_offset, sample.image_size)
             try:
                 image = decode_image(data)
@@ -118,7 +151,9 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
             row = len(kept)
             for column, view in rendered:
                 drawn = draw(plan, task.source.name, sample.key, view, image.size)
-                pixels[row, column], stored_as = as_stored(plan, render(image, drawn))
+                mix, partner = self._mix(task, position, sample, view)
+                drawn = replace(drawn, mix=mix)
+                pixels[row, column], stored_as = as_stored(plan, render(image, drawn, partner))
                 encoded.append(stored_as)
                 sizes[row, column] = len(stored_as)
                 params[row, column] = drawn.to_row()
@@ -138,6 +173,39 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
             for row, found in enumerate(self._cache.read_stored(task.source.name, view, [task.rows[place] for place in kept])):
                 pixels[row, column] = found
                 digests[row, column] = pixel_digest(found)
+
+    def _mix(self, task: RenderTask, position: int, sample: Sample, view: int) -> tuple[Mix | None, Pixels | None]:
+        """What is mixed into a view, and the partner's own unmixed view of the same number; the rule of probing is `draw_mix`'s."""
+        plan, neighbours = self._plan, task.neighbours
+        if plan.policy.mix is None:
+            return None, None
+        assert neighbours is not None
+        count = len(neighbours.keys)
+        mix = draw_mix(plan, task.source.name, sample.key, view, position=position, num_samples=count)
+        if mix is None:
+            return None, None
+        for step in range(count):
+            candidate = (mix.partner + step) % count
+            image = self._partner_image(task.source, neighbours, candidate) if candidate != position else None
+            if image is not None:
+                own = draw(plan, task.source.name, neighbours.keys[candidate], view, image.size)
+                return replace(mix, partner=candidate), render(image, own)
+        return None, None
+
+    def _partner_image(self, source: ShardSource, neighbours: Neighbours, position: int) -> Image.Image | None:
+        """The decoded image at this position of the tar, or None for one that has no row."""
+
+        def decode() -> Image.Image | None:
+            assert self._files is not None
+            offset, size = int(neighbours.offsets[position]), int(neighbours.sizes[position])
+            if size < 0:
+                return None
+            try:
+                return decode_image(self._files.read(source, neighbours.keys[position], offset, size))
+            except UnreadableImageError:  # skipped, with its reason, where its own turn comes
+                return None
+
+        return self._partners.get_or((source.path, position), decode, lambda image: 100 if image is None else 3 * image.width * image.height)
 
 
 def rendered_blocks(

@@ -5,31 +5,60 @@ integer arithmetic of our own, since NumPy's distributions and the platform's li
 dependence on workers, order, rank or epoch. `render` draws nothing: all it needs is in the params, which are stored.
 
 Draw version 1. Key: BLAKE2b-128 of the canonical JSON [1, seed, shard, key, view], read as two little-endian uint64.
-Words: the first 256 outputs of NumPy's Philox (4x64, 10 rounds) with that key and counter 0. Words 0 to 39 serve the crop,
-four an attempt; word 40 the flip; 48 and up are kept for the policies to come, so that none of them shifts another.
+Words: the first 256 outputs of NumPy's Philox (4x64, 10 rounds) with that key and counter 0. Each feature of a policy has
+words of its own, so that none shifts another: a view of "strong" has the crop and flip of the same view of "weak".
+
+    0-39 crop, four an attempt · 40 flip · 48-79 RandAugment, four an op · 88-90 three_augment · 96-100 colour jitter
+    104-105 erasing, 108-147 its box, four an attempt · 148-153 mixing · the others are kept
+
+A mixed view is the view that the sample has without mixing, mixed with the view of the same number that its partner has
+without mixing. So mixing is drawn apart, by `draw_mix`, and what can't be known without decoding, which partner is usable,
+is settled by who renders (`kdcache.rendering`); the params then say which it was.
 """
 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from functools import lru_cache
+from itertools import permutations
 from math import isqrt
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from .errors import CorruptError
-from .plan import DRAW_VERSION, CenterCrop, RandomResizedCrop, ViewPlan, canonical_json
+from . import augment
+from .augment import OPS, Q16, Pixels, apply_op
+from .errors import CorruptError, UsageError
+from .plan import (
+    DRAW_VERSION,
+    MAX_OPS,
+    CenterCrop,
+    ColorJitter,
+    MixedViews,
+    RandAugment,
+    RandomErasing,
+    RandomResizedCrop,
+    ThreeAugment,
+    ViewPlan,
+    canonical_json,
+)
 
-MAX_OPS = 8
 NUM_WORDS = 256
 _CROP_WORD = 0
 _CROP_ATTEMPTS = 10
 _FLIP_WORD = 40
+_RAND_AUGMENT_WORD = 48
+_THREE_AUGMENT_WORD = 88
+_JITTER_WORD = 96
+_ERASE_WORD = 104
+_ERASE_BOX_WORD = 108
+_ERASE_ATTEMPTS = 10
+_MIX_WORD = 148
 _RATIO_STEPS = 1024
 """Aspect ratios are drawn from this many log-spaced values: at 4/3 to 3/4 a step is 0.06 %, below a pixel."""
 
@@ -52,25 +81,32 @@ class Box:
     height: int
 
 
+ERASE_CONSTANT, ERASE_NOISE = 1, 2
+CUTMIX, MIXUP = 1, 2
+
+
 @dataclass(frozen=True)
 class Erase:
-    """A rectangle of the view overwritten after all ops. mode 1: black; mode 2: noise from `seed`."""
+    """A rectangle of the view overwritten after all ops."""
 
     mode: int
+    """ERASE_CONSTANT or ERASE_NOISE."""
     box: Box
     seed: int
+    """Of the noise (`augment.noise`), 64 bits; of a constant its colour, red · 65536 + green · 256 + blue: 0 is black."""
 
 
 @dataclass(frozen=True)
 class Mix:
-    """A second sample mixed in. mode 1: CutMix (its pixels inside `box`); mode 2: Mixup (weight 1 - lambda)."""
+    """A second sample mixed in, after everything else."""
 
     mode: int
+    """CUTMIX: the partner's pixels inside `box`. MIXUP: every pixel is the weighted mean; the box is 0, 0, 0, 0."""
     partner: int
-    """Position of the partner among the samples of the same tar."""
+    """Position of the partner among all samples of the same tar."""
     box: Box
     lambda_q16: int
-    """Weight of this sample's own label, in 1/65536."""
+    """Weight of this sample's own pixels and label, in 1/65536; of CutMix the share of the view outside the box."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +152,51 @@ class ViewParams:
             erase = Erase(values[start], Box(*values[start + 1 : start + 5]), seed)
         start += 7
         mix = Mix(values[start], values[start + 1], Box(*values[start + 2 : start + 6]), values[start + 6]) if values[start] else None
-        if values[4] not in (0, 1) or min(crop.left, crop.top) < 0 or min(crop.width, crop.height) < 1:
-            raise CorruptError(f"view params {values}: expected a crop box of at least one pixel and flip 0 or 1")
-        return cls(crop, bool(values[4]), plan.size, plan.policy.interpolation, ops, erase, mix)
+        params = cls(crop, bool(values[4]), plan.size, plan.policy.interpolation, ops, erase, mix)
+        problem = params._problem() or params._foreign(plan)
+        if problem is None and params.to_row().tolist() != values:
+            problem = "flip 0 or 1, ops without a gap, and zeros in what is not used"
+        if problem is not None:
+            raise CorruptError(f"view params {values}: expected {problem}; the cache was damaged, or written by a later version of kdcache")
+        return params
+
+    @property
+    def unmixed(self) -> ViewParams:
+        """The same view without its partner."""
+        return replace(self, mix=None) if self.mix is not None else self
+
+    def _foreign(self, plan: ViewPlan) -> str | None:
+        policy = plan.policy
+        has_ops = policy.three_augment is not None or policy.rand_augment is not None or policy.color_jitter is not None
+        if (self.ops and not has_ops) or (self.erase and policy.erase is None) or (self.mix and policy.mix is None):
+            return "nothing that the plan's policy does not do"
+        return None
+
+    def _problem(self) -> str | None:
+        """What is expected and not so, in values that no draw gives; a crop's right and bottom edge are the image's to judge."""
+        crop, erase, mix = self.crop, self.erase, self.mix
+        if min(crop.left, crop.top) < 0 or min(crop.width, crop.height) < 1:
+            return "a crop box of at least one pixel"
+        for op, magnitude in self.ops:
+            if op not in OPS or not OPS[op].allows(magnitude):
+                return f"image ops 1 to {max(OPS)} with their magnitudes, found op {op} with {magnitude}"
+        if erase is not None:
+            if erase.mode not in (ERASE_CONSTANT, ERASE_NOISE) or not _lies_within(erase.box, self.size):
+                return f"erase mode 0, 1 or 2 and a box inside the view of {self.size} pixels"
+            if erase.mode == ERASE_CONSTANT and erase.seed >= 1 << 24:
+                return "a colour of three bytes"
+        if mix is None:
+            return None
+        if mix.mode == CUTMIX:
+            fits = _lies_within(mix.box, self.size) and mix.lambda_q16 == _weight_outside(mix.box, self.size)
+        else:
+            fits = mix.mode == MIXUP and mix.box == Box(0, 0, 0, 0) and 0 <= mix.lambda_q16 < Q16
+        return None if fits and mix.partner >= 0 else "mix mode 0, 1 or 2 with a partner, a box inside the view and the weight that belongs to it"
+
+
+def _lies_within(box: Box, size: int) -> bool:
+    """Whether the box has pixels, and all of them in a view of this side."""
+    return min(box.left, box.top) >= 0 and min(box.width, box.height) >= 1 and box.left + box.width <= size and box.top + box.height <= size
 
 
 def random_words(seed: int, shard: str, key: str, view: int) -> list[int]:
@@ -129,20 +207,215 @@ def random_words(seed: int, shard: str, key: str, view: int) -> list[int]:
 
 
 def draw(plan: ViewPlan, shard: str, key: str, view: int, size_wh: tuple[int, int]) -> ViewParams:
-    """What happens to this sample in this view. size_wh: width and height of the decoded image, pixels."""
+    """What happens to this sample in this view, before mixing. size_wh: width and height of the decoded image, pixels."""
     words = random_words(plan.seed, shard, key, view)
     policy = plan.policy
     if isinstance(policy.crop, CenterCrop):
         crop = _center_crop(policy.crop, size_wh)
     else:
         crop = _random_resized_crop(policy.crop, size_wh, words[_CROP_WORD : _CROP_WORD + 4 * _CROP_ATTEMPTS])
-    flip = words[_FLIP_WORD] < int(policy.hflip * 2**64)
-    return ViewParams(crop, flip, plan.size, policy.interpolation)
+    flip = _happens(words[_FLIP_WORD], policy.hflip)
+    ops: list[tuple[int, int]] = []
+    if policy.three_augment is not None:
+        ops += _three_augment(policy.three_augment, words[_THREE_AUGMENT_WORD:])
+    if policy.rand_augment is not None:
+        ops += _rand_augment(policy.rand_augment, words[_RAND_AUGMENT_WORD:])
+    if policy.color_jitter is not None:
+        ops += _color_jitter(policy.color_jitter, words[_JITTER_WORD:])
+    erase = _erase(policy.erase, plan.size, words) if policy.erase is not None else None
+    return ViewParams(crop, flip, plan.size, policy.interpolation, tuple(ops), erase)
+
+
+def draw_mix(plan: ViewPlan, shard: str, key: str, view: int, *, position: int, num_samples: int) -> Mix | None:
+    """What is mixed into this view, or None. position: the sample's own, among all `num_samples` samples of its tar.
+
+    The partner is another sample, each as likely; where it can't be decoded, the next position serves (cyclically, without the
+    sample's own), and where none can, nothing is mixed.
+    """
+    policy = plan.policy.mix
+    if policy is None or num_samples < 2:
+        return None
+    word_prob, word_switch, word_lambda, word_partner, word_x, word_y = random_words(plan.seed, shard, key, view)[_MIX_WORD : _MIX_WORD + 6]
+    if not _happens(word_prob, policy.prob):
+        return None
+    partner = _below(word_partner, num_samples - 1)
+    partner += partner >= position
+    if _is_cutmix(policy, word_switch):
+        box = _cutmix_box(_beta_q16(policy.cutmix_alpha, word_lambda), plan.size, word_x, word_y)
+        return Mix(CUTMIX, partner, box, _weight_outside(box, plan.size)) if box.width and box.height else None
+    weight = _beta_q16(policy.mixup_alpha, word_lambda)
+    return Mix(MIXUP, partner, Box(0, 0, 0, 0), weight) if weight < Q16 else None
+
+
+# --- from words to numbers -------------------------------------------------------------------------------------------
 
 
 def _below(word: int, n: int) -> int:
     """A number in [0, n) from a 64-bit word."""
     return word * n >> 64
+
+
+def _between(word: int, low: int, high: int) -> int:
+    """A number in [low, high]."""
+    return low + _below(word, high - low + 1)
+
+
+def _happens(word: int, probability: float) -> bool:
+    return word < int(probability * 2**64)
+
+
+def _bell_q16(word: int) -> int:
+    """A standard normal draw in 1/65536, as the sum of the word's eight bytes has it: within ±4.9 standard deviations."""
+    return (sum(word.to_bytes(8, "little")) - augment.BELL_MEAN) * augment.BELL_STEP_Q32 + (1 << 15) >> 16
+
+
+@lru_cache(maxsize=8)
+def _beta_thresholds(alpha: float) -> tuple[int, ...]:
+    """⌊2⁶⁴ · F((k + ½)/1024)⌋ for k = 0 … 1023, F the distribution of Beta(alpha, alpha), from decimal arithmetic.
+
+    F(x) = B(x) / 2B(½) for x ≤ ½, B(x) = x^α Σ c_n xⁿ / (α + n), c_0 = 1, c_n = c_(n-1) · (n − α)/n (DLMF 8.17.7); F(x) = 1 − F(1 − x) above.
+    """
+    with localcontext() as context:
+        context.prec = 60
+        a, one = Decimal(alpha), Decimal(1)
+
+        def incomplete(x: Decimal) -> Decimal:
+            total, coefficient, power = one / a, one, one
+            for n in range(1, 200):
+                coefficient *= (n - a) / n
+                power *= x
+                total += coefficient * power / (a + n)
+            return total * x**a
+
+        whole = 2 * incomplete(one / 2)
+        lower = [incomplete((Decimal(k) + one / 2) / 1024) / whole for k in range(512)]
+        values = [*lower, *(one - value for value in reversed(lower))]
+        return tuple(int(value * 2**64) for value in values)
+
+
+def _beta_q16(alpha: float, word: int) -> int:
+    """A draw of Beta(alpha, alpha), rounded to 1/1024, in 1/65536."""
+    return 64 * bisect_right(_beta_thresholds(alpha), word)
+
+
+# --- ops -------------------------------------------------------------------------------------------------------------
+
+_RAND_AUGMENT_OPS = tuple(range(augment.AUTO_CONTRAST, augment.TRANSLATE_Y + 1))
+"""timm's fifteen, in timm's order."""
+_SIGNED_OPS = (augment.ROTATE, augment.SHEAR_X, augment.SHEAR_Y, augment.TRANSLATE_X, augment.TRANSLATE_Y)
+_ENHANCE_OPS = (augment.COLOR, augment.CONTRAST, augment.BRIGHTNESS, augment.SHARPNESS)
+
+
+def _rand_augment(policy: RandAugment, words: Sequence[int]) -> list[tuple[int, int]]:
+    """timm's RandAugment: ops with repetition, each applied with `prob`, at a level drawn about `magnitude`."""
+    ops: list[tuple[int, int]] = []
+    for i in range(policy.num_ops):
+        word_op, word_prob, word_level, word_sign = words[4 * i : 4 * i + 4]
+        if not _happens(word_prob, policy.prob):
+            continue
+        level = int(policy.magnitude * Q16) + (int(policy.magnitude_std * Q16) * _bell_q16(word_level) >> 16)
+        op = _RAND_AUGMENT_OPS[_below(word_op, len(_RAND_AUGMENT_OPS))]
+        ops.append((op, _magnitude_q16(policy, op, min(max(level, 0), 10 * Q16), negate=word_sign >= 2**63)))
+    return ops
+
+
+def _magnitude_q16(policy: RandAugment, op: int, level_q16: int, *, negate: bool) -> int:
+    """timm's LEVEL_TO_ARG in 1/65536. level_q16: 0 to 10, in 1/65536."""
+    sign = -1 if negate else 1
+    if op in _SIGNED_OPS:
+        largest = 30 * Q16 if op == augment.ROTATE else int(policy.translate * Q16) if op >= augment.TRANSLATE_X else _times(Q16, 3, 10)
+        return sign * _times(level_q16, largest, 10 * Q16)
+    if op in _ENHANCE_OPS and policy.increasing:
+        return max(_times(Q16, 1, 10), Q16 + sign * _times(level_q16, 9, 100))
+    if op in _ENHANCE_OPS:
+        return _times(level_q16, 18, 100) + _times(Q16, 1, 10)
+    if op == augment.SOLARIZE_ADD:
+        return level_q16 * 110 // (10 * Q16) * Q16
+    if op == augment.POSTERIZE:
+        bits = level_q16 * 4 // (10 * Q16)
+        return (4 - bits if policy.increasing else bits) * Q16
+    if op == augment.SOLARIZE:
+        threshold = level_q16 * 256 // (10 * Q16)
+        return (256 - threshold if policy.increasing else threshold) * Q16
+    return 0
+
+
+def _times(value: int, numerator: int, denominator: int) -> int:
+    """value · numerator / denominator, rounded half up."""
+    return (value * numerator + denominator // 2) // denominator
+
+
+def _three_augment(policy: ThreeAugment, words: Sequence[int]) -> list[tuple[int, int]]:
+    word_prob, word_choice, word_sigma = words[:3]
+    if not _happens(word_prob, policy.prob):
+        return []
+    choice = _below(word_choice, 3)
+    if choice == 0:
+        return [(augment.GREYSCALE, 0)]
+    if choice == 1:
+        return [(augment.SOLARIZE, 128 * Q16)]
+    low, high = (int(value * Q16) for value in policy.sigma)
+    return [(augment.GAUSSIAN_BLUR, _between(word_sigma, low, high))]
+
+
+def _color_jitter(policy: ColorJitter, words: Sequence[int]) -> list[tuple[int, int]]:
+    """torchvision's ColorJitter without a hue: a drawn order, a factor of each."""
+    word_prob, word_order, *word_factors = words[:5]
+    if not _happens(word_prob, policy.prob):
+        return []
+    ops: list[tuple[int, int]] = []
+    strengths = (policy.brightness, policy.contrast, policy.saturation)
+    for word, op, strength in zip(word_factors, (augment.BRIGHTNESS, augment.CONTRAST, augment.COLOR), strengths, strict=True):
+        width = int(strength * Q16)
+        ops.append((op, _between(word, Q16 - width, Q16 + width)))
+    return [ops[i] for i in list(permutations(range(3)))[_below(word_order, 6)] if strengths[i] > 0]
+
+
+# --- boxes -----------------------------------------------------------------------------------------------------------
+
+
+def _erase(policy: RandomErasing, size: int, words: Sequence[int]) -> Erase | None:
+    """timm's RandomErasing in Q32: up to ten attempts at a box that is smaller than the view on both sides, else nothing."""
+    if not _happens(words[_ERASE_WORD], policy.prob):
+        return None
+    low, high = (int(value * 2**32) for value in policy.area)
+    ratios = _ratio_table(*policy.ratio)
+    for attempt in range(_ERASE_ATTEMPTS):
+        word_area, word_ratio, word_left, word_top = words[_ERASE_BOX_WORD + 4 * attempt : _ERASE_BOX_WORD + 4 * attempt + 4]
+        area_q32 = size * size * (low + ((high - low) * (word_area >> 32) >> 32))
+        height, width = _sides(area_q32, ratios[_below(word_ratio, _RATIO_STEPS)])
+        if 0 < width < size and 0 < height < size:
+            box = Box(_below(word_left, size - width + 1), _below(word_top, size - height + 1), width, height)
+            if policy.mode == "noise":
+                return Erase(ERASE_NOISE, box, words[_ERASE_WORD + 1])
+            red, green, blue = policy.color or (0, 0, 0)
+            return Erase(ERASE_CONSTANT, box, red << 16 | green << 8 | blue)
+    return None
+
+
+def _is_cutmix(policy: MixedViews, word: int) -> bool:
+    if policy.mixup_alpha > 0 and policy.cutmix_alpha > 0:
+        return _happens(word, policy.switch_prob)
+    return policy.cutmix_alpha > 0
+
+
+def _cutmix_box(weight_q16: int, size: int, word_x: int, word_y: int) -> Box:
+    """timm's rand_bbox: a square of the view's shape, its centre anywhere, cut off at the edges."""
+    side = isqrt(size * size * (Q16 - weight_q16) >> 16)
+    (left, right), (top, bottom) = (
+        (max(0, centre - side // 2), min(size, centre + (side + 1) // 2)) for centre in (_below(word_x, size), _below(word_y, size))
+    )
+    return Box(left, top, right - left, bottom - top)
+
+
+def _weight_outside(box: Box, size: int) -> int:
+    """The share of the view outside the box, in 1/65536, rounded half up."""
+    return Q16 - _times(box.width * box.height, Q16, size * size)
+
+
+def _sides(area_q32: int, ratio_q32: int) -> tuple[int, int]:
+    """round(√(area · ratio)), round(√(area / ratio))."""
+    return (isqrt(area_q32 * ratio_q32 >> 62) + 1) // 2, (isqrt((area_q32 << 2) // ratio_q32) + 1) // 2
 
 
 def _center_crop(policy: CenterCrop, size_wh: tuple[int, int]) -> Box:
@@ -160,8 +433,7 @@ def _random_resized_crop(policy: RandomResizedCrop, size_wh: tuple[int, int], wo
         word_scale, word_ratio, word_left, word_top = words[4 * attempt : 4 * attempt + 4]
         area_q32 = width * height * (low + ((high - low) * (word_scale >> 32) >> 32))
         ratio_q32 = ratios[_below(word_ratio, _RATIO_STEPS)]
-        crop_width = (isqrt(area_q32 * ratio_q32 >> 62) + 1) // 2  # round(sqrt(area * ratio))
-        crop_height = (isqrt((area_q32 << 2) // ratio_q32) + 1) // 2  # round(sqrt(area / ratio))
+        crop_width, crop_height = _sides(area_q32, ratio_q32)
         if 0 < crop_width <= width and 0 < crop_height <= height:
             return Box(_below(word_left, width - crop_width + 1), _below(word_top, height - crop_height + 1), crop_width, crop_height)
     lowest, highest = (int(value * 2**32) for value in policy.ratio)
@@ -187,26 +459,51 @@ def _ratio_table(low: float, high: float) -> tuple[int, ...]:
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-def render(image: Image.Image, params: ViewParams, partner: Image.Image | None = None) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def render(image: Image.Image, params: ViewParams, partner: Pixels | None = None) -> Pixels:
     """The view: uint8 (size, size, 3), before any normalisation. Draws nothing.
 
-    image: RGB, as `kdcache.images.decode_image` gives it. partner: the rendered source of a mixed view. Raises CorruptError
-    for params that this version can't render or that do not fit the image.
+    image: RGB, as `kdcache.images.decode_image` gives it. partner: of a mixed view the partner's own view of the same number, unmixed:
+    uint8 (size, size, 3). Raises CorruptError for params that this version can't render or that do not fit the image, UsageError for
+    a mixed view without its partner.
     """
-    if params.ops or params.erase is not None or params.mix is not None or partner is not None:
-        raise CorruptError(f"view params {params}: image ops, erasing and mixing can't be rendered by this version of kdcache; install a later one")
+    if (partner is None) != (params.mix is None):
+        found = "none was given" if partner is None else "one was given"
+        raise UsageError(f"view params: a view with mix {params.mix} takes {'no' if params.mix is None else 'a'} partner, {found}; see Cache.view")
     box = params.crop
     if box.left + box.width > image.width or box.top + box.height > image.height:
         raise CorruptError(f"view params: crop {box} lies outside the image of {image.width}x{image.height} pixels; the image was changed")
+    resample = _RESAMPLING[params.interpolation]
     view = image
     if (box.width, box.height) != image.size:
         view = view.crop((box.left, box.top, box.left + box.width, box.top + box.height))
-    view = view.resize((params.size, params.size), _RESAMPLING[params.interpolation])
+    view = view.resize((params.size, params.size), resample)
     if params.flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.array(view, dtype=np.uint8)  # a copy: torch warns of arrays that can't be written to
+    for op, magnitude in params.ops:
+        view = apply_op(view, op, magnitude, resample)
+    pixels: Pixels = np.array(view, dtype=np.uint8)  # a copy: torch warns of arrays that can't be written to
+    if params.erase is not None:
+        _erase_pixels(pixels, params.erase)
+    if params.mix is not None and partner is not None:
+        if params.mix.mode == MIXUP:
+            return augment.blend(pixels, partner, params.mix.lambda_q16)
+        inside = _slices(params.mix.box)
+        pixels[inside] = partner[inside]
+    return pixels
 
 
-def pixel_digest(view: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
+def _erase_pixels(pixels: Pixels, erase: Erase) -> None:
+    box = erase.box
+    if erase.mode == ERASE_NOISE:
+        pixels[_slices(box)] = augment.noise(erase.seed, box.height, box.width)
+    else:
+        pixels[_slices(box)] = tuple(erase.seed.to_bytes(3, "big"))
+
+
+def _slices(box: Box) -> tuple[slice, slice]:
+    return slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
+
+
+def pixel_digest(view: Pixels) -> int:
     """BLAKE2b-64 of the view's bytes in C order, as a little-endian uint64."""
     return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(view).data, digest_size=8).digest(), "little")

@@ -94,7 +94,7 @@ class ExtractConfig:
     views: int | None = None
     """Views a sample. Default: 8, or 1 for a policy without randomness."""
     augment: str | Policy | None = None
-    """Policy name or policy. Default: weak."""
+    """Policy, its name, or the YAML file that holds it. Default: weak."""
     size: int | None = None
     """Side of a view, pixels. Default: the teacher's input size."""
     seed: int | None = None
@@ -189,7 +189,7 @@ def _requested_specs(config: ExtractConfig) -> list[TargetSpec]:
 def _policy(config: ExtractConfig) -> Policy | None:
     if config.augment is None or isinstance(config.augment, Policy):
         return config.augment
-    from kdcache.plan import parse_policy
+    from kdcache.policy_file import parse_policy
 
     return parse_policy(config.augment)
 

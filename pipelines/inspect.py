@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from kdcache.augment import OPS
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.console import human_bytes
 from kdcache.errors import UsageError
@@ -67,6 +69,7 @@ def _teacher(cache: Cache, layer: TeacherLayer) -> dict[str, Any]:
         "precision": identity.precision,
         "num_classes": identity.num_classes,
         "top1": 100 * sum(score.get("correct", 0) for score in scores) / labelled if labelled else None,
+        "labelled": labelled,
         "targets": {name: _target(cache, layer, name) for name in sorted(layer.targets)},
     }
 
@@ -134,6 +137,9 @@ def inspect_row(cache: Cache, shard: str, key: str, view: int) -> dict[str, Any]
         result["label"] = read["label"]
         result["crop"] = [params.crop.left, params.crop.top, params.crop.width, params.crop.height]
         result["flip"] = params.flip
+        result["ops"] = [[OPS[op].name, magnitude / 65536] for op, magnitude in params.ops]
+        result["erase"] = None if params.erase is None else asdict(params.erase)
+        result["mix"] = None if params.mix is None else asdict(params.mix)
         if name is not None:
             arrays = {target: value for target, value in read.items() if isinstance(value, np.ndarray)}
             result["teachers"][name] = {target: _statistics(value) for target, value in arrays.items()}
@@ -175,6 +181,7 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
         f"  root         {facts['root']}",
         f"  plan         {facts['fingerprint']}: dataset {plan['dataset']!r}, {plan['size']} px, seed {plan['seed']}",
         f"  policy       {crop_text}, flip {policy['hflip']:g}, {policy['interpolation']}; decoder {plan['decoder']}",
+        *(f"               {name}: {_in_words(fields)}" for name, fields in policy.items() if isinstance(fields, dict) and name != "crop"),
         f"  shards       {shards['done']} of {shards['total']} done",
         f"  rows         {facts['rows']:,} x {facts['views']} views",
         f"  labels       {facts['labels']['labelled']:,} labelled, {facts['labels']['classes']} classes",
@@ -188,7 +195,8 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
         lines.append(f"  stored views {stored['codec']}: {human_bytes(stored['bytes'])}{weight}; training needs no tars")
     lines += [f"  cut          {shard}: {cut}" for shard, cut in facts["cut"].items()]
     for name, teacher in facts["teachers"].items():
-        accuracy = f", {teacher['top1']:.2f} % top-1 on its own views" if teacher["top1"] is not None else ""
+        which = f"its {teacher['labelled']:,} unmixed views" if "mix" in policy else "its own views"
+        accuracy = f", {teacher['top1']:.2f} % top-1 on {which}" if teacher["top1"] is not None else ""
         lines.append(f"  teacher      {name}: {teacher['model']}, weights {teacher['weights']}, {teacher['precision']}{accuracy}")
         lines.append(
             f"               {'target':<24} {'encoding':<9} {'views':>5} {'shape':<12} {'B/view':>9} {'rel_l2':>9} {'cosine':>9} {'z_l2':>9} {'KL T=1':>9} {'KL T=4':>9}"
@@ -204,6 +212,10 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
         if any(t["measured_on_more"] for t in teacher["targets"].values()):
             lines.append("               (measured when it was extracted, over views that copy or gc has left out since, too)")
     return "\n".join(lines)
+
+
+def _in_words(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items())
 
 
 def shard_as_text(facts: Mapping[str, Any]) -> str:
@@ -233,6 +245,10 @@ def shard_as_text(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _box_in_words(box: Mapping[str, int]) -> str:
+    return f"{box['width']} x {box['height']} px at ({box['left']}, {box['top']})"
+
+
 def row_as_text(facts: Mapping[str, Any]) -> str:
     """A row for people."""
     left, top, width, height = facts["crop"]
@@ -240,7 +256,14 @@ def row_as_text(facts: Mapping[str, Any]) -> str:
         f"shard {facts['shard']}, key {facts['key']}, view {facts['view']} (row {facts['row']})",
         f"  label        {facts['label'] if facts['label'] >= 0 else 'none'}",
         f"  view         crop {width} x {height} px at ({left}, {top}){', flipped' if facts['flip'] else ''}; pixel digest {facts['pixels']}",
+        *(f"               {name} {magnitude:g}" for name, magnitude in facts["ops"]),
     ]
+    if facts["erase"] is not None:
+        lines.append(f"               erased {_box_in_words(facts['erase']['box'])} with {'noise' if facts['erase']['mode'] == 2 else 'a colour'}")
+    if facts["mix"] is not None:
+        mix = facts["mix"]
+        how = f"CutMix {_box_in_words(mix['box'])}" if mix["mode"] == 1 else "Mixup"
+        lines.append(f"               {how} with sample {mix['partner']} of the tar, own weight {mix['lambda_q16'] / 65536:.4f}")
     for name, targets in facts["teachers"].items():
         for target, t in targets.items():
             shape = "x".join(map(str, t["shape"]))

@@ -42,6 +42,7 @@ from kdcache.device import fitting_threads, resolve_device
 from kdcache.errors import KDCacheError, MissingError, ShardError, StudentError, UsageError
 from kdcache.evaluate import Evaluation, EvaluationSet, Evaluator
 from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches, to_device, usable_views
+from kdcache.losses import soft_labels
 from kdcache.methods import MethodSettings, build, method_class, parse_settings
 from kdcache.methods.base import Method
 from kdcache.plan import blake2b_128, canonical_json
@@ -645,9 +646,12 @@ class _Loop:
         """One update; {"loss", part…} as numbers."""
         device = self.device
         images_BCHW = self.normalize(batch["views"].to(device, non_blocking=True))
-        labels_B = batch["labels"].to(device, non_blocking=True)
+        labels = batch["labels"].to(device, non_blocking=True)
+        if "label_weights" in batch and self.method.uses_labels(self.method.settings):
+            partners_B, weights_B = (batch[name].to(device, non_blocking=True) for name in ("partner_labels", "label_weights"))
+            labels = soft_labels(labels, partners_B, weights_B, self.data.num_classes)
         targets = {target: encoding.decode(to_device(batch["targets"][target], device)) for target, encoding in self.encodings.items()}
-        parts = self.method(images_BCHW, labels_B, targets)
+        parts = self.method(images_BCHW, labels, targets)
         loss = torch.stack(list(parts.values())).sum()
         values = dict(zip(["loss", *parts], torch.stack([loss, *parts.values()]).tolist(), strict=True))  # one transfer a step
         if not all(math.isfinite(value) for value in values.values()):

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -26,6 +26,9 @@ from kdcache.plan import blake2b_128, canonical_json
 from kdcache.shards import Sample, ShardIndex, ShardSource, scan_shard
 from kdcache.sources import locate_shards
 from kdcache.store import Store, open_store
+
+if TYPE_CHECKING:
+    from kdcache.rendering import Neighbours
 
 READ_BYTES = 4 << 20
 MAX_LISTED = 20
@@ -320,15 +323,17 @@ class _Replay:
 
     def tasks(self) -> Iterator[Any]:
         """Render tasks, shard after shard; a tar that is gone or was changed becomes a problem instead."""
+        from kdcache.rendering import Neighbours
+
         for shard in self.cache.shards:
             if self.cache.plan.stored_views is not None:
                 yield from self._stored_tasks(shard)
             source, index = self._source(shard)
             if source is None or index is None:
                 continue
-            by_key = {sample.key: sample for sample in index.samples}
+            by_key = {sample.key: (position, sample) for position, sample in enumerate(index.samples)}
             try:
-                rows = [(row, by_key[key]) for row, key in enumerate(self.cache.keys(shard))]
+                rows = [by_key[key] for key in self.cache.keys(shard)]
             except KDCacheError as error:
                 self.verdict.problems.append(Problem("corrupt", shard, "", str(error)))
                 continue
@@ -337,30 +342,39 @@ class _Replay:
                     Problem("plan", shard, "", f"key {error} of the cache is not in the tar, though its member table is the same")
                 )
                 continue
-            yield from self._cut(source, rows, stored=False)
+            neighbours = Neighbours.of(index, self._skipped(shard)) if self.cache.plan.policy.mix is not None else None
+            yield from self._cut(source, rows, stored=False, neighbours=neighbours)
+
+    def _skipped(self, shard: str) -> list[int]:
+        return [skip.index for skip in self.cache.views[shard][0].identity.skipped]
 
     def _stored_tasks(self, shard: str) -> Iterator[Any]:
         """Tasks that read the stored views and need no tar."""
+        skipped = set(self._skipped(shard))
+        positions = [position for position in range(self.cache.views[shard][0].identity.samples) if position not in skipped]
         try:
-            rows = [(row, Sample(key, 0, 0, -1, None)) for row, key in enumerate(self.cache.keys(shard))]
+            rows = [(position, Sample(key, 0, 0, -1, None)) for position, key in zip(positions, self.cache.keys(shard), strict=True)]
         except KDCacheError:  # reported with the bytes
             return
         yield from self._cut(ShardSource(shard, ""), rows, stored=True)
 
-    def _cut(self, source: ShardSource, rows: Sequence[tuple[int, Sample]], *, stored: bool) -> Iterator[Any]:
-        """A shard's rows, all or a sample, as tasks."""
+    def _cut(
+        self, source: ShardSource, samples: Sequence[tuple[int, Sample]], *, stored: bool, neighbours: Neighbours | None = None
+    ) -> Iterator[Any]:
+        """A shard's rows, all or a sample of them, as tasks. samples: position in the tar and sample of every row."""
         from kdcache.rendering import RenderTask, samples_per_task
 
         records = self.cache.views[source.name]
         all_views = tuple(view for record in records for view in range(record.identity.views.start, record.identity.views.stop))
-        wanted: list[tuple[Sequence[tuple[int, Sample]], tuple[int, ...]]]
+        wanted: list[tuple[Sequence[int], tuple[int, ...]]]
         if self.views == "all":
             step = samples_per_task(self.cache.plan, len(all_views))
-            wanted = [(rows[start : start + step], all_views) for start in range(0, len(rows), step)]
+            wanted = [(range(start, min(start + step, len(samples))), all_views) for start in range(0, len(samples), step)]
         else:
-            wanted = [([rows[row]], (view,)) for row, view in self._chosen(source.name, len(rows), all_views)]
-        for part, views in wanted:
-            yield RenderTask(0, source, tuple(part), views, False, frozenset(views if stored else ()), tuple(row for row, _ in part))
+            wanted = [([row], (view,)) for row, view in self._chosen(source.name, len(samples), all_views)]
+        for rows, views in wanted:
+            chosen = tuple(samples[row] for row in rows)
+            yield RenderTask(0, source, chosen, views, False, frozenset(views if stored else ()), tuple(rows), neighbours)
 
     def _source(self, shard: str) -> tuple[ShardSource | None, ShardIndex | None]:
         record = self.cache.views[shard][0].identity
@@ -400,9 +414,9 @@ class _Replay:
         for place, reason in block.reasons.items():
             text = f"can't be decoded now ({reason}), it could when the cache was made"
             self._problem(shard, task.samples[place][1], text, kind="source" if stores else "pixels")
-        rows = [task.samples[place][0] for place in block.kept]
         for column, view in enumerate(task.views):
             try:
+                rows = [self.cache.row_at(shard, task.samples[place][0]) for place in block.kept]
                 digests = self.cache.read_pixel_digests(shard, view, rows)
                 params = self.cache.read_params(shard, view, rows)
             except CacheError as error:

@@ -18,8 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+
+from kdcache.plan import CenterCrop, ColorJitter, MixedViews, Policy, RandAugment, RandomErasing, RandomResizedCrop, ThreeAugment
 
 Member = tuple[str, bytes]
 """Name and bytes of one tar member."""
@@ -228,3 +231,30 @@ def kdcache_command(*arguments: object) -> Callable[[], int]:
         return 0
 
     return run
+
+
+fractions = st.sampled_from([0.0, 0.01, 0.3, 0.5, 1.0])
+pairs = st.tuples(fractions, fractions).map(lambda pair: (min(pair), max(pair)))
+random_policies = st.builds(
+    Policy,
+    crop=st.just(CenterCrop()) | st.builds(RandomResizedCrop, scale=st.sampled_from([(0.08, 1.0), (0.5, 0.5)])),
+    hflip=fractions,
+    interpolation=st.sampled_from(["bilinear", "bicubic"]),
+    three_augment=st.none() | st.builds(ThreeAugment, prob=fractions, sigma=st.sampled_from([(0.1, 2.0), (0.01, 32.0)])),
+    rand_augment=st.none()
+    | st.builds(
+        RandAugment,
+        num_ops=st.integers(1, 4),
+        magnitude=st.floats(0, 10),
+        magnitude_std=st.floats(0, 100),
+        increasing=st.booleans(),
+        prob=fractions,
+        translate=fractions,
+    ),
+    color_jitter=st.none() | st.builds(ColorJitter, prob=fractions, brightness=fractions, contrast=fractions, saturation=fractions),
+    erase=st.none()
+    | st.builds(RandomErasing, prob=fractions, mode=st.sampled_from(["noise", "constant"]), area=pairs.filter(lambda pair: pair[1] > 0)),
+    mix=st.none()
+    | st.builds(MixedViews, prob=fractions, switch_prob=fractions, mixup_alpha=st.just(0.0) | st.floats(0.01, 32), cutmix_alpha=st.floats(0.01, 32)),
+)
+"""Policies of every kind, with everything on or off."""

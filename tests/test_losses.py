@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcache.losses import cross_entropy, kd
+from kdcache.losses import cross_entropy, kd, soft_labels
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -78,6 +78,24 @@ def test_smoothing_is_timms() -> None:
 
     scores, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
     torch.testing.assert_close(cross_entropy(scores, labels, smoothing=0.1), LabelSmoothingCrossEntropy(0.1)(scores, labels))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_soft_labels_are_timms_mixed_targets(smoothing: float) -> None:
+    from timm.data.mixup import mixup_target
+    from timm.loss import SoftTargetCrossEntropy
+
+    scores, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 3])
+    weights = torch.tensor([0.25, 0.0, 1.0, 0.5, 0.75, 0.125])
+    expected = mixup_target(labels, 4, weights[:, None], smoothing)  # of each row and the one that mirrors it
+    shares = soft_labels(labels, labels.flip(0), weights, 4)
+    torch.testing.assert_close((1 - smoothing) * shares + smoothing / 4, expected)
+    torch.testing.assert_close(cross_entropy(scores, shares, smoothing=smoothing), SoftTargetCrossEntropy()(scores, expected))
+    whole = soft_labels(labels, labels, torch.ones(6), 4)
+    torch.testing.assert_close(cross_entropy(scores, whole, smoothing=smoothing), cross_entropy(scores, labels, smoothing=smoothing))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cross_entropy(scores.bfloat16(), shares, smoothing=smoothing).dtype == torch.float32
+    assert cross_entropy(scores.double(), shares).dtype == torch.float64
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (3, 6), (3,)])

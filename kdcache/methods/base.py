@@ -8,6 +8,8 @@ trains whatever parameters of it want a gradient. Its state dict is what a check
 * `run_student` is the one forward pass. A method that wants more than logits overrides it and adds entries, for example from
   timm's `forward_intermediates`.
 * `losses` turns outputs, labels and targets into named parts, each a scalar that is already weighted: their sum is the loss.
+  Labels are int64 (B,); where the plan's policy mixes, and the method uses labels, float32 (B, K): the share of each class in the
+  view. `kdcache.losses.cross_entropy` takes both. Targets are always the teacher's of the very view, mixed or not.
 * `Settings` holds every constant of the method; `--set FIELD=VALUE` fills it.
 
 Legend: B batch, C H W channels, height and width of the student's input.
@@ -70,12 +72,12 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         return {"logits": self.student(images_BCHW)}
 
     @abstractmethod
-    def losses(self, outputs: Mapping[str, Tensor], labels_B: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
+    def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
         """Named, weighted scalar parts of the loss; the same names in every step."""
 
-    def forward(self, images_BCHW: Tensor, labels_B: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
-        """One step's loss parts. labels_B: int64, -1 where there is none."""
-        return self.losses(self.run_student(images_BCHW), labels_B, targets)
+    def forward(self, images_BCHW: Tensor, labels: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
+        """One step's loss parts. labels: int64 (B,), -1 where there is none, or shares (B, K) of mixed views."""
+        return self.losses(self.run_student(images_BCHW), labels, targets)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizer factory leaves without weight decay: those that the student names."""

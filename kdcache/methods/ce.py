@@ -31,5 +31,5 @@ class CrossEntropy(Method[CrossEntropySettings]):
     def requires(cls, settings: CrossEntropySettings) -> list[str]:  # noqa: ARG003 - no setting changes it
         return []
 
-    def losses(self, outputs: Mapping[str, Tensor], labels_B: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
-        return {"task": cross_entropy(outputs["logits"], labels_B, smoothing=self.settings.smoothing)}
+    def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
+        return {"task": cross_entropy(outputs["logits"], labels, smoothing=self.settings.smoothing)}

@@ -49,11 +49,11 @@ class KD(Method[KDSettings]):
     def uses_labels(cls, settings: KDSettings) -> bool:
         return settings.weights[1] > 0
 
-    def losses(self, outputs: Mapping[str, Tensor], labels_B: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
+    def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
         distill_weight, task_weight = self.settings.weights
         parts = {"distill": distill_weight * kd(outputs["logits"], targets["logits"]["logits"], temperature=self.settings.temperature)}
         if task_weight > 0:
-            parts["task"] = task_weight * cross_entropy(outputs["logits"], labels_B, smoothing=self.settings.smoothing)
+            parts["task"] = task_weight * cross_entropy(outputs["logits"], labels, smoothing=self.settings.smoothing)
         return parts
 
 
