@@ -1,34 +1,48 @@
-"""Extraction against the bare teacher forward on the same views in memory, in one run.
+"""Extraction against the bare teacher forward on the same views in memory, in one run, with the time split by stage.
 
-    OMP_NUM_THREADS=2 python benchmarks/extract.py --teacher vit_small_patch16_224 --rounds 3
+    OMP_NUM_THREADS=2 python benchmarks/extract.py
+    OMP_NUM_THREADS=2 python benchmarks/extract.py --teacher vit_base_patch16_224 --samples 48 --rounds 2
+    python benchmarks/extract.py --device cuda --precision bf16 --teacher vit_large_patch16_224 --batch-size 128 --samples 1024 --workers 8
 
-Makes shards of photograph-sized JPEGs (500×375), a randomly initialised teacher, and interleaves, round by round:
+Makes a shard of photograph-sized JPEGs (500×375), a randomly initialised teacher, and interleaves, round by round:
 
 * bare: uint8 views in memory → normalise → forward, batch by batch, nothing else;
-* extract: `pipelines.extract` of one shard into a new cache; only its work is timed, from the first render task to the last
+* extract: `pipelines.extract` of the shard into a new cache; only its work is timed, from the first render task to the last
   committed record, not the loading of the teacher, calibration and the accuracy check.
 
-Prints views a second of each, their ratio, and medians. Budget (DESIGN §12): ratio ≥ 0.90 on a CPU for ViT-S and larger.
+Prints views a second of each, their ratio, and the median. Budget (DESIGN §12): ratio ≥ 0.90 on a CPU for ViT-S and larger, ≥ 0.95 on a
+GPU. Then one more extraction with a clock around each stage of the main thread, and what the helpers (decode workers, compression threads)
+need of a core. With --variants: the bare forward in channels_last and under torch.compile, to see whether either would pay.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import statistics
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+import kdcache.commit
+import kdcache.rendering
 import pipelines.extract
 from kdcache.cache import open_cache
+from kdcache.commit import GroupWriter
 from kdcache.device import autocast, resolve_device
-from kdcache.teacher import load_teacher
+from kdcache.encodings import ENCODINGS
+from kdcache.fidelity import Fidelity
+from kdcache.rendering import Renderer, RenderTask, samples_per_task
+from kdcache.shards import resolve_shards, scan_shard
+from kdcache.teacher import Teacher, load_teacher
 from pipelines.extract import ExtractConfig, extract
 
 
@@ -47,6 +61,88 @@ def make_shard(path: Path, *, num_samples: int, seed: int) -> None:
                 tar.addfile(info, io.BytesIO(data))
 
 
+class StageClock:
+    """Adds up the time that the main thread spends in each stage, and the CPU time of the compression threads."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()  # so that each stage is charged with its own kernels; only in this extra run
+        return time.perf_counter()
+
+    def _timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            begin = self._now()
+            try:
+                return function(*args, **options)
+            finally:
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + self._now() - begin
+
+        return call
+
+    def _compressed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            begin = time.thread_time()
+            result = function(*args)
+            name = "(threads) compression"
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.thread_time() - begin
+            return result
+
+        return call
+
+    def _blocks(self, function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        def call(*args: Any, **options: Any) -> Iterator[Any]:
+            blocks = function(*args, **options)
+            stage = "wait for the first block"
+            while True:
+                begin = time.perf_counter()
+                block = next(blocks, None)
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+                if block is None:
+                    return
+                stage = "wait for later blocks"
+                yield block
+
+        return call
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Clocks on every stage while this lasts."""
+        stages = [(Teacher, "__call__", "copy to the device, normalise, forward"), (Fidelity, "update", "fidelity: figures")]
+        stages += [(GroupWriter, "append", "cut into chunks, queue"), (pipelines.extract._Run, "_settle", "wait for the commit")]
+        for encodings in ENCODINGS.values():
+            for encoding in encodings.values():
+                stages += [(encoding, "encode", "encode"), (encoding, "decode", "fidelity: decode")]
+        saved = [(owner, name, getattr(owner, name)) for owner, name, _ in stages]
+        saved += [
+            (kdcache.commit, "encode_chunk", kdcache.commit.encode_chunk),
+            (kdcache.rendering, "rendered_blocks", kdcache.rendering.rendered_blocks),
+        ]
+        for owner, name, stage in stages:
+            setattr(owner, name, self._timed(stage, getattr(owner, name)))
+        kdcache.commit.encode_chunk = self._compressed(kdcache.commit.encode_chunk)
+        kdcache.rendering.rendered_blocks = self._blocks(kdcache.rendering.rendered_blocks)
+        try:
+            yield
+        finally:
+            for owner, name, function in saved:
+                setattr(owner, name, function)
+
+
+def render_seconds(shards: str, cache: Any, views: int) -> float:
+    """CPU time of decoding and rendering the shard in this process."""
+    index = scan_shard(resolve_shards(shards)[0])
+    renderer, samples = Renderer(cache.plan), list(enumerate(index.samples))
+    step = samples_per_task(cache.plan, views)
+    begin = time.process_time()
+    for start in range(0, len(samples), step):
+        renderer[RenderTask(0, index.source, tuple(samples[start : start + step]), tuple(range(views)), False)]
+    return time.process_time() - begin
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="vit_small_patch16_224")
@@ -58,14 +154,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--device", default=None)
+    parser.add_argument("--variants", action="store_true", help="time the bare forward in channels_last and under torch.compile too")
     args = parser.parse_args()
     targets = tuple(args.target or ("logits", "features@norm:int8"))
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "shards").mkdir()
-        for shard in range(1):
-            make_shard(root / "shards" / f"bench-{shard:04d}.tar", num_samples=args.samples, seed=shard)
+        make_shard(root / "shards" / "bench-0000.tar", num_samples=args.samples, seed=0)
         checkpoint = root / "teacher.pth"
         import timm
 
@@ -75,12 +171,14 @@ def main() -> None:
 
         work = pipelines.extract._Run._work
         seconds = 0.0
+        clock: StageClock | None = None
 
         def timed_work(run: pipelines.extract._Run, bar: object) -> None:
             nonlocal seconds
-            begin = time.perf_counter()
-            work(run, bar)
-            seconds = time.perf_counter() - begin
+            with clock.installed() if clock is not None else contextlib.nullcontext():
+                begin = time.perf_counter()
+                work(run, bar)
+                seconds = time.perf_counter() - begin
 
         pipelines.extract._Run._work = timed_work  # type: ignore[method-assign]
 
@@ -98,11 +196,14 @@ def main() -> None:
         shard = cache.shards[0]
         pixels = torch.from_numpy(np.stack([cache.view(shard, key, view) for key in cache.keys(shard) for view in range(args.views)]))
 
-        def run_bare() -> float:
+        if teacher.device.type == "cuda":
+            pixels = pixels.pin_memory()
+
+        def run_bare(forward: Callable[[torch.Tensor], torch.Tensor] = teacher.model) -> float:
             begin = time.perf_counter()
             with torch.inference_mode(), autocast(teacher.device, args.precision):
                 for start in range(0, len(pixels), args.batch_size):
-                    teacher.model(teacher.normalize(pixels[start : start + args.batch_size].to(teacher.device))).cpu()
+                    forward(teacher.normalize(pixels[start : start + args.batch_size].to(teacher.device, non_blocking=True))).cpu()
             return time.perf_counter() - begin
 
         run_bare()
@@ -118,6 +219,30 @@ def main() -> None:
             ratios.append(extracted / bare)
             print(f"{number:5d} {bare:13.2f} {extracted:16.2f} {ratios[-1]:6.3f}")
         print(f"median ratio {statistics.median(ratios):.3f}")
+
+        clock = StageClock(teacher.device)
+        total = run_extract("split")
+        main_thread = {stage: spent for stage, spent in clock.seconds.items() if not stage.startswith("(")}
+        main_thread["everything else"] = total - sum(main_thread.values())
+        print(f"\n{'main thread':40s} {'ms a view':>9} {'share':>6}")
+        for stage, spent in sorted(main_thread.items(), key=lambda item: -item[1]):
+            print(f"{stage:40s} {1e3 * spent / len(pixels):9.3f} {100 * spent / total:5.1f} %")
+        print("beside it, CPU time:")
+        helpers = {
+            "decode and render (workers)": render_seconds(str(root / "shards"), cache, args.views),
+            "compression (threads)": clock.seconds["(threads) compression"],
+        }
+        for helper, spent in helpers.items():
+            print(f"{helper:40s} {1e3 * spent / len(pixels):9.3f} {100 * spent / total:5.1f} % of a core")
+
+        if args.variants:
+            eager = run_bare()
+            teacher.model.to(memory_format=torch.channels_last)
+            print(f"\nbare in channels_last: {eager / run_bare():.3f} x")
+            teacher.model.to(memory_format=torch.contiguous_format)
+            compiled = torch.compile(teacher.model)
+            run_bare(compiled)  # compiles, the last batch's shape too
+            print(f"bare under torch.compile: {run_bare() / run_bare(compiled):.3f} x")
 
 
 if __name__ == "__main__":

@@ -40,12 +40,18 @@ CHUNK_BYTES = 64 * 1024
 STREAM_CHUNK_BYTES = 8 * 1024
 """Of a stream: an item of 28 kB is then read as 36 kB on average, and the crc32c of every byte that is used is checked."""
 _STREAM_STRIDE = STREAM_CHUNK_BYTES + 4
+READ_BYTES = 512 * 1024
+"""Neighbouring chunks are read together up to this size: what is read is then still in the core's cache when it is decoded (research: in
+order, rows of 200 kB cost 1.03 × the decompression limit this way, 1.13 × with 12 MB a read)."""
 
 KeyT = TypeVar("KeyT")
 ValueT = TypeVar("ValueT")
 _EMPTY = 2**64 - 1
 _SMALLEST_CHUNK = 16 + 4
 """A Blosc header and a crc32c."""
+_CRC = struct.Struct("<I")
+_BLOSC_SIZES = struct.Struct("<III")
+"""From byte 4 of a Blosc header: bytes before compression, of a block, of all that is stored."""
 _BLOSC_LEVEL = 5
 """zstd 5: level 9 encodes at 2 to 17 MB/s (research: storage §2)."""
 
@@ -309,25 +315,36 @@ class ArrayReader:
 
     def read(self, view: int, rows: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Rows `rows` of `view` (0 for an array without views), in the order asked: array (len(rows), *inner)."""
-        spec = self.spec
+        spec, chunk_rows = self.spec, self.spec.chunk_rows
+        if len(rows) == 1:
+            return self._read_row(view, int(rows[0]))
         wanted = np.asarray(rows, dtype=np.int64)
         out = np.empty((len(wanted), *spec.inner), spec.dtype)
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.rows or not 0 <= view < (spec.views or 1)):
-            raise IndexError(f"{self._path}: view {view}, rows {wanted.min()} to {wanted.max()} of {spec.views} views, {self.rows} rows")
-        blocks = wanted // spec.chunk_rows
-        base = view * spec.num_blocks(self.rows)
-        for run in _adjacent_runs(np.unique(blocks) + base, self._index):
-            start = int(self._index[run[0], 0])
-            data = self._store.get_range(self._path, start, int(self._index[run[-1]].sum()) - start)
-            for chunk in run:
-                offset, size = self._index[chunk] - (start, 0)
-                places = np.nonzero(blocks + base == chunk)[0]
-                if spec.chunk_rows == 1 and len(places) == 1:
-                    self._decode(data[offset : offset + size], chunk, out[places[0] : places[0] + 1])
+        if not len(wanted):
+            return out
+        consecutive = chunk_rows == 1 or bool((wanted[1:] - wanted[:-1] == 1).all())  # whole chunks then need no copy
+        order = wanted.argsort(kind="stable")
+        wanted = wanted[order]
+        if wanted[0] < 0 or wanted[-1] >= self.rows or not 0 <= view < (spec.views or 1):
+            raise IndexError(f"{self._path}: view {view}, rows {wanted[0]} to {wanted[-1]} of {spec.views} views, {self.rows} rows")
+        blocks = wanted // chunk_rows
+        starts = [0, *((blocks[1:] != blocks[:-1]).nonzero()[0] + 1).tolist()]  # where each chunk's part of `wanted` begins
+        stops = [*starts[1:], len(wanted)]
+        chunks = blocks[starts] + view * spec.num_blocks(self.rows)
+        numbers, entries, places = chunks.tolist(), self._index[chunks].tolist(), order[starts].tolist()
+        scratch: np.ndarray[Any, Any] | None = None
+        for first, last in _adjacent_runs(entries):
+            begin = entries[first][0]
+            data = np.frombuffer(self._store.get_range(self._path, begin, sum(entries[last]) - begin), np.uint8)  # its slices copy nothing
+            for i in range(first, last + 1):
+                offset, size = entries[i]
+                encoded = data[offset - begin : offset - begin + size]
+                if consecutive and stops[i] - starts[i] == chunk_rows:
+                    self._decode(encoded, numbers[i], out[places[i] : places[i] + chunk_rows])
                 else:
-                    decoded = np.empty((spec.chunk_rows, *spec.inner), spec.dtype)
-                    self._decode(data[offset : offset + size], chunk, decoded)
-                    out[places] = decoded[wanted[places] % spec.chunk_rows]
+                    scratch = np.empty((chunk_rows, *spec.inner), spec.dtype) if scratch is None else scratch
+                    self._decode(encoded, numbers[i], scratch)
+                    out[order[starts[i] : stops[i]]] = scratch[wanted[starts[i] : stops[i]] % chunk_rows]
         return out
 
     def read_encoded(self, view: int, block: int) -> bytes:
@@ -337,24 +354,38 @@ class ArrayReader:
         self._check_crc(encoded, view * self.spec.num_blocks(self.rows) + block)
         return encoded
 
+    def _read_row(self, view: int, row: int) -> np.ndarray[Any, Any]:
+        """As `read` of one row, without the planning: a batch drawn from many shards wants one row of each."""
+        spec = self.spec
+        if not (0 <= row < self.rows and 0 <= view < (spec.views or 1)):
+            raise IndexError(f"{self._path}: view {view}, row {row} of {spec.views} views, {self.rows} rows")
+        block, in_chunk = divmod(row, spec.chunk_rows)
+        chunk = view * spec.num_blocks(self.rows) + block
+        offset, size = self._index[chunk].tolist()
+        decoded = np.empty((spec.chunk_rows, *spec.inner), spec.dtype)
+        self._decode(np.frombuffer(self._store.get_range(self._path, offset, size), np.uint8), chunk, decoded)
+        return decoded if spec.chunk_rows == 1 else decoded[in_chunk : in_chunk + 1].copy()
+
     @property
     def index_bytes(self) -> int:
         """Memory that the cached index takes."""
         return int(self._index.nbytes) + 500
 
-    def _check_crc(self, encoded: bytes, chunk: int) -> None:
-        if google_crc32c.value(encoded[:-4]) != struct.unpack("<I", encoded[-4:])[0]:
+    def _check_crc(self, encoded: Any, chunk: int) -> None:
+        """encoded: bytes, or a uint8 array of them."""
+        payload: Any = encoded[:-4]  # numpy's stubs do not say that arrays are buffers
+        if google_crc32c.value(payload) != _CRC.unpack_from(encoded, len(payload))[0]:
             raise CorruptError(f"{self._path}: chunk {chunk} fails its crc32c; its row is not used; run 'kdcache verify' on the cache")
 
-    def _decode(self, encoded: bytes, chunk: int, out: np.ndarray[Any, Any]) -> None:
+    def _decode(self, encoded: Any, chunk: int, out: np.ndarray[Any, Any]) -> None:
         self._check_crc(encoded, chunk)
-        payload = memoryview(encoded)[:-4]
+        payload: Any = encoded[:-4]
         if not self.spec.compressed:
             if len(payload) != out.nbytes:
                 raise CorruptError(f"{self._path}: chunk {chunk} has {len(payload)} bytes, expected {out.nbytes}; run 'kdcache verify' on the cache")
             out.reshape(-1).view(np.uint8)[:] = np.frombuffer(payload, np.uint8)
             return
-        declared, _, compressed = struct.unpack_from("<III", payload, 4)  # blosc1 header; Blosc itself trusts both sizes
+        declared, _, compressed = _BLOSC_SIZES.unpack_from(payload, 4)  # Blosc itself trusts both sizes
         if (declared, compressed) != (out.nbytes, len(payload)):
             raise CorruptError(
                 f"{self._path}: chunk {chunk} declares {declared} bytes in {compressed}, expected {out.nbytes} in {len(payload)};"
@@ -399,14 +430,16 @@ class StreamReader:
         return b"".join(payloads)[begin : begin + stop - start]
 
 
-def _adjacent_runs(chunks: np.ndarray[Any, Any], index: np.ndarray[Any, Any]) -> list[list[int]]:
-    """Group chunk numbers whose bytes lie next to each other in the file, so that one read serves each group."""
-    runs: list[list[int]] = []
-    for chunk in chunks.tolist():
-        if runs and index[runs[-1][-1]].sum() == index[chunk, 0]:
-            runs[-1].append(chunk)
-        else:
-            runs.append([chunk])
+def _adjacent_runs(entries: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """First and last place of each group of (offset, size) that lie next to each other and hold at most READ_BYTES: one read serves each group."""
+    runs: list[tuple[int, int]] = []
+    for place, (offset, size) in enumerate(entries):
+        if runs:
+            first, last = runs[-1]
+            if sum(entries[last]) == offset and offset + size - entries[first][0] <= READ_BYTES:
+                runs[-1] = (first, place)
+                continue
+        runs.append((place, place))
     return runs
 
 

@@ -116,6 +116,21 @@ def test_bytes_are_those_of_zarr_python(spec: ArraySpec, rows: int, seed: int) -
         assert (path / "g" / spec.name / "zarr.json").read_bytes() == (path / "z" / "zarr.json").read_bytes()
 
 
+@given(specs, st.integers(1, 17), st.lists(st.integers(0, 16), max_size=20), st.integers(0, 200))
+def test_rows_come_in_the_order_asked_however_they_lie_in_chunks(spec: ArraySpec, rows: int, asked: list[int], read_bytes: int) -> None:
+    """Whole chunks, parts, repetitions, single rows; runs of chunks that are read together or one by one."""
+    values = make_values(spec, rows)
+    wanted = [row % rows for row in asked]
+    with folder() as path, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kdcache.arrays.READ_BYTES", read_bytes)
+        write_array(path / "g", spec, values)
+        reader = reader_of(path, spec, rows)
+        for view in range(spec.views or 1):
+            expected = values if spec.views is None else values[view]
+            for order in (wanted, sorted(wanted), list(range(rows)), [rows - 1]):
+                assert np.array_equal(reader.read(view, order), expected[order])
+
+
 def test_a_group_of_ours_is_a_zarr_group(tmp_path: Path) -> None:
     zarr.create_group(str(tmp_path / "theirs"))
     theirs = json.loads((tmp_path / "theirs" / "zarr.json").read_bytes())
@@ -153,7 +168,7 @@ class CountingStore(LocalStore):
         return super().get_range(path, offset, size)
 
 
-def test_neighbouring_chunks_are_one_read_and_rows_keep_their_order(tmp_path: Path) -> None:
+def test_neighbouring_chunks_are_one_read_and_rows_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(array_spec("a", "int32", (3,), views=1, max_rows=40), chunk_rows=4)
     values = make_values(spec, 40)
     write_array(tmp_path / "g", spec, values)
@@ -166,6 +181,10 @@ def test_neighbouring_chunks_are_one_read_and_rows_keep_their_order(tmp_path: Pa
     store.reads = 0
     assert np.array_equal(reader.read(0, scattered), values[0][scattered])
     assert store.reads == 3  # chunks 0 and 1 together, 5, 9
+    monkeypatch.setattr("kdcache.arrays.READ_BYTES", int(reader._index[:4, 1].sum()))
+    store.reads = 0
+    assert np.array_equal(reader.read(0, range(40)), values[0])
+    assert store.reads >= 3  # ten chunks, about four a read
     with pytest.raises(IndexError):
         reader.read(0, [40])
     with pytest.raises(IndexError):
