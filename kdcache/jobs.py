@@ -144,11 +144,12 @@ class TargetSegment:
         keys, self._keys = self._keys[:size], self._keys[size:]
         values = teacher(batch, [recorded.target for recorded in self.targets])
         arrays: dict[str, np.ndarray[Any, Any]] = {}
+        labels_B = torch.tensor(labels, dtype=torch.int64, device=teacher.device)
         with torch.inference_mode(), fitting_threads(teacher.model, teacher.device):
             for recorded in self.targets:
                 name = recorded.target.name
                 value = values[name]
-                encoded = recorded.encoding.encode(value)
+                encoded = recorded.encoding.encode(value, labels_B)
                 if not self.fidelity[name].update(value, recorded.encoding.decode(encoded)):
                     raise self._not_finite(name, value, keys)
                 for component, tensor in encoded.items():

@@ -39,7 +39,7 @@ class Int8Features(Encoding):
                 result[f"{part}_scale"] = Component(dtype="float16", shape=(count,))
         return result
 
-    def encode(self, value: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, value: Mapping[str, Tensor], labels_B: Tensor | None = None) -> dict[str, Tensor]:
         components: dict[str, Tensor] = {}
         for part, tokens in value.items():
             mean, std = (self.statistic(f"{part}_{name}", tokens.device) for name in ("mean", "std"))
