@@ -326,8 +326,13 @@ class Cache:
         record = self.views_record(shard, view)
         return self._views_reader(record, "pixels").read(view - record.views.start, rows)
 
-    def read_components(self, teacher: str, target: str, shard: str, view: int, rows: RowNumbers) -> dict[str, np.ndarray[Any, Any]]:
-        """The encoded components of rows of one view of a target: component → (len(rows), *shape). Raises MissingError."""
+    def read_components(
+        self, teacher: str, target: str, shard: str, view: int, rows: RowNumbers, *, components: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """The encoded components of rows of one view of a target: component → (len(rows), *shape). Raises MissingError.
+
+        components: which ones, and of the others no byte is read; default all. `Encoding.components_of` gives those of a part.
+        """
         layer = self.layer(teacher)
         if target not in layer.targets:
             raise self._missing_target(teacher, target)
@@ -340,6 +345,7 @@ class Cache:
                 return {
                     name[prefix:]: self._reader(f"teachers/{teacher}", record.group, spec, record.rows).read(view - record.views.start, rows)
                     for name, spec in specs.items()
+                    if components is None or name[prefix:] in components
                 }
         raise MissingError(
             f"shard {shard}: teacher {teacher!r} has no {target!r} for view {view}; run 'kdcache extract' again with the same arguments to finish the cache"

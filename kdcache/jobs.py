@@ -117,7 +117,7 @@ class TargetSegment:
         cards = {recorded.target.name: recorded.card.identity for recorded in targets}
         self.folder = folder
         self.writer = GroupWriter(folder, target_specs(cards, len(views), len(index.samples)), pool, num_views=len(views))
-        self.fidelity = {recorded.target.name: Fidelity(recorded.calibration) for recorded in targets}
+        self.fidelity = {recorded.target.name: Fidelity(recorded.calibration, recorded.encoding.bands) for recorded in targets}
         self.correct = self.labelled = 0
         self._pixels: list[Tensor] = []
         self._labels: list[int] = []

@@ -388,8 +388,11 @@ class _Run:
         from kdcache.preflight import first_views, run_preflight
 
         targets = [plan.target for plan in plans]
-        remembered = {shard for plan in plans if plan.card is not None for shard in plan.card.provenance.get("calibration", {}).get("shards", [])}
         names = {plan.target.name: plan.encoding for plan in plans if plan.needs_statistics}
+        layer = self._layer()
+        cards = [plan.card for plan in plans if plan.needs_statistics and plan.card is not None]  # lost: must come out the same
+        cards = cards or (list(layer.targets.values()) if layer is not None else [])  # new: on what its neighbours were
+        remembered = {shard for card in cards for shard in card.provenance.get("calibration", {}).get("shards", [])}
         calibrators = {name: one for name, encoding in names.items() if (one := encoding.calibrator(name)) is not None}
         sources = [source for source in self.sources if source.name in remembered] if calibrators else []
         count = CALIBRATION_VIEWS if calibrators else ACCURACY_VIEWS

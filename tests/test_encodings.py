@@ -6,6 +6,7 @@ new encoding:  PYTHONPATH=tests python -c "import test_encodings; test_encodings
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from kdcache.arrays import array_spec, encode_chunk
 from kdcache.encodings import ENCODINGS, ChannelStatistics, Encoding, TargetShape, build_encoding, default_encoding
+from kdcache.encodings.dct import dct2, frequencies_of_bands, idct2
+from kdcache.encodings.klt import KltFeatures
 from kdcache.errors import UsageError
 from kdcache.fidelity import Fidelity, combine_fidelity
 from kdcache.testing import check_encoding
 
 FIXTURES = Path(__file__).parent / "fixtures" / "encodings"
+GOLDENS = Path(__file__).parent / "goldens"
 ALL = [(kind, f"{name}={of.example}" if of.argument_name else name) for kind, encodings in ENCODINGS.items() for name, of in encodings.items()]
 """Every encoding that is registered, with the argument it names as its example."""
 SMALL = {
@@ -170,7 +174,11 @@ def test_topk_10_takes_40_bytes_with_the_pixel_digest() -> None:
         ("logits", "topk=many", r"'topk=many': expected a whole number"),
         ("logits", "topk=38", r"'topk=38': the teacher has 37 classes"),
         ("logits", "dense=8", r"'dense=8': expected none, found '8'"),
-        ("features", "int4", r"'int4' is not known for features; expected one of: int8, fp16, bf16"),
+        ("features", "klt", r"'klt': expected an argument"),
+        ("features", "klt=1", r"'klt=1': expected a mean cosine between 0 and 1"),
+        ("features", "klt=nan", r"'klt=nan': expected a mean cosine"),
+        ("features", "dct=3", r"'dct=3': expected none"),
+        ("features", "int4", r"'int4' is not known for features; expected one of: int8, fp16, bf16, klt=COSINE, dct"),
     ],
 )
 def test_what_an_encoding_can_not_be_is_refused(kind: str, text: str, reason: str) -> None:
@@ -276,3 +284,153 @@ def test_int8_survives_a_channel_that_was_quiet_in_calibration_and_fires_later(q
     encoding = calibrated("features", "int8", TargetShape(grid=(3, 4), channels=16), {"grid": calibration})
     decoded = encoding.decode(encoding.encode({"grid": later}))["grid"]
     assert float((decoded - later).norm() / later.norm()) < 0.05
+
+
+# --- klt ---
+
+
+def correlated(shape: TargetShape, *, rows: int, seed: int) -> dict[str, Tensor]:
+    """Tokens of a few directions, as a teacher's are, with outlier channels and, in each view, one massive token."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(shape.channels, shape.channels, generator=torch.Generator().manual_seed(0)) * 0.8 ** torch.arange(shape.channels).unsqueeze(
+        1
+    )
+    grid = torch.randn(rows, shape.num_tokens, shape.channels, generator=generator) @ mixing
+    grid[..., 3] *= 60
+    grid[..., 5] += 500
+    grid[:, 1] *= 20
+    return {"grid": grid, "prefix": 100 * torch.randn(rows, shape.prefix_tokens, shape.channels, generator=generator)}
+
+
+WIDE = TargetShape(grid=(6, 6), channels=48, prefix_tokens=2)
+
+
+@pytest.mark.parametrize("cosine", ["0.9", "0.99", "0.9999"])
+def test_klt_meets_the_stated_cosine_on_views_it_never_saw_and_is_no_finer_than_it_must(cosine: str) -> None:
+    encoding = calibrated("features", f"klt={cosine}", WIDE, correlated(WIDE, rows=64, seed=1))
+    value = correlated(WIDE, rows=32, seed=2)
+    components = encoding.encode(value)
+    decoded = encoding.decode(components)
+    mean, std = encoding.calibration["grid_mean"], encoding.calibration["grid_std"]
+    cosines = [
+        float(torch.nn.functional.cosine_similarity(one.double(), other.double(), dim=-1).mean())
+        for one, other in ((value["grid"], decoded["grid"]), ((value["grid"] - mean) / std, (decoded["grid"] - mean) / std))
+    ]
+    missed, wanted = 1 - min(cosines), 1 - float(cosine)
+    assert 0.7 * wanted <= missed <= 1.1 * wanted
+    assert float((decoded["prefix"] - value["prefix"]).norm() / value["prefix"].norm()) < 0.01
+    coarser = calibrated("features", "klt=0.8", WIDE, correlated(WIDE, rows=64, seed=1))
+    assert stored_bytes(coarser, coarser.encode(value)) < stored_bytes(encoding, components)
+
+
+def test_klt_coefficients_keep_distances_so_that_a_loss_may_be_taken_on_them() -> None:
+    encoding = calibrated("features", "klt=0.99", WIDE, correlated(WIDE, rows=64, seed=1))
+    assert isinstance(encoding, KltFeatures)
+    value = correlated(WIDE, rows=2, seed=2)
+    components = encoding.encode(value)
+    mean, std, basis = (encoding.calibration[name] for name in ("grid_mean", "grid_std", "basis"))
+    assert torch.allclose(basis.T @ basis, torch.eye(48), atol=1e-5)
+    z, z_decoded = (value["grid"] - mean) / std, (encoding.decode(components)["grid"] - mean) / std
+    distance = (z @ basis - encoding.decode_coefficients(components)).square().sum(dim=2)
+    assert torch.allclose(distance, (z - z_decoded).square().sum(dim=2), rtol=1e-3, atol=1e-4)
+
+
+def test_a_cosine_that_16_bits_can_not_meet_is_refused_with_the_best_there_is() -> None:
+    with pytest.raises(UsageError, match=r"'features@norm': encoding 'klt=0\.999999999999' can't be met: wanted .* the best is 0\.9999"):
+        calibrated("features", "klt=0.999999999999", WIDE, correlated(WIDE, rows=16, seed=1))
+    with pytest.raises(UsageError, match="expected at least 2 readable samples, found 1"):
+        calibrated("features", "klt=0.9", WIDE, correlated(WIDE, rows=1, seed=1))
+
+
+def test_klt_calibration_depends_on_neither_batches_nor_the_signs_of_eigenvectors() -> None:
+    encoding = build_encoding("features", "klt=0.99", WIDE)
+    value = correlated(WIDE, rows=20, seed=1)
+    results = []
+    for size in (20, 7, 1):
+        calibrator = encoding.calibrator("features@norm")
+        assert calibrator is not None
+        for start in range(0, 20, size):
+            calibrator.update({part: tokens[start : start + size] for part, tokens in value.items()})
+        results.append(calibrator.result())
+    for name, tensor in results[0].items():
+        assert torch.allclose(tensor, results[1][name], rtol=1e-4, atol=1e-5), name
+    assert all(float(column[column.abs().argmax()]) > 0 for column in results[0]["basis"].T)
+    turned = {**results[2], "basis": results[2]["basis"] * torch.where(torch.arange(48) % 2 == 0, -1.0, 1.0)}
+    assert encoding.is_near(turned, results[0])
+    assert not encoding.is_near({**turned, "basis": torch.eye(48)}, results[0])
+    assert not encoding.is_near({**turned, "basis": 1.1 * turned["basis"]}, results[0])
+    assert not encoding.is_near({**turned, "step": 2 * turned["step"]}, results[0])
+
+
+def test_klt_survives_fewer_tokens_than_channels_and_tokens_of_zeros() -> None:
+    shape = TargetShape(grid=(2, 2), channels=48)
+    value = {"grid": correlated(WIDE, rows=4, seed=1)["grid"][:, 2:6]}
+    value["grid"][:, 0] = 0
+    encoding = calibrated("features", "klt=0.95", shape, value)
+    check_encoding(encoding, {"grid": correlated(WIDE, rows=3, seed=2)["grid"][:, 2:6]})
+
+
+# --- dct ---
+
+
+@pytest.mark.parametrize("side", [7, 14, 16])
+def test_the_transform_is_the_originals_and_the_bands_without_dc_are_scalekds_frequency_view(side: int) -> None:
+    with np.load(GOLDENS / "scalekd_dct.npz") as golden:
+        x, unnormalised, without_dc = (torch.from_numpy(golden[f"{name}{side}"]) for name in ("x", "dct", "idct_nodc"))
+    tokens = x.flatten(2).transpose(1, 2)  # (B, T, C)
+    coefficients = dct2(tokens, (side, side))
+    scale = torch.full((side, 1), math.sqrt(1 / (2 * side)))  # W[k, i] = 2 cos: norm √(2n), but 2√n for k = 0
+    scale[0] /= math.sqrt(2)
+    expected = (unnormalised * scale * scale.T).flatten(2).transpose(1, 2)
+    assert torch.allclose(coefficients, expected.float(), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(idct2(coefficients, (side, side)), tokens, atol=1e-5)
+    coefficients[:, frequencies_of_bands((side, side))["dc"]] = 0
+    assert torch.allclose(idct2(coefficients, (side, side)), without_dc.float().flatten(2).transpose(1, 2), atol=1e-5)
+
+
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_bands_are_a_partition_by_radius(height: int, width: int) -> None:
+    bands = frequencies_of_bands((height, width))
+    assert sorted(place for places in bands.values() for place in places) == list(range(height * width))
+    bounds = {"dc": (0, 0), "low": (1e-12, 1 / 4), "mid": (1 / 4, 1 / 2), "high": (1 / 2, 2)}
+    for band, places in bands.items():
+        for place in places:
+            radius = math.hypot(place // width / height, place % width / width)
+            assert bounds[band][0] - 1e-9 <= radius <= bounds[band][1] + 1e-9
+
+
+@given(st.integers(0, 99), st.sampled_from([(14, 14), (7, 7), (5, 3)]), st.sampled_from([1.0, 100.0]))
+def test_every_band_is_kept_to_a_hundredth_and_any_subset_decodes(seed: int, grid: tuple[int, int], massive: float) -> None:
+    shape = TargetShape(grid=grid, channels=24, prefix_tokens=1)
+    encoding = calibrated("features", "dct", shape, make_value("features", shape, rows=32, seed=seed, outlier=60))
+    value = make_value("features", shape, rows=3, seed=seed, outlier=60, massive=massive)
+    components = encoding.encode(value)
+    mean, std = encoding.calibration["grid_mean"], encoding.calibration["grid_std"]
+    detail = value["grid"] - value["grid"].mean(dim=1, keepdim=True)
+    without_dc = encoding.decode({name: components[name] for name in encoding.components_of(["low", "mid", "high"])})
+    assert without_dc.keys() == {"grid"}
+    assert float(((without_dc["grid"] - detail) / std).norm()) < 0.01 * float((detail / std).norm())
+    fidelity = Fidelity(encoding.calibration, encoding.bands)
+    assert fidelity.update(value, encoding.decode(components))
+    result = fidelity.result()
+    assert sum(result[f"energy_{band}"] for band in ("dc", "low", "mid", "high")) == pytest.approx(1)
+    assert all(result[f"error_{band}"] < 0.01 for band in ("dc", "low", "mid", "high"))
+    smooth = {"grid": (mean + std).expand(2, shape.num_tokens, -1), "prefix": value["prefix"][:2]}
+    only_dc = Fidelity(encoding.calibration, encoding.bands)
+    assert only_dc.update(smooth, smooth)
+    assert only_dc.result()["energy_dc"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e25, 1e37])
+def test_fidelity_holds_for_any_finite_size_of_value(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    value = {"grid": torch.randn(4, 12, 16, generator=generator)}
+    calibrator = ChannelStatistics()
+    calibrator.update(value)
+    calibration = {name: tensor * scale for name, tensor in calibrator.result().items()}
+    error = 0.01 * torch.randn(4, 12, 16, generator=generator)
+    plain, scaled = Fidelity(calibrator.result()), Fidelity(calibration)
+    assert plain.update(value, {"grid": value["grid"] + error})
+    assert scaled.update({"grid": value["grid"] * scale}, {"grid": (value["grid"] + error) * scale})
+    assert scaled.result() == pytest.approx(plain.result(), rel=1e-3)
+    assert scaled.update({"grid": torch.zeros(4, 12, 16)}, {"grid": calibration["grid_mean"].expand(4, 12, 16)}), "a silent batch is finite"

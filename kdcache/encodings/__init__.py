@@ -8,14 +8,16 @@ from ..errors import UsageError
 from ..targets import canonical_encoding
 from .base import Calibrator, ChannelStatistics, Encoding, TargetShape
 from .bf16 import Bf16Features
+from .dct import DctFeatures
 from .dense import DenseLogits
 from .fp16 import Fp16Features
 from .int8 import Int8Features
+from .klt import KltFeatures
 from .topk import TopKLogits
 
 ENCODINGS: dict[str, dict[str, type[Encoding]]] = {
     "logits": {"dense": DenseLogits, "topk": TopKLogits},
-    "features": {"int8": Int8Features, "fp16": Fp16Features, "bf16": Bf16Features},
+    "features": {"int8": Int8Features, "fp16": Fp16Features, "bf16": Bf16Features, "klt": KltFeatures, "dct": DctFeatures},
 }
 """kind → name → class; the first of a kind is its default."""
 

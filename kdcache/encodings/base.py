@@ -95,10 +95,16 @@ class Encoding(ABC):
     def components_of(self, parts: Sequence[str]) -> tuple[str, ...]:
         """The components of these parts, in order. Raises UsageError for a part that this target does not have."""
         known = self.parts()
+        if not parts:
+            raise UsageError(f"encoding {self.full_name!r}: no part is asked for; expected some of: {', '.join(known)}")
         for part in parts:
             if part not in known:
                 raise UsageError(f"encoding {self.full_name!r}: no part {part!r} in this target; expected some of: {', '.join(known)}")
         return tuple(component for part, names in known.items() if part in parts for component in names)
+
+    def bands(self, z_BTC: Tensor) -> dict[str, Tensor]:
+        """An orthonormal split of a standardised grid, float32 (B, T, C), by part: what `Fidelity` measures beside the whole. None but for dct."""
+        return {}
 
     def calibrator(self, target: str) -> Calibrator | None:
         """What gathers the statistics of a target called `target`; None for logits, which have none."""
@@ -127,6 +133,22 @@ class Encoding(ABC):
         if tensor.device != device:
             tensor = self.calibration[name] = tensor.to(device)
         return tensor
+
+
+_LARGEST = 1e37
+"""A value beyond it is stored as it, so that subtracting a mean can't leave float32."""
+_LARGEST_Z = 1e9
+"""Likewise a standardised one: squares and sums over channels stay finite."""
+
+
+def standardise(tokens: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """float32 z-scores of tokens (B, N, C); mean and std as `ChannelStatistics` gives them."""
+    return ((tokens.float().clamp(-_LARGEST, _LARGEST) - mean) / std).clamp_(-_LARGEST_Z, _LARGEST_Z)
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Matrix products of float32 in float32, whatever autocast is around them."""
+    return torch.autocast(device.type, enabled=False)
 
 
 class Calibrator(Protocol):
