@@ -32,7 +32,7 @@ class DctFeatures(Encoding):
     """Each frequency is quantised as int8 quantises a token: one scale for its C standardised channels, then 8 bits.
 
     The scale follows the view, so that a massive token, which leaks into every frequency, costs precision in its own view only; scales that
-    are calibrated a frequency and channel were measured to lose more there (z_l2 .0089 against .0062) and to gain nothing elsewhere.
+    are calibrated a frequency and channel lose more there (z_l2 .0094 against .0064) and gain nothing elsewhere (`benchmarks/klt_choices.py`).
 
     Components per band that the grid has: `<band>` int8 (frequencies, C), row-major in (u, v), and `<band>_scale` float16 (frequencies,); for
     prefix tokens as in int8. The parts are the bands and `prefix`. Without `dc` a grid decodes to itself minus its spatial mean.

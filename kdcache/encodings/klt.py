@@ -3,7 +3,7 @@
 The basis is the Karhunen-Loève transform (PCA) of the standardised channels: the eigenvectors of their correlation over
 calibration tokens, all of them, so that nothing is cut off and what is new in a view costs bytes, not error. Two means keep the bytes
 down: most coefficients are far below the step, round to 0 and compress to almost nothing; and the codes lie component-major, so
-that bitshuffle meets long runs of small numbers. Measured in docs/encodings.md, with what the choices below gain.
+that bitshuffle meets long runs of small numbers. Measured in docs/encodings.md.
 
 The basis is orthonormal: squared distances between coefficients are those between standardised tokens, so a loss may be
 taken on `decode_coefficients` and save the way back.
@@ -25,7 +25,7 @@ from .int8 import decode_tokens, encode_tokens, token_components
 
 _ROUNDING = 0.36
 """|code| = floor(|y| / step + this). Below ½: a coefficient near a boundary goes to the smaller code, which is the likelier one and takes fewer
-bits. At one cosine this is 9 % smaller than plain rounding (dead-zone quantisation, as in video coding; .30 to .42 are alike)."""
+bits. At one cosine this is 6 to 10 % smaller than rounding to nearest (dead-zone quantisation, as in video coding; .30 to .42 are alike)."""
 _LARGEST_CODE = 32767
 _HELD_OUT_EVERY = 4
 _HELD_OUT_VIEWS = 16
@@ -39,10 +39,10 @@ class KltFeatures(Encoding):
 
     Both the mean cosine of raw tokens and that of standardised ones meet COSINE on calibration views that the basis was not fitted to: outlier
     channels make the raw one easy to meet. The scale a token makes the error a share of each token, which is the cheapest way to a mean
-    cosine: 3 % smaller than one step for all, 28 % with a massive token among 37.
+    cosine: 8 % smaller than one step for all, 28 % with a massive token among 37 (`benchmarks/klt_choices.py`).
 
     Components: `grid` uint16 (C, T), zigzag codes (0, -1, 1, -2, … → 0, 1, 2, 3, …), which leave the high bits empty where two's
-    complement repeats the sign (14 % smaller); `grid_scale` float16 (T,). Prefix tokens as in int8. Calibration adds `basis` (C, C), one
+    complement repeats the sign (13 % smaller); `grid_scale` float16 (T,). Prefix tokens as in int8. Calibration adds `basis` (C, C), one
     eigenvector a column by falling `variance` (C,), and `step` ().
     """
 
