@@ -264,7 +264,9 @@ def test_bytes_of_version_1_decode_for_ever(kind: str, name: str) -> None:
     decoded = encoding.decode(parts["component"])
     assert decoded.keys() == parts["decoded"].keys()
     for key, tensor in decoded.items():
-        assert torch.allclose(tensor, parts["decoded"][key], rtol=1e-6, atol=1e-6)
+        expected = parts["decoded"][key]
+        largest = expected.abs().flatten(0, -2).amax(dim=0)  # of each channel: a matrix product's last bits differ between machines
+        assert bool(((tensor - expected).abs() <= 2e-6 * largest + 1e-6).all())
     # what was decoded is on the grid of codes: it encodes to within one code of itself
     again = encoding.encode(parts["decoded"], torch.tensor([-1, 0, 36]))
     for key, tensor in again.items():
