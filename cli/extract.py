@@ -25,7 +25,7 @@ from .options import device_option, json_option, parse_settings, print_json, wor
 )
 @click.option("--dataset", metavar="ID", help="Dataset id, part of the view plan. Default: the shards' common name.")
 @click.option("--for", "methods", multiple=True, metavar="METHOD", help="Record what this method needs. Repeatable.")
-@click.option("--target", "targets", multiple=True, metavar="SPEC", help="target[@node][:encoding][,views=N]. Repeatable. Default: logits.")
+@click.option("--target", "targets", multiple=True, metavar="SPEC", help="target[@node][:encoding[=arg]][,views=N]. Repeatable. Default: logits.")
 @click.option("--views", type=click.IntRange(1), metavar="V", help="Views a sample. Default: 8; 1 without randomness. More can be added later.")
 @click.option("--augment", metavar="POLICY", help="none, weak, strong, 3aug or a FILE.yaml, see below. Default: weak.")
 @click.option("--size", type=click.IntRange(1), metavar="S", help="Side of a view, pixels. Default: the teacher's input size.")
@@ -69,8 +69,11 @@ def command(
 
     \b
     Targets: logits                     uint8 with an affine pair a row, ~0.9 kB for 1000 classes
+             logits:topk=10             10 largest, the label's, log Z; ~26 B, useless for T > 1
              features@blocks.22:int8    raw output of a block; ~7 bits a value
-             features@norm:fp16,views=4 output of forward_features(), 4 views only
+             features@norm:klt=0.99     as coarse as a mean cosine of .99 allows; under 2 bits
+             features@layers.3:dct      bands of spatial frequency that are read apart
+             features@norm:fp16,views=4 output of forward_features(), 4 views only; also bf16
 
     With --store-views the teacher sees what the stored view decodes to; training and further targets read that and need no tars
     (more views do). An image then costs training a quarter of rendering it (jpeg95), a twentieth (raw), or as much (png).

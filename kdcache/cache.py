@@ -411,8 +411,13 @@ class Cache:
         file = record.group.files.get(stream_spec(STORED_BYTES).shard_path)
         return StreamReader(self.store, f"views/{record.group.name}", STORED_BYTES, shard_size=file.size if file else 0)
 
-    def read_components(self, teacher: str, target: str, shard: str, view: int, rows: RowNumbers) -> dict[str, np.ndarray[Any, Any]]:
-        """The encoded components of rows of one view of a target: component → (len(rows), *shape). Raises MissingError."""
+    def read_components(
+        self, teacher: str, target: str, shard: str, view: int, rows: RowNumbers, *, components: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """The encoded components of rows of one view of a target: component → (len(rows), *shape). Raises MissingError.
+
+        components: which ones, and of the others no byte is read; default all. `Encoding.components_of` gives those of a part.
+        """
         layer = self.layer(teacher)
         if target not in layer.targets:
             raise self._missing_target(teacher, target)
@@ -425,6 +430,7 @@ class Cache:
                 return {
                     name[prefix:]: self._reader(f"teachers/{teacher}", record.group, spec, record.rows).read(view - record.views.start, rows)
                     for name, spec in specs.items()
+                    if components is None or name[prefix:] in components
                 }
         raise MissingError(
             f"shard {shard}: teacher {teacher!r} has no {target!r} for view {view}; run 'kdcache extract' again with the same arguments to finish the cache"

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -57,12 +56,12 @@ def plan_targets(store: Store, resolved: Mapping[TargetSpec, TeacherTarget], lay
         card = layer.targets.get(target.name) if layer is not None else None
         name = spec.encoding or (card.identity.encoding if card is not None else default_encoding(target.kind))
         encoding = build_encoding(target.kind, name, target.shape)
-        if card is not None and card.identity.encoding != name:
+        if card is not None and card.identity.encoding != encoding.full_name:
             raise MismatchError(
                 f"target {target.name!r} of teacher {teacher_name!r}",
                 "encoding",
                 expected=card.identity.encoding,
-                found=name,
+                found=encoding.full_name,
                 remedy="a target has one encoding a cache: leave it out, or record under another --name",
             )
         calibrated = card is not None and store.size(calibration_path(teacher_name, target.name)) is not None
@@ -88,7 +87,7 @@ def create_cards(
     recorded: dict[str, RecordedTarget] = {}
     for plan in plans:
         name = plan.target.name
-        calibration = _store_calibration(store, teacher_name, name, statistics[name], plan.card) if name in statistics else None
+        calibration = _store_calibration(store, teacher_name, plan, statistics[name]) if name in statistics else None
         card = plan.card or _create_card(store, teacher_name, plan, calibration, making)
         tensors = read_calibration(store, teacher_name, card.identity) if card.identity.calibration is not None else None
         if tensors is not None:
@@ -106,7 +105,7 @@ def _create_card(
         name=target.name,
         kind=target.kind,
         node=target.node,
-        encoding=plan.encoding.name,
+        encoding=plan.encoding.full_name,
         num_classes=None if is_features else shape.num_classes,
         channels=shape.channels if is_features else None,
         grid=shape.grid if is_features else None,
@@ -120,31 +119,26 @@ def _create_card(
     return card
 
 
-def _store_calibration(
-    store: Store, teacher_name: str, target: str, statistics: Mapping[str, Tensor], card: Document[TargetIdentity] | None
-) -> DigestField:
+def _store_calibration(store: Store, teacher_name: str, plan: TargetPlan, statistics: Mapping[str, Tensor]) -> DigestField:
     """Create the calibration file if absent; size and digest of the one that is there now. Raises CorruptError if a card wants another."""
-    path = calibration_path(teacher_name, target)
+    path, card = calibration_path(teacher_name, plan.target.name), plan.card
     new = safetensors.torch.save(dict(statistics))
     if card is not None and card.identity.calibration is not None and blake2b_128(new) != card.identity.calibration.digest:
         raise CorruptError(
             f"{store.url}/{path} is missing, and comes out otherwise now (expected digest {card.identity.calibration.digest}, found"
             f" {blake2b_128(new)}); it was made with {card.provenance.get('calibration')}: use the same, or record under another --name"
         )
-    if not store.put_new(path, new) and card is None and not _is_near(store.get(path, max_size=_MAX_CALIBRATION_BYTES), statistics):
+    if not store.put_new(path, new) and card is None and not _is_near(plan.encoding, store.get(path, max_size=_MAX_CALIBRATION_BYTES), statistics):
         store.delete(path)  # no card vouches for it, and it is not what another run would have made
         store.put_new(path, new)
     data = store.get(path, max_size=_MAX_CALIBRATION_BYTES)
     return DigestField(size=len(data), digest=blake2b_128(data))
 
 
-def _is_near(data: bytes, statistics: Mapping[str, Tensor]) -> bool:
+def _is_near(encoding: Encoding, data: bytes, statistics: Mapping[str, Tensor]) -> bool:
     """Whether a calibration file holds these statistics, as far as another batch size or device could move them."""
     try:
         found = safetensors.torch.load(data)
     except (SafetensorError, ValueError):
         return False
-    return found.keys() == statistics.keys() and all(
-        found[name].shape == tensor.shape and torch.allclose(found[name], tensor, rtol=0.05, atol=0.05 * float(tensor.abs().mean()))
-        for name, tensor in statistics.items()
-    )
+    return encoding.is_near(found, statistics)

@@ -2,13 +2,13 @@
 
 Features: relative L2, mean cosine of tokens, and relative L2 after standardising each channel (`z_l2`), because outlier
 channels hide damage in the first two. Logits: relative L2, mean cosine and KL(teacher ‖ decoded) at T = 1 and T = 4.
-Sums are kept as float64 on the host, so that shards add up.
+Sums are kept as float64 on the host, so that shards add up. Of an encoding with bands of frequency, each band's share and error too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TEMPERATURES = (1, 4)
+_TINY = 1e-30
+"""A batch whose values are all below it is taken as zeros."""
 
 
 @dataclass
@@ -23,41 +25,69 @@ class Fidelity:
     """Running sums for one target; `result` gives the figures."""
 
     calibration: Mapping[str, Tensor] | None = None
-    """`ChannelStatistics` result of a feature target; None for logits."""
+    """The calibrator's result of a feature target; None for logits."""
+    bands: Callable[[Tensor], Mapping[str, Tensor]] | None = None
+    """`Encoding.bands` of the target's encoding: energy and error are then kept for each."""
     sums: dict[str, float] = field(default_factory=dict)
 
     def update(self, value: Mapping[str, Tensor], decoded: Mapping[str, Tensor]) -> bool:
-        """Add a batch; False, and nothing added, if a value is not finite. value, decoded: as encodings take and give them."""
+        """Add a batch; False, and nothing added, if a value is not finite. value, decoded: as encodings take and give them.
+
+        Squares are taken of values scaled to at most 1, since float32 can't hold those of values above 2e19 and mps has no float64.
+        """
         import torch  # here, so that `combine_fidelity` serves inspect without it
         import torch.nn.functional as F
 
         names: list[str] = []
         terms: list[Tensor] = []
+        scales: list[Tensor] = []
+
+        def add(name: str, term: Tensor, scale: Tensor) -> None:
+            names.append(name)
+            terms.append(term)
+            scales.append(scale)
+
         vectors = 0
         for part, original in value.items():
             x, y = original.float(), decoded[part].float()
-            error = y - x
-            names += ["error_sq", "value_sq", "cosine_sum"]
-            terms += [error.square().sum(), x.square().sum(), F.cosine_similarity(x, y, dim=-1).sum()]
+            sizes = [x.abs().amax(), y.abs().amax()]
+            if part != "logits" and self.calibration is not None:
+                mean, std = (self.calibration[f"{part}_{name}"].to(x.device) for name in ("mean", "std"))
+                sizes.append(mean.abs().amax())
+            largest = torch.stack(sizes).amax().clamp_min(_TINY)
+            one = torch.ones_like(largest)
+            x_unit, y_unit = x / largest, y / largest
+            error = y_unit - x_unit
+            add("error_sq", error.square().sum(), largest)
+            add("value_sq", x_unit.square().sum(), largest)
+            add("cosine_sum", F.cosine_similarity(x_unit, y_unit, dim=-1, eps=_TINY**0.5).sum(), one)
             vectors += x.numel() // x.shape[-1]
             if part == "logits":
                 for temperature in TEMPERATURES:
                     log_p, log_q = F.log_softmax(x / temperature, dim=-1), F.log_softmax(y / temperature, dim=-1)
-                    names.append(f"kl_t{temperature}_sum")
-                    terms.append((log_p.exp() * (log_p - log_q)).sum())
+                    add(f"kl_t{temperature}_sum", (log_p.exp() * (log_p - log_q)).sum(), one)
             elif self.calibration is not None:
-                mean, std = (self.calibration[f"{part}_{name}"].to(x.device) for name in ("mean", "std"))
-                names += ["z_error_sq", "z_value_sq"]
-                terms += [(error / std).square().sum(), ((x - mean) / std).square().sum()]
-        numbers = torch.stack(terms).tolist()  # one transfer a batch
-        if not all(math.isfinite(number) for number in numbers):
+                smallest = std.amin()
+                z_scale = largest / smallest
+                z_value, z_error = (x_unit - mean / largest) * (smallest / std), error * (smallest / std)
+                add("z_error_sq", z_error.square().sum(), z_scale)
+                add("z_value_sq", z_value.square().sum(), z_scale)
+                if self.bands is not None and part == "grid":
+                    for quantity, split in (("error", self.bands(z_error)), ("value", self.bands(z_value))):
+                        for band, coefficients in split.items():
+                            add(f"z_{quantity}_sq:{band}", coefficients.square().sum(), z_scale)
+        numbers = torch.stack([torch.stack(terms), torch.stack(scales)]).tolist()  # one transfer a batch
+        if not all(math.isfinite(number) for row in numbers for number in row):
             return False
-        for name, number in [("vectors", float(vectors)), *zip(names, numbers, strict=True)]:
-            self.sums[name] = self.sums.get(name, 0.0) + number
+        for name, number, scale in [("vectors", float(vectors), 1.0), *zip(names, *numbers, strict=True)]:
+            self.sums[name] = self.sums.get(name, 0.0) + number * scale * scale
         return True
 
     def result(self) -> dict[str, float]:
-        """{"rel_l2", "cosine"} and {"z_l2"} or {"kl_t1", "kl_t4"}; empty if no row was seen."""
+        """{"rel_l2", "cosine"} and {"z_l2"} or {"kl_t1", "kl_t4"}; empty if no row was seen.
+
+        With bands, "energy_BAND", its share of the standardised grid's energy, and "error_BAND", its own relative L2: 1 - error² of it is kept.
+        """
         return combine_fidelity([self.sums])
 
 
@@ -75,6 +105,11 @@ def combine_fidelity(all_sums: list[dict[str, float]]) -> dict[str, float]:
     for temperature in TEMPERATURES:
         if f"kl_t{temperature}_sum" in sums:
             result[f"kl_t{temperature}"] = sums[f"kl_t{temperature}_sum"] / sums["vectors"]
+    bands = [name.partition(":")[2] for name in sums if name.startswith("z_value_sq:")]
+    energy = sum(sums[f"z_value_sq:{band}"] for band in bands)
+    for band in bands:
+        result[f"energy_{band}"] = sums[f"z_value_sq:{band}"] / energy if energy > 0 else 0.0
+        result[f"error_{band}"] = _relative(sums[f"z_error_sq:{band}"], sums[f"z_value_sq:{band}"])
     return result
 
 

@@ -155,6 +155,8 @@ class Component(FrozenModel):
 
     dtype: Literal["uint8", "int8", "uint16", "int16", "int32", "float16", "float32"]
     shape: tuple[int, ...]
+    typesize: int | None = Field(default=None, ge=1, le=255)
+    """Blosc's element size where it is not the data type's: a whole row, so that bitshuffle gathers each of its fields over rows."""
 
     @model_validator(mode="after")
     def _check(self) -> Component:

@@ -121,7 +121,7 @@ class TargetSegment:
         cards = {recorded.target.name: recorded.card.identity for recorded in targets}
         self.folder = folder
         self.writer = GroupWriter(folder, target_specs(cards, len(views), len(index.samples)), pool, num_views=len(views))
-        self.fidelity = {recorded.target.name: Fidelity(recorded.calibration) for recorded in targets}
+        self.fidelity = {recorded.target.name: Fidelity(recorded.calibration, recorded.encoding.bands) for recorded in targets}
         self.correct = self.labelled = 0
         self._pixels: list[Tensor] = []
         self._labels: list[int] = []
@@ -153,11 +153,12 @@ class TargetSegment:
         keys, self._keys = self._keys[:size], self._keys[size:]
         values = teacher(batch, [recorded.target for recorded in self.targets])
         arrays: dict[str, np.ndarray[Any, Any]] = {}
+        labels_B = torch.tensor(labels, dtype=torch.int64, device=teacher.device)
         with torch.inference_mode(), fitting_threads(teacher.model, teacher.device):
             for recorded in self.targets:
                 name = recorded.target.name
                 value = values[name]
-                encoded = recorded.encoding.encode(value)
+                encoded = recorded.encoding.encode(value, labels_B)
                 if not self.fidelity[name].update(value, recorded.encoding.decode(encoded)):
                     raise self._not_finite(name, value, keys)
                 for component, tensor in encoded.items():

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .augment import Q16, Pixels
 from .cache import Cache, Replay, pixel_drift
-from .errors import CorruptError, DriftError, KDCacheError, MissingError, ShardError
+from .errors import CorruptError, DriftError, KDCacheError, MissingError, ShardError, UsageError
 from .format import ViewRange
 from .images import UnreadableImageError, decode_image
 from .plan import canonical_json
@@ -149,8 +149,20 @@ class _Group:
 class CachedViews(Dataset[Batch]):
     """A map-style dataset over items, (row number of `Cache.rows`, view) and the epoch. Pickles cheaply; each process opens files of its own."""
 
-    def __init__(self, cache: Cache, *, teacher: str | None = None, targets: Sequence[str] = (), check_views: float = 1.0) -> None:
-        """targets: names of the targets to read from `teacher` (None: the only one). check_views: fraction of an epoch's rows whose pixel digest is checked."""
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        teacher: str | None = None,
+        targets: Sequence[str] = (),
+        parts: Mapping[str, Sequence[str]] | None = None,
+        check_views: float = 1.0,
+    ) -> None:
+        """targets: names of the targets to read from `teacher` (None: the only one). check_views: fraction of an epoch's rows whose pixel digest is checked.
+
+        parts: target → the parts of it to read, as its encoding names them: the bands `dc`, `low`, `mid`, `high` of `dct`, or `grid` without
+        `prefix`. Of the others no byte is read. Default: all. Raises MissingError for a target, UsageError for a part that is not there.
+        """
         self.cache = cache
         self.teacher = cache.layer(teacher).name if targets else None
         self.targets = tuple(targets)
@@ -158,6 +170,13 @@ class CachedViews(Dataset[Batch]):
         self._files = ShardFiles()
         for target in self.targets:
             cache.target_views(cache.layer(self.teacher).name, target)  # raises MissingError
+        self.components: dict[str, tuple[str, ...]] = {}
+        for target, chosen in (parts or {}).items():
+            if target not in self.targets:
+                raise UsageError(
+                    f"parts {', '.join(chosen)} of {target!r}: expected one of the targets that are read: {', '.join(self.targets) or 'none'}"
+                )
+            self.components[target] = cache.encoding(cache.layer(self.teacher).name, target).components_of(chosen)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": None}
@@ -197,7 +216,9 @@ class CachedViews(Dataset[Batch]):
                     weights[place] = replay.params.mix.lambda_q16 / Q16
             for target in self.targets:
                 assert self.teacher is not None
-                components = self.cache.read_components(self.teacher, target, group.shard, group.view, shard_rows)
+                components = self.cache.read_components(
+                    self.teacher, target, group.shard, group.view, shard_rows, components=self.components.get(target)
+                )
                 for name, values in components.items():
                     if name not in arrays[target]:
                         arrays[target][name] = np.empty((len(items), *values.shape[1:]), values.dtype)

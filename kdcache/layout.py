@@ -61,7 +61,7 @@ def key_bytes_spec(size: int) -> ArraySpec:
 def target_specs(cards: Mapping[str, TargetIdentity], views: int, samples: int) -> dict[str, ArraySpec]:
     """Array name → spec for a targets group."""
     return {
-        f"{target}/{component}": array_spec(f"{target}/{component}", part.dtype, part.shape, views=views, max_rows=samples)
+        f"{target}/{component}": array_spec(f"{target}/{component}", part.dtype, part.shape, views=views, max_rows=samples, typesize=part.typesize)
         for target, card in cards.items()
         for component, part in card.components.items()
     }

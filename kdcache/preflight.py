@@ -6,7 +6,7 @@ Views are not mixed here: a mixed view has two labels, and channel statistics ne
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
-from .encodings import ChannelStatistics, TargetShape
+from .encodings import Calibrator, TargetShape
 from .errors import ShardError
 from .images import UnreadableImageError, decode_image
 from .plan import ViewPlan
@@ -36,7 +36,7 @@ class Preflight:
     """What the first views showed."""
 
     statistics: dict[str, dict[str, Tensor]]
-    """Target name → `ChannelStatistics.result`, for the targets that were asked for."""
+    """Target name → its calibrator's result, for the targets that were asked for."""
     correct: int
     labelled: int
     """Views with a label of the teacher's classes; of these `correct` were classified right."""
@@ -105,17 +105,16 @@ def _stored_views(cache: Cache | None, shard: str, count: int) -> tuple[list[np.
 def run_preflight(
     teacher: Teacher,
     targets: Sequence[TeacherTarget],
-    uncalibrated: Sequence[TeacherTarget],
+    calibrators: Mapping[str, Calibrator],
     views_BHWC: Tensor,
     labels: Sequence[int],
     *,
     batch_size: int,
 ) -> Preflight:
-    """Run the teacher over the views in batches. uncalibrated: the feature targets to gather statistics of."""
+    """Run the teacher over the views in batches. calibrators: target name → what gathers its statistics."""
     num_classes = teacher.identity.num_classes
     if teacher.has_logits and all(target.kind != "logits" for target in targets):  # for the accuracy
         targets = [*targets, TeacherTarget(name="logits", kind="logits", node=None, shape=TargetShape(num_classes=num_classes))]
-    statistics = {target.name: ChannelStatistics() for target in uncalibrated}
     correct = labelled = 0
     seconds: list[float] = []
     for start in range(0, len(views_BHWC), batch_size):
@@ -127,11 +126,11 @@ def run_preflight(
             scored = [(label, guess) for label, guess in zip(labels[start : start + batch_size], guesses, strict=True) if 0 <= label < num_classes]
             labelled += len(scored)
             correct += sum(label == guess for label, guess in scored)
-        for name, one in statistics.items():
-            one.update(values[name])
+        for name, calibrator in calibrators.items():
+            calibrator.update(values[name])
         seconds.append((time.perf_counter() - begin) / len(batch))
     return Preflight(
-        statistics={name: one.result() for name, one in statistics.items()},
+        statistics={name: calibrator.result() for name, calibrator in calibrators.items()},
         correct=correct,
         labelled=labelled,
         highest_label=max(labels),

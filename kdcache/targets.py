@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
 from typing import Literal
 
 from .errors import UsageError
@@ -16,7 +17,7 @@ from .errors import UsageError
 _SPEC = re.compile(r"^(?P<name>logits|features@(?P<node>[A-Za-z0-9_.-]+))(?::(?P<encoding>[a-z0-9]+(?:=[^,]+)?))?(?:,views=(?P<views>[0-9]+))?$")
 _NODE = re.compile(r"^[A-Za-z0-9_]+(\.-?[A-Za-z0-9_]+)*$")
 
-SPEC_HELP = "target[@node][:encoding][,views=N], e.g. 'logits', 'features@blocks.22:int8' or 'features@norm:fp16,views=4'"
+SPEC_HELP = "target[@node][:encoding[=argument]][,views=N], e.g. 'logits', 'features@blocks.22:int8' or 'features@norm:klt=0.99,views=4'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class TargetSpec:
     kind: Literal["logits", "features"]
     node: str | None = None
     encoding: str | None = None
+    """In canonical form, `name` or `name=argument`."""
     views: int | None = None
 
     @property
@@ -42,7 +44,25 @@ def parse_target(text: str) -> TargetSpec:
     if views == 0:
         raise UsageError(f"target {text!r}: views must be at least 1")
     kind: Literal["logits", "features"] = "features" if match["node"] else "logits"
-    return TargetSpec(kind=kind, node=match["node"], encoding=match["encoding"], views=views)
+    return TargetSpec(kind=kind, node=match["node"], encoding=canonical_encoding(match["encoding"]), views=views)
+
+
+def canonical_encoding(text: str | None) -> str | None:
+    """An encoding as it stands in cards: a number that is its argument in one form only, so that klt=0.990 and klt=.99 are one.
+
+    Without exponent, leading or trailing zeros; what is no number is left as it is, for the encoding to refuse.
+    """
+    if text is None or "=" not in text:
+        return text
+    name, _, argument = text.partition("=")
+    try:
+        number = Decimal(argument)
+    except InvalidOperation:
+        return text
+    if not number.is_finite() or abs(number.adjusted()) > 30:
+        return text
+    plain = f"{number.normalize():f}"
+    return f"{name}={plain}"
 
 
 def parse_targets(texts: Iterable[str]) -> list[TargetSpec]:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from .encodings import Encoding
+from .encodings import Encoding, build_encoding
 from .errors import CorruptError, KDCacheError, MissingError, StoreError
 from .store import Store
 
@@ -141,20 +141,26 @@ def check_encoding(encoding: Encoding, value: Mapping[str, Tensor]) -> None:
     Raises AssertionError naming the promise that is broken.
     """
     kept = {part: tensor.clone() for part, tensor in value.items()}
-    components = encoding.encode(value)
+    num_rows = len(next(iter(value.values())))
+    labels_B = torch.arange(num_rows) - 1  # the first is unknown
+    components = encoding.encode(value, labels_B)
     stated = encoding.components()
     assert list(components) == list(stated), f"encode gives the components that are stated: {list(stated)}, found {list(components)}"
     for name, tensor in components.items():
-        num_rows = len(next(iter(value.values())))
         dtype = {"uint16": "int16"}.get(stated[name].dtype, stated[name].dtype)
         assert tuple(tensor.shape) == (num_rows, *stated[name].shape), f"{name} has the stated shape: found {tuple(tensor.shape)}"
         assert str(tensor.dtype) == f"torch.{dtype}", f"{name} has the stated dtype {dtype}: found {tensor.dtype}"
     assert all(torch.equal(value[part], kept[part]) for part in value), "encode does not change its input"
     _check_decoded(encoding, value, components)
-    _check_rows_are_independent(encoding, value, components)
+    _check_parts(encoding, value, components)
+    _check_rows_are_independent(encoding, value, components, labels_B)
+    assert build_encoding("logits" if "logits" in value else "features", encoding.full_name, encoding.shape).components() == stated, (
+        "an encoding can be built again from its name and shape"
+    )
     for extreme in _extremes(value):
-        decoded = encoding.decode(encoding.encode(extreme))
-        assert all(bool(tensor.isfinite().all()) for tensor in decoded.values()), "every finite value decodes to a finite one"
+        for labels in (None, labels_B):
+            decoded = encoding.decode(encoding.encode(extreme, labels))
+            assert all(bool(tensor.isfinite().all()) for tensor in decoded.values()), "every finite value decodes to a finite one"
 
 
 def _check_decoded(encoding: Encoding, value: Mapping[str, Tensor], components: Mapping[str, Tensor]) -> None:
@@ -177,9 +183,24 @@ def _check_decoded(encoding: Encoding, value: Mapping[str, Tensor], components: 
     assert all(torch.equal(inferred[part], tensor) for part, tensor in decoded.items()), "decode is pure"
 
 
-def _check_rows_are_independent(encoding: Encoding, value: Mapping[str, Tensor], components: Mapping[str, Tensor]) -> None:
-    for row in range(len(next(iter(value.values())))):
-        alone = encoding.encode({part: tensor[row : row + 1] for part, tensor in value.items()})
+def _check_parts(encoding: Encoding, value: Mapping[str, Tensor], components: Mapping[str, Tensor]) -> None:
+    parts = encoding.parts()
+    assert sorted(name for names in parts.values() for name in names) == sorted(components), "every component is in exactly one part"
+    whole = encoding.decode(components)
+    sums: dict[str, Tensor] = {}
+    for part, names in parts.items():
+        assert encoding.components_of([part]) == names, f"the components of {part} are those that parts() gives it"
+        for name, tensor in encoding.decode({name: components[name] for name in names}).items():
+            assert tensor.shape == value[name].shape and tensor.dtype == torch.float32, f"part {part} alone decodes to the shape of {name}"
+            sums[name] = sums[name] + tensor if name in sums else tensor
+    assert sums.keys() == whole.keys(), "the parts alone decode to what all decode to"
+    for name, tensor in sums.items():
+        assert torch.allclose(tensor, whole[name], rtol=1e-4, atol=1e-4 * float(whole[name].abs().max())), f"the parts of {name} add up to it"
+
+
+def _check_rows_are_independent(encoding: Encoding, value: Mapping[str, Tensor], components: Mapping[str, Tensor], labels_B: Tensor) -> None:
+    for row in range(len(labels_B)):
+        alone = encoding.encode({part: tensor[row : row + 1] for part, tensor in value.items()}, labels_B[row : row + 1])
         for name, tensor in components.items():
             assert torch.equal(alone[name][0], tensor[row]), f"{name} of row {row} is the same alone and in a batch"
 

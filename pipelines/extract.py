@@ -410,9 +410,8 @@ class _Run:
         plans = plan_targets(self.store, resolved, layer, teacher_name=self.teacher_name)
         self.pending = [source for source in self.sources if not self._is_complete(source)]
         statistics: dict[str, dict[str, Tensor]] = {}
-        uncalibrated = [plan.target for plan in plans if plan.needs_statistics]
-        if self.pending or uncalibrated:
-            statistics = self._preflight(plans, uncalibrated)
+        if self.pending or any(plan.needs_statistics for plan in plans):
+            statistics = self._preflight(plans)
         self.cache = self._create_cache()
         config = self.config
         provenance = {
@@ -452,7 +451,7 @@ class _Run:
             self._indexes[source.name] = scan_shard(source)
         return self._indexes[source.name]
 
-    def _preflight(self, plans: Sequence[TargetPlan], uncalibrated: Sequence[TeacherTarget]) -> dict[str, dict[str, Tensor]]:
+    def _preflight(self, plans: Sequence[TargetPlan]) -> dict[str, dict[str, Tensor]]:
         """Run the teacher on view 0 of the first samples; its channel statistics for targets that have none yet.
 
         Raises TeacherError for an accuracy below what the user expects.
@@ -460,11 +459,16 @@ class _Run:
         from kdcache.preflight import first_views, run_preflight
 
         targets = [plan.target for plan in plans]
-        remembered = {shard for plan in plans if plan.card is not None for shard in plan.card.provenance.get("calibration", {}).get("shards", [])}
-        sources = [source for source in self.sources if source.name in remembered] if uncalibrated else []
-        count = CALIBRATION_VIEWS if uncalibrated else ACCURACY_VIEWS
+        names = {plan.target.name: plan.encoding for plan in plans if plan.needs_statistics}
+        layer = self._layer()
+        cards = [plan.card for plan in plans if plan.needs_statistics and plan.card is not None]  # lost: must come out the same
+        cards = cards or (list(layer.targets.values()) if layer is not None else [])  # new: on what its neighbours were
+        remembered = {shard for card in cards for shard in card.provenance.get("calibration", {}).get("shards", [])}
+        calibrators = {name: one for name, encoding in names.items() if (one := encoding.calibrator(name)) is not None}
+        sources = [source for source in self.sources if source.name in remembered] if calibrators else []
+        count = CALIBRATION_VIEWS if calibrators else ACCURACY_VIEWS
         views, labels, self.calibrated_on = first_views(self.plan, sources or self.sources, self._scan, count, self.cache)
-        found = run_preflight(self.teacher, targets, uncalibrated, views, labels, batch_size=self.config.batch_size)
+        found = run_preflight(self.teacher, targets, calibrators, views, labels, batch_size=self.config.batch_size)
         if self.progress:
             self._say_estimate(plans, found.seconds_per_view)
         if self.teacher.has_logits:

@@ -209,6 +209,10 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
             )
             size = f"{t['bytes_per_view']:9,.0f}" if t["bytes_per_view"] is not None else f"{'':>9}"
             lines.append(f"               {target:<24} {t['encoding']:<9} {t['views']:5d} {shape:<12} {size} {figures}".rstrip())
+            bands = [name.removeprefix("energy_") for name in t if name.startswith("energy_")]
+            if bands:
+                words = (f"{band} {100 * t[f'energy_{band}']:.2g} % (error {t[f'error_{band}']:.2g})" for band in bands)
+                lines.append(f"               {'':<24} energy by band: {', '.join(words)}")
         if any(t["measured_on_more"] for t in teacher["targets"].values()):
             lines.append("               (measured when it was extracted, over views that copy or gc has left out since, too)")
     return "\n".join(lines)

@@ -15,6 +15,11 @@ from kdcache.targets import TargetSpec, parse_target, parse_targets
         ("logits:dense,views=3", TargetSpec(kind="logits", encoding="dense", views=3)),
         ("features@blocks.-1:int8", TargetSpec(kind="features", node="blocks.-1", encoding="int8")),
         ("features@norm:klt=0.995,views=4", TargetSpec(kind="features", node="norm", encoding="klt=0.995", views=4)),
+        ("features@norm:klt=.9950", TargetSpec(kind="features", node="norm", encoding="klt=0.995")),
+        ("logits:topk=010.0", TargetSpec(kind="logits", encoding="topk=10")),
+        ("logits:topk=1e2", TargetSpec(kind="logits", encoding="topk=100")),
+        ("features@layers.3:dct,views=1", TargetSpec(kind="features", node="layers.3", encoding="dct", views=1)),
+        ("features@norm:klt=near", TargetSpec(kind="features", node="norm", encoding="klt=near")),
         ("features@layer1,views=2", TargetSpec(kind="features", node="layer1", views=2)),
     ],
 )
@@ -38,6 +43,9 @@ def test_specs_are_parsed(text: str, expected: TargetSpec) -> None:
         "logits,views=-1",
         "logits\n",
         "logits:a b",
+        "logits:topk=",
+        "logits:=10",
+        "logits:topk=10,10",
     ],
 )
 def test_what_is_no_spec_is_refused_with_the_grammar(text: str) -> None:

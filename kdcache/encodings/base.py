@@ -6,8 +6,11 @@ A *value* is what the teacher gave for a batch: a dict of float tensors. `logits
 
 `encode` runs on the teacher's device, `decode` on the student's; both are pure, and `decode(encode(x))` is finite float32
 for every finite x. Torch has no uint16, so a component of that type is given and taken as int16 bits. An encoding that
-needs statistics gets them from `ChannelStatistics`, which sees a few hundred views once; they are stored beside the target's card
+needs statistics gets them from its `calibrator`, which sees a few hundred views once; they are stored beside the target's card
 and become part of its identity. `kdcache.testing.check_encoding` holds the checks that every encoding must pass.
+
+An encoding is written `name` or `name=argument`; the argument is part of its `full_name` and so of the card. Its components
+belong to *parts* (`parts()`): a reader may fetch the components of some parts only, and `decode` gives what they hold.
 
 Legend: B batch, T grid tokens, P prefix tokens, C channels, K classes.
 """
@@ -15,14 +18,15 @@ Legend: B batch, T grid tokens, P prefix tokens, C channels, K classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..format import Component
 
 
@@ -42,27 +46,76 @@ class TargetShape:
 
 
 class Encoding(ABC):
-    """One way to store one kind of target. Holds the shape and, after `load_calibration`, its statistics."""
+    """One way to store one kind of target. Holds the shape, its argument and, after `load_calibration`, its statistics."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
     """One line for help texts: what is stored, what it costs."""
+    argument_name: ClassVar[str | None] = None
+    """What stands behind `name=`, e.g. "K"; None for an encoding that takes no argument."""
+    example: ClassVar[str] = ""
+    """An argument for help texts and conformance checks."""
     needs_calibration: ClassVar[bool] = False
 
-    def __init__(self, shape: TargetShape) -> None:
-        self.shape = shape
+    def __init__(self, shape: TargetShape, argument: str | None = None) -> None:
+        """argument: in canonical form, see `kdcache.targets`. Raises UsageError for one that this encoding can't have."""
+        self.shape, self.argument = shape, argument
+        if (argument is None) != (self.argument_name is None):
+            wanted = f"an argument, e.g. {self.name}={self.example}" if self.argument_name is not None else "none"
+            raise UsageError(f"encoding {self.full_name!r}: expected {wanted}, found {argument or 'none'!r}")
+
+    @property
+    def full_name(self) -> str:
+        """As it stands in specs and cards."""
+        return self.name if self.argument is None else f"{self.name}={self.argument}"
 
     @abstractmethod
     def components(self) -> dict[str, Component]:
         """Component name → zarr dtype and shape of one view of one row."""
 
     @abstractmethod
-    def encode(self, value: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Components of a batch, on the value's device."""
+    def encode(self, value: Mapping[str, Tensor], labels_B: Tensor | None = None) -> dict[str, Tensor]:
+        """Components of a batch, on the value's device. labels_B: int64, -1 where unknown; None if none is known."""
 
     @abstractmethod
     def decode(self, components: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """float32 value of a batch, on the components' device; exact under autocast."""
+        """float32 value of a batch, on the components' device; exact under autocast.
+
+        components: all of them, or all of some `parts()`; the value then holds what these parts say.
+        """
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Part → its components, which a reader fetches together or not at all. Every component is in one part."""
+        names = tuple(self.components())
+        prefix = tuple(name for name in names if name.partition("_")[0] == "prefix")
+        main = tuple(name for name in names if name not in prefix)
+        main_name = "logits" if self.shape.num_classes else "grid"
+        return {main_name: main, "prefix": prefix} if prefix else {main_name: main}
+
+    def components_of(self, parts: Sequence[str]) -> tuple[str, ...]:
+        """The components of these parts, in order. Raises UsageError for a part that this target does not have."""
+        known = self.parts()
+        if not parts:
+            raise UsageError(f"encoding {self.full_name!r}: no part is asked for; expected some of: {', '.join(known)}")
+        for part in parts:
+            if part not in known:
+                raise UsageError(f"encoding {self.full_name!r}: no part {part!r} in this target; expected some of: {', '.join(known)}")
+        return tuple(component for part, names in known.items() if part in parts for component in names)
+
+    def bands(self, z_BTC: Tensor) -> dict[str, Tensor]:
+        """An orthonormal split of a standardised grid, float32 (B, T, C), by part: what `Fidelity` measures beside the whole. None but for dct."""
+        return {}
+
+    def calibrator(self, target: str) -> Calibrator | None:
+        """What gathers the statistics of a target called `target`; None for logits, which have none."""
+        return None if self.shape.num_classes else ChannelStatistics()
+
+    def is_near(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+        """Whether two calibrations are of one teacher: as far apart as another batch size or device could move them."""
+        return found.keys() == expected.keys() and all(
+            found[name].shape == tensor.shape and torch.allclose(found[name], tensor, rtol=0.05, atol=0.05 * float(tensor.abs().mean()))
+            for name, tensor in expected.items()
+        )
 
     @property
     def bytes_per_view(self) -> int:
@@ -71,7 +124,7 @@ class Encoding(ABC):
         return sum(prod(part.shape) * sizes[part.dtype] for part in self.components().values())
 
     def load_calibration(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the statistics that `ChannelStatistics.result` gave."""
+        """Take the statistics that the calibrator's `result` gave."""
         self.calibration = {name: tensor.float() for name, tensor in tensors.items()}
 
     def statistic(self, name: str, device: torch.device) -> Tensor:
@@ -80,6 +133,32 @@ class Encoding(ABC):
         if tensor.device != device:
             tensor = self.calibration[name] = tensor.to(device)
         return tensor
+
+
+_LARGEST = 1e37
+"""A value beyond it is stored as it, so that subtracting a mean can't leave float32."""
+_LARGEST_Z = 1e9
+"""Likewise a standardised one: squares and sums over channels stay finite."""
+
+
+def standardise(tokens: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """float32 z-scores of tokens (B, N, C); mean and std as `ChannelStatistics` gives them."""
+    return ((tokens.float().clamp(-_LARGEST, _LARGEST) - mean) / std).clamp_(-_LARGEST_Z, _LARGEST_Z)
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Matrix products of float32 in float32, whatever autocast is around them."""
+    return torch.autocast(device.type, enabled=False)
+
+
+class Calibrator(Protocol):
+    """Gathers what an encoding needs to know, in memory that does not grow with the number of views."""
+
+    def update(self, value: Mapping[str, Tensor]) -> None:
+        """Add a batch of values. How views are split into batches makes no difference but for rounding."""
+
+    def result(self) -> dict[str, Tensor]:
+        """float32 tensors, for the calibration file. Raises UsageError where the encoding can't be calibrated as asked."""
 
 
 STD_FLOOR = 0.1

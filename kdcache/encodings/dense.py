@@ -28,7 +28,7 @@ class DenseLogits(Encoding):
     def components(self) -> dict[str, Component]:
         return {"codes": Component(dtype="uint8", shape=(self.shape.num_classes,)), "range": Component(dtype="float32", shape=(2,))}
 
-    def encode(self, value: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, value: Mapping[str, Tensor], labels_B: Tensor | None = None) -> dict[str, Tensor]:
         logits_BK = value["logits"].float().clamp(-_LARGEST, _LARGEST)
         low_B1 = logits_BK.amin(dim=1, keepdim=True)
         step_B1 = (logits_BK.amax(dim=1, keepdim=True) - low_B1) / 255

@@ -29,7 +29,7 @@ class Fp16Features(Encoding):
             parts["prefix"] = Component(dtype="float16", shape=(self.shape.prefix_tokens, self.shape.channels))
         return parts
 
-    def encode(self, value: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, value: Mapping[str, Tensor], labels_B: Tensor | None = None) -> dict[str, Tensor]:
         return {part: tokens.float().clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16) for part, tokens in value.items()}
 
     def decode(self, components: Mapping[str, Tensor]) -> dict[str, Tensor]:

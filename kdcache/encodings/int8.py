@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from ..format import Component
-from .base import Encoding
+from .base import Encoding, standardise
 
 _SMALLEST_SCALE = 2.0**-24
 """Smallest positive float16: a token whose z-scores are all (almost) zero."""
 _LARGEST_SCALE = 65504.0
-_LARGEST = 1e37
-"""A value beyond it is stored as it, so that rounding a z-score up can't leave float32."""
 
 
 class Int8Features(Encoding):
@@ -31,23 +29,14 @@ class Int8Features(Encoding):
     needs_calibration: ClassVar[bool] = True
 
     def components(self) -> dict[str, Component]:
-        counts = {"grid": self.shape.num_tokens, "prefix": self.shape.prefix_tokens}
-        result: dict[str, Component] = {}
-        for part, count in counts.items():
-            if count:
-                result[part] = Component(dtype="int8", shape=(count, self.shape.channels))
-                result[f"{part}_scale"] = Component(dtype="float16", shape=(count,))
-        return result
+        channels = self.shape.channels
+        return token_components("grid", self.shape.num_tokens, channels) | token_components("prefix", self.shape.prefix_tokens, channels)
 
-    def encode(self, value: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, value: Mapping[str, Tensor], labels_B: Tensor | None = None) -> dict[str, Tensor]:
         components: dict[str, Tensor] = {}
         for part, tokens in value.items():
             mean, std = (self.statistic(f"{part}_{name}", tokens.device) for name in ("mean", "std"))
-            z_BTC = (tokens.float().clamp(-_LARGEST, _LARGEST) - mean) / std
-            scale_BT = (z_BTC.abs().amax(dim=2) / 127).clamp(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16)
-            # quantised with the scale as stored, so that its rounding costs nothing
-            components[part] = (z_BTC / scale_BT.float().unsqueeze(2)).round_().clamp_(-127, 127).to(torch.int8)
-            components[f"{part}_scale"] = scale_BT
+            components[part], components[f"{part}_scale"] = encode_tokens(standardise(tokens, mean, std))
         return components
 
     def decode(self, components: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -55,6 +44,25 @@ class Int8Features(Encoding):
         for part in ("grid", "prefix"):
             if part in components:
                 codes_BTC = components[part]
-                z_BTC = codes_BTC.float() * components[f"{part}_scale"].float().unsqueeze(2)
+                z_BTC = decode_tokens(codes_BTC, components[f"{part}_scale"])
                 value[part] = z_BTC * self.statistic(f"{part}_std", codes_BTC.device) + self.statistic(f"{part}_mean", codes_BTC.device)
         return value
+
+
+def token_components(name: str, count: int, channels: int) -> dict[str, Component]:
+    """`name` and `name_scale` of `count` tokens; nothing for none."""
+    if not count:
+        return {}
+    return {name: Component(dtype="int8", shape=(count, channels)), f"{name}_scale": Component(dtype="float16", shape=(count,))}
+
+
+def encode_tokens(z_BTC: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes (B, T, C) and float16 scales (B, T) of standardised tokens."""
+    scale_BT = (z_BTC.abs().amax(dim=2) / 127).clamp(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float16)
+    # quantised with the scale as stored, so that its rounding costs nothing
+    return (z_BTC / scale_BT.float().unsqueeze(2)).round_().clamp_(-127, 127).to(torch.int8), scale_BT
+
+
+def decode_tokens(codes_BTC: Tensor, scale_BT: Tensor) -> Tensor:
+    """Standardised tokens, float32 (B, T, C)."""
+    return codes_BTC.float() * scale_BT.float().unsqueeze(2)
