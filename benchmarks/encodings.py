@@ -436,8 +436,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             name = row.encoding.partition("=")[0]
             x, y = row.bytes_per_view, row.fidelity["z_l2"]
             axis.scatter(x, y, color=colours.get(name, "black"), s=36, zorder=2)
-            below = name in ("dct",)
-            axis.annotate(row.encoding, (x, y), textcoords="offset points", xytext=(7, -11 if below else 5), fontsize=9)
+            place = {"dct": (7, -11), "klt": (-7, -9)}.get(name, (7, 5))
+            axis.annotate(row.encoding, (x, y), textcoords="offset points", xytext=place, ha="right" if place[0] < 0 else "left", fontsize=9)
         for subset in (subset for row in mine for subset in row.subsets[:-1]):
             axis.scatter(subset["bytes"], subset["z_l2"], facecolor="none", edgecolor=colours["dct"], s=36, zorder=2)
             axis.annotate(

@@ -69,7 +69,7 @@ def command(
 
     \b
     Targets: logits                     uint8 with an affine pair a row, ~0.9 kB for 1000 classes
-             logits:topk=10             10 largest, the label's, log Z; ~26 B, useless for T > 1
+             logits:topk=10             10 largest, the label's, log Z; ~30 B, useless for T > 1
              features@blocks.22:int8    raw output of a block; ~7 bits a value
              features@norm:klt=0.99     as coarse as a mean cosine of .99 allows; under 2 bits
              features@layers.3:dct      bands of spatial frequency that are read apart

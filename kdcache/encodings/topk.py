@@ -1,6 +1,6 @@
 """`logits:topk=K`: the K largest logits, the label's own, and the mass of the rest spread uniformly. For T = 1 only.
 
-About 26 bytes a row at K = 10, 1000 classes. The flat tail is what costs: KL .04 to .6 at T = 1 by how sure the teacher
+About 30 bytes a row at K = 10, 1000 classes. The flat tail is what costs: KL .04 to .6 at T = 1 by how sure the teacher
 is, and more at higher temperatures, where the tail is the knowledge (research: storage §1). `dense` is 0.9 kB.
 """
 
@@ -33,7 +33,7 @@ class TopKLogits(Encoding):
     """
 
     name: ClassVar[str] = "topk"
-    summary: ClassVar[str] = "the K largest logits, the label's and log Z; about 26 B at K=10. Useless for T > 1: the rest is flat"
+    summary: ClassVar[str] = "the K largest logits, the label's and log Z; about 30 B at K=10. Useless for T > 1: the rest is flat"
     argument_name: ClassVar[str | None] = "K"
     example: ClassVar[str] = "10"
 
@@ -54,7 +54,7 @@ class TopKLogits(Encoding):
     def components(self) -> dict[str, Component]:
         index_dtype, index_size = ("uint16", 2) if self.shape.num_classes <= 1 << 16 else ("int32", 4)
 
-        def whole_row(size: int) -> int | None:  # bitshuffle then gathers each rank's bits over rows: 29 B become 25
+        def whole_row(size: int) -> int | None:  # bitshuffle then gathers each rank's bits over rows: 28 B become 25
             return size * self.num_kept if size * self.num_kept <= 255 else None
 
         return {
