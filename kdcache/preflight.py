@@ -20,7 +20,7 @@ from .encodings import Calibrator, TargetShape
 from .errors import ShardError
 from .images import UnreadableImageError, decode_image
 from .plan import ViewPlan
-from .shards import ShardFiles, ShardIndex, ShardSource
+from .shards import NO_LABEL, ShardFiles, ShardIndex, ShardSource
 from .stored_views import as_stored
 from .teacher import Teacher, TeacherTarget
 from .views import draw, render
@@ -47,7 +47,9 @@ class Preflight:
 def first_views(
     plan: ViewPlan, sources: Sequence[ShardSource], scan: Callable[[ShardSource], ShardIndex], count: int, cache: Cache | None = None
 ) -> tuple[Tensor, list[int], list[str]]:
-    """View 0 of up to `count` readable samples, the first of each of a few shards spread over the list; unmixed, whatever the policy.
+    """View 0 of up to `count` readable samples, the first of each of a few shards spread over the list.
+
+    Rendered views are unmixed, whatever the policy; of stored ones those that are mixed have no label.
 
     Returns uint8 (n, S, S, 3), n labels, and the names of the shards. Spread, because shards are often sorted by class. A shard that can't be read is
     passed over: its turn comes. cache: where a view 0 that is stored is read from, so that its tar need not be there.
@@ -93,13 +95,15 @@ def first_views(
 
 
 def _stored_views(cache: Cache | None, shard: str, count: int) -> tuple[list[np.ndarray[Any, np.dtype[np.uint8]]], list[int]] | None:
-    """View 0 of a shard's first rows and their labels, or None where they are not stored."""
+    """View 0 of a shard's first rows and their labels (none of a mixed view, which has two), or None where they are not stored."""
     records = cache.views.get(shard, []) if cache is not None and cache.plan.stored_views is not None else []
     if cache is None or not any(0 in record.identity.views for record in records):
         return None
     table = cache.table_from_group(records[0].identity)
-    labels = table[table[:, 3] == 0, 2][:count].tolist()
-    return list(cache.read_stored(shard, 0, range(len(labels)))), labels
+    rows = range(min(count, records[0].identity.rows))
+    params = cache.read_params(shard, 0, rows)
+    labels = [label if one.mix is None else NO_LABEL for label, one in zip(table[table[:, 3] == 0, 2].tolist(), params, strict=False)]
+    return list(cache.read_stored(shard, 0, rows)), labels
 
 
 def run_preflight(
