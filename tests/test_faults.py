@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import struct
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from helpers import (
     TINY_VIT,
     Forked,
     Member,
+    die_at,
     image_bytes,
     kdcache_command,
     make_cache,
@@ -88,26 +88,6 @@ def assert_nothing_lost(cache: Path, setup: Path) -> None:
 
 
 # --- SIGKILL ---------------------------------------------------------------------------------------------------------
-
-_CHANGES = {"os.link", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "shutil.rmtree", "tempfile.mkdtemp"}
-
-
-def die_at(cache: Path, where: str, count: int) -> None:
-    """Arm this process: SIGKILL to its group right before the count-th change of the file system below `cache` whose path holds `where`."""
-    seen = 0
-
-    def hook(event: str, details: tuple[Any, ...]) -> None:
-        nonlocal seen
-        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if not writes and event not in _CHANGES:
-            return
-        paths = [os.fspath(part) for part in details[:2] if isinstance(part, str | os.PathLike)]
-        if any(path.startswith(str(cache)) and where in path[len(str(cache)) :] for path in paths):
-            seen += 1
-            if seen == count:
-                os.killpg(0, signal.SIGKILL)
-
-    sys.addaudithook(hook)
 
 
 def twenty_moments() -> Iterator[tuple[str, float]]:
