@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import resource
+import shutil
 import signal
 import struct
 import time
@@ -114,6 +115,9 @@ def test_resume_after_kill_gives_identical_bytes(setup: Path, tmp_path: Path) ->
     """SIGKILL at 20 moments from start-up to the index, each run resuming the one before: the same files, the same bytes, all sound."""
     cache, reached = tmp_path / "cache", []
     for number, (where, moment) in enumerate(twenty_moments()):
+        if where == "/cache.json":  # a fast machine may have come beyond it while others start
+            shutil.rmtree(cache, ignore_errors=True)
+            reached.clear()
 
         def action(where: str = where, moment: float = moment, workers: int = number % 2) -> int:
             if where:
@@ -262,7 +266,7 @@ def test_a_signal_during_training_keeps_the_last_epoch_and_says_how_to_resume(tm
     child.kill(signal.SIGTERM, group=True)
     assert child.wait(60) == 1, child.output()
     assert "stopped by SIGTERM; the checkpoint of the last whole epoch is kept: run the same command again with --resume" in child.output()
-    assert child.group_is_gone()
+    assert child.group_is_gone(timeout_s=2)  # less than workers need to notice by themselves
     (last,) = tmp_path.glob("runs/*/last/checkpoint.pt")
     assert 1 <= load_checkpoint(last, fingerprint=open_cache(cache).fingerprint)["epoch"] < 6
     monkeypatch.undo()
