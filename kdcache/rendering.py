@@ -167,13 +167,15 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
     def _read_stored(
         self, task: RenderTask, kept: Sequence[int], pixels: np.ndarray[Any, Any], params: np.ndarray[Any, Any], digests: np.ndarray[Any, Any]
     ) -> None:
-        """Fill in the columns of views that the cache holds."""
+        """Fill in the columns of views that the cache holds. Raises CorruptError for stored bytes that changed, or a partner that has no row."""
         for column, view in enumerate(task.views):
             if view not in task.stored:
                 continue
             assert self._cache is not None
             rows = [task.rows[place] for place in kept]
             for row, drawn in enumerate(self._cache.read_params(task.source.name, view, rows)):
+                if drawn.mix is not None:
+                    self._cache.row_at(task.source.name, drawn.mix.partner)
                 params[row, column] = drawn.to_row()
             for row, found in enumerate(self._cache.read_stored(task.source.name, view, rows)):
                 pixels[row, column] = found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,19 @@ def test_topk_keeps_the_label_of_the_greater_weight(folder: Path, tars: str) -> 
     for share, index in zip(shares.numpy(), kept, strict=True):
         assert share[index].max() == share.max()
     assert (batch["label_weights"] < 0.5).sum() > 3
+
+
+def test_a_stored_partner_that_has_no_row_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extract(folder, augment=MIXED, store_views="png", views=4, targets=(NORM,))
+    read_params = Cache.read_params
+
+    def hostile(self: Cache, shard: str, view: int, rows: Any) -> list[Any]:
+        read = read_params(self, shard, view, rows)
+        return [one if one.mix is None else replace(one, mix=replace(one.mix, partner=1)) for one in read]
+
+    monkeypatch.setattr(Cache, "read_params", hostile)
+    with pytest.raises(CorruptError, match="shard train-0000: sample 1 of 6 has no row"):
+        extract(folder, views=4, targets=(TOPK,))
 
 
 # --- encodings -------------------------------------------------------------------------------------------------------
