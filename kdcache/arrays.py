@@ -137,14 +137,17 @@ def spec_of_metadata(name: str, data: bytes, *, has_views: bool, where: str) -> 
     try:
         body = json.loads(data)
         sharding = body["codecs"][0]["configuration"]
-        chunk, shape = sharding["chunk_shape"], body["shape"]
+        chunk, shape, compressor = sharding["chunk_shape"], body["shape"], sharding["codecs"][1]
+        compressed = compressor["name"] == "blosc"
+        dtype = np.dtype(body["data_type"]).newbyteorder("<")
         spec = ArraySpec(
             name=name,
-            dtype=np.dtype(body["data_type"]).newbyteorder("<"),
+            dtype=dtype,
             inner=tuple(shape[axis + 1 :]),
             views=shape[0] if has_views else None,
             chunk_rows=chunk[axis],
-            typesize=sharding["codecs"][1]["configuration"]["typesize"],
+            typesize=compressor["configuration"]["typesize"] if compressed else dtype.itemsize,
+            compressed=compressed,
         )
         rows = int(shape[axis])
         is_ours = json.loads(spec.metadata(rows)) == body

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .augment import Q16
 from .commit import ChunkPool, GroupWriter, create_document, publish_group, unpublish_group
 from .device import fitting_threads
 from .encodings import Encoding
@@ -43,13 +44,13 @@ from .format import (
 from .layout import key_bytes_spec, keys_to_arrays, row_spec, target_specs
 from .plan import ViewPlan, blake2b_128
 from .rendering import Neighbours, RenderedBlock, RenderTask
-from .shards import ShardIndex
+from .shards import Sample, ShardIndex
 from .store import Store
 from .storing import ViewsWriter
 from .teacher import Teacher, TeacherTarget
 from .views import PARAM_FIELDS
 
-_MIX_MODE = PARAM_FIELDS.index("mix_mode")
+_MIX_MODE, _MIX_PARTNER, _MIX_LAMBDA = (PARAM_FIELDS.index(name) for name in ("mix_mode", "mix_partner", "mix_lambda"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +130,17 @@ class TargetSegment:
         self._keys: list[tuple[str, int]] = []
 
     def add(
-        self, pixels: Tensor, labels: Sequence[int], keys: Sequence[str], teacher: Teacher, *, mixed: np.ndarray[Any, np.dtype[np.bool_]]
+        self,
+        pixels: Tensor,
+        labels: np.ndarray[Any, np.dtype[np.int64]],
+        keys: Sequence[str],
+        teacher: Teacher,
+        *,
+        mixed: np.ndarray[Any, np.dtype[np.bool_]],
     ) -> None:
-        """Queue rows: pixels uint8 (n, views, S, S, 3), one label and key a row, mixed (n, views); full batches go to the teacher."""
+        """Queue rows: pixels uint8 (n, views, S, S, 3), labels and mixed (n, views), one key a row; full batches go to the teacher."""
         self._pixels.append(pixels.flatten(0, 1))
-        self._labels += [label for label in labels for _ in range(len(self.views))]
+        self._labels += labels.ravel().tolist()
         self._mixed += mixed.ravel().tolist()
         self._keys += [(key, view) for key in keys for view in range(self.views.start, self.views.stop)]
         while len(self._labels) >= self._batch_size:
@@ -284,12 +291,20 @@ class ShardJob:
         self.rows += len(rows)
         if rows and teacher is not None:
             begin = time.perf_counter()
+            keys, labels, mixed = [sample.key for _, sample in rows], self._labels(block, rows), block.params[:, :, _MIX_MODE] != 0
             for segment in self.segments:
                 first = columns[segment.views.start]
-                chosen_views = block.pixels[:, first : first + len(segment.views)]
-                mixed = block.params[:, first : first + len(segment.views), _MIX_MODE] != 0
-                segment.add(chosen_views, [sample.label for _, sample in rows], [sample.key for _, sample in rows], teacher, mixed=mixed)
+                chosen = slice(first, first + len(segment.views))
+                segment.add(block.pixels[:, chosen], labels[:, chosen], keys, teacher, mixed=mixed[:, chosen])
             self.teacher_seconds += time.perf_counter() - begin
+
+    def _labels(self, block: RenderedBlock, rows: Sequence[tuple[int, Sample]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """(n, V): the label of each view, of a mixed one that with the greater weight: a method that looks for the likeliest finds that one."""
+        own = np.array([sample.label for _, sample in rows], np.int64)[:, None]
+        mode, partner, weight = (block.params[:, :, field] for field in (_MIX_MODE, _MIX_PARTNER, _MIX_LAMBDA))
+        is_partners = (mode != 0) & (2 * weight.astype(np.int64) < Q16)
+        partners = np.array([sample.label for sample in self.index.samples], np.int64)[np.where(is_partners, partner, 0)]
+        return np.where(is_partners, partners, own)
 
     def _compare_known(self, block: RenderedBlock, rows: Sequence[tuple[int, Any]], columns: Mapping[int, int]) -> None:
         for view, digests in self.known_digests.items():

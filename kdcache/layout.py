@@ -38,7 +38,12 @@ def stored_specs(plan: ViewPlan, views: int, samples: int) -> dict[str, ArraySpe
 
 def has_views_axis(layer: str, name: str) -> bool:
     """Whether an array of a group of this layer (`views` or `teachers/<name>`) has a views axis before its rows."""
-    return layer != "views" or name not in {*ROW_ARRAYS, "keys/bytes"}
+    return layer != "views" or name not in {*ROW_ARRAYS, "keys/bytes", STORED_BYTES}
+
+
+def grows_with_views(layer: str, name: str) -> bool:
+    """Whether an array holds something of each view: along an axis, or as a stream."""
+    return has_views_axis(layer, name) or name == STORED_BYTES
 
 
 def params_spec(views: int, samples: int) -> ArraySpec:

@@ -5,6 +5,7 @@ Views are not mixed here: a mixed view has two labels, and channel statistics ne
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .encodings import Calibrator, TargetShape
 from .errors import ShardError
 from .images import UnreadableImageError, decode_image
 from .plan import ViewPlan
-from .shards import NO_LABEL, ShardFiles, ShardIndex, ShardSource
+from .shards import ShardFiles, ShardIndex, ShardSource
 from .stored_views import as_stored
 from .teacher import Teacher, TeacherTarget
 from .views import draw, render
@@ -47,12 +48,11 @@ class Preflight:
 def first_views(
     plan: ViewPlan, sources: Sequence[ShardSource], scan: Callable[[ShardSource], ShardIndex], count: int, cache: Cache | None = None
 ) -> tuple[Tensor, list[int], list[str]]:
-    """View 0 of up to `count` readable samples, the first of each of a few shards spread over the list.
-
-    Rendered views are unmixed, whatever the policy; of stored ones those that are mixed have no label.
+    """View 0 of up to `count` readable samples, the first of each of a few shards spread over the list; unmixed, unless a shard's tar is gone.
 
     Returns uint8 (n, S, S, 3), n labels, and the names of the shards. Spread, because shards are often sorted by class. A shard that can't be read is
-    passed over: its turn comes. cache: where a view 0 that is stored is read from, so that its tar need not be there.
+    passed over: its turn comes. cache: where a view 0 that is stored is read from, so that its tar need not be there. A mixed view has no label
+    here: it has two.
     Raises ShardError if no sample can be decoded, with the first shard's own error if it has one.
     """
     files = ShardFiles()
@@ -65,7 +65,7 @@ def first_views(
     chosen = [sources[i * len(sources) // num_shards] for i in range(num_shards)]
     for source in chosen:
         wanted = min(count, len(views) + quota)
-        stored = _stored_views(cache, source.name, wanted - len(views))
+        stored = _stored_views(cache, source.name, wanted - len(views)) if plan.policy.mix is None or not os.path.exists(source.path) else None
         if stored is not None:
             views += stored[0]
             labels += stored[1]
@@ -95,14 +95,14 @@ def first_views(
 
 
 def _stored_views(cache: Cache | None, shard: str, count: int) -> tuple[list[np.ndarray[Any, np.dtype[np.uint8]]], list[int]] | None:
-    """View 0 of a shard's first rows and their labels (none of a mixed view, which has two), or None where they are not stored."""
+    """View 0 of a shard's first rows and their labels, -1 for a mixed one; None where they are not stored."""
     records = cache.views.get(shard, []) if cache is not None and cache.plan.stored_views is not None else []
     if cache is None or not any(0 in record.identity.views for record in records):
         return None
     table = cache.table_from_group(records[0].identity)
-    rows = range(min(count, records[0].identity.rows))
-    params = cache.read_params(shard, 0, rows)
-    labels = [label if one.mix is None else NO_LABEL for label, one in zip(table[table[:, 3] == 0, 2].tolist(), params, strict=False)]
+    labels = table[table[:, 3] == 0, 2][:count].tolist()
+    rows = range(len(labels))
+    labels = [label if params.mix is None else -1 for label, params in zip(labels, cache.read_params(shard, 0, rows), strict=True)]
     return list(cache.read_stored(shard, 0, rows)), labels
 
 

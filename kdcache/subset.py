@@ -1,8 +1,9 @@
 """Part of a cache: what stays of each record under a selection of shards, targets and views, and how that part is committed.
 
 Below `pipelines.copy` (to another store) and `pipelines.gc` (to the same one). Nothing is decoded: chunks hold rows of one view and
-are independent, so the arrays of fewer views are made of the encoded chunks as they are, the bytes that an extraction of so many
-views writes. Whatever is read is compared with the digest that its record holds.
+are independent, so the arrays of fewer views are made of the encoded chunks as they are; of stored views the image files, which lie
+one after another, are joined anew. Both give the bytes that an extraction of so many views writes. Whatever is read is compared with the
+digest that its record holds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .arrays import ArrayReader, DigestingFile, ShardWriter, spec_of_metadata
+import numpy as np
+
+from .arrays import (
+    STREAM_CHUNK_BYTES,
+    ArrayReader,
+    ArraySpec,
+    DigestingFile,
+    ShardWriter,
+    StreamReader,
+    StreamWriter,
+    encode_chunk,
+    spec_of_metadata,
+    stream_spec,
+)
 from .cache import Cache
 from .commit import READ_BYTES, create_document, publish_group, unpublish_group
 from .errors import CorruptError, MismatchError
@@ -30,7 +44,7 @@ from .format import (
     views_record_path,
 )
 from .index import MAX_DOCUMENT_BYTES, read_document
-from .layout import has_views_axis
+from .layout import STORED_BYTES, STORED_SPAN, grows_with_views, has_views_axis
 from .plan import require_same
 from .store import Store
 
@@ -85,7 +99,7 @@ class Part:
     def size(self) -> int:
         """Its bytes, exact unless views were left out: a view then counts as much as another."""
         share = len(self.views) / len(self.document.identity.views)
-        return round(sum(field.size * (share if has_views_axis(self.layer, _array_of(path)) else 1) for path, field in self._files()))
+        return round(sum(field.size * (share if grows_with_views(self.layer, _array_of(path)) else 1) for path, field in self._files()))
 
     def _files(self) -> Iterator[tuple[str, DigestField]]:
         files: Mapping[str, DigestField] = self.document.identity.group.files
@@ -216,8 +230,10 @@ def _spool_files(cache: Cache, part: Part, folder: Path, advance: Advance) -> di
     for path, field in wanted.items():
         if _array_of(path) not in cut:
             files[path] = copy_file(cache.store, f"{group}/{path}", field, folder / path, advance)
-    for name in sorted(cut):
+    for name in sorted(cut - {STORED_BYTES, STORED_SPAN}):
         files |= _cut_array(cache, part, name, folder, advance)
+    if STORED_BYTES in cut:
+        files |= _cut_stream(cache, part, folder, advance)
     return files
 
 
@@ -230,7 +246,7 @@ def _check_names(where: str, part: Part) -> None:
 
 
 def _cut_arrays(store: Store, group: str, files: Mapping[str, DigestField], part: Part) -> Iterator[str]:
-    """The arrays that have a views axis."""
+    """The arrays of which some views are to be taken."""
     arrays: set[str] = set()
     for path, field in files.items():
         if path.endswith("zarr.json") and _node_type(read_file(store, f"{group}/{path}", field)) == "array":
@@ -240,7 +256,7 @@ def _cut_arrays(store: Store, group: str, files: Mapping[str, DigestField], part
             raise CorruptError(
                 f"{store.url}/{group}: {path} belongs to no array, so some of its views can't be taken; run 'kdcache verify' on the cache"
             )
-    yield from (name for name in arrays if has_views_axis(part.layer, name))
+    yield from (name for name in arrays if grows_with_views(part.layer, name))
 
 
 def _node_type(metadata: bytes) -> object:
@@ -250,28 +266,92 @@ def _node_type(metadata: bytes) -> object:
 
 def _cut_array(cache: Cache, part: Part, name: str, folder: Path, advance: Advance) -> dict[str, DigestField]:
     """Write an array with the part's views only."""
+    spec, rows, reader = _open_array(cache, part, name, advance)
+    first = part.document.identity.views.start
+    writer = ShardWriter(folder, replace(spec, views=len(part.views)))
+    try:
+        for block in range(spec.num_blocks(rows)):
+            for view in range(part.views.start, part.views.stop):
+                writer.append(reader.read_encoded(view - first, block))
+        return writer.close(rows)
+    finally:
+        writer.abandon()
+
+
+def _open_array(cache: Cache, part: Part, name: str, advance: Advance) -> tuple[ArraySpec, int, ArrayReader]:
+    """An array with a views axis, its rows, and a reader of it; the whole of its file is what the record says."""
     identity, store = part.document.identity, cache.store
     group = f"{part.layer}/{identity.group.name}"
-    metadata = read_file(store, f"{group}/{name}/zarr.json", identity.group.files[f"{name}/zarr.json"])
-    advance(len(metadata))
-    spec, rows = spec_of_metadata(name, metadata, has_views=True, where=f"{store.url}/{group}/{name}/zarr.json")
+    spec, rows = spec_of_metadata(
+        name, _read_metadata(cache, part, name, advance), has_views=has_views_axis(part.layer, name), where=f"{store.url}/{group}/{name}/zarr.json"
+    )
     if (spec.views, rows) != (len(identity.views), identity.rows):
         raise CorruptError(
             f"{store.url}/{group}/{name}: expected {len(identity.views)} views of {identity.rows} rows, found an array of shape {spec.shape(rows)};"
             f" this kdcache can't take some of its views"
         )
-    field = identity.group.files.get(spec.shard_path)
-    if field is not None:
-        _check_digest(store, f"{group}/{spec.shard_path}", field, advance)
-    reader = ArrayReader(store, group, spec, rows, shard_size=field.size if field is not None else 0)
-    writer = ShardWriter(folder, replace(spec, views=len(part.views)))
+    return spec, rows, ArrayReader(store, group, spec, rows, shard_size=_check_shard_file(cache, part, spec, advance))
+
+
+def _read_metadata(cache: Cache, part: Part, name: str, advance: Advance) -> bytes:
+    group = part.document.identity.group
+    metadata = read_file(cache.store, f"{part.layer}/{group.name}/{name}/zarr.json", group.files[f"{name}/zarr.json"])
+    advance(len(metadata))
+    return metadata
+
+
+def _check_shard_file(cache: Cache, part: Part, spec: ArraySpec, advance: Advance) -> int:
+    """Read the whole file and compare it with the record; its size, 0 for an array of no rows."""
+    group = part.document.identity.group
+    field: DigestField | None = group.files.get(spec.shard_path)
+    if field is None:
+        return 0
+    _check_digest(cache.store, f"{part.layer}/{group.name}/{spec.shard_path}", field, advance)
+    return field.size
+
+
+def _cut_stream(cache: Cache, part: Part, folder: Path, advance: Advance) -> dict[str, DigestField]:
+    """Write the stored image files of the part's views one after another, and where each begins and ends."""
+    identity, store = part.document.identity, cache.store
+    group = f"{part.layer}/{identity.group.name}"
+    spec, rows, spans = _open_array(cache, part, STORED_SPAN, advance)
+    where = f"{store.url}/{group}/{STORED_BYTES}/zarr.json"
+    stream, num_bytes = spec_of_metadata(STORED_BYTES, _read_metadata(cache, part, STORED_BYTES, advance), has_views=False, where=where)
+    if stream != stream_spec(STORED_BYTES) or (spec.dtype, spec.inner) != (np.dtype("<i8"), (2,)) or (num_bytes > 0) != (rows > 0):
+        raise CorruptError(f"{where}: expected a stream of image files as kdcache writes them, found another; run 'kdcache verify' on the cache")
+    size = _check_shard_file(cache, part, stream, advance)
+    span_writer = ShardWriter(folder, replace(spec, views=len(part.views)))
+    stream_writer = StreamWriter(folder, STORED_BYTES)
     try:
-        for block in range(spec.num_blocks(rows)):
-            for view in range(part.views.start, part.views.stop):
-                writer.append(reader.read_encoded(view - identity.views.start, block))
-        return writer.close(rows)
+        written = 0
+        if rows:
+            written = _join_images(part, spans, StreamReader(store, group, STORED_BYTES, shard_size=size), span_writer, stream_writer)
+        return span_writer.close(rows) | stream_writer.close(written)
     finally:
-        writer.abandon()
+        span_writer.abandon()
+        stream_writer.abandon()
+
+
+def _join_images(part: Part, spans: ArrayReader, stream: StreamReader, span_writer: ShardWriter, stream_writer: StreamWriter) -> int:
+    """Append image after image, row by row and view by view as an extraction does; how many bytes they are. A chunk at most is held."""
+    written, pending = 0, bytearray()
+    columns = range(part.views.start - part.document.identity.views.start, part.views.stop - part.document.identity.views.start)
+    for start in range(0, spans.rows, spans.spec.chunk_rows):
+        rows = range(start, min(start + spans.spec.chunk_rows, spans.rows))
+        old = np.stack([spans.read(column, rows) for column in columns], axis=1)
+        new = np.empty_like(old)
+        for place in np.ndindex(old.shape[:2]):
+            image = stream.read(*old[place].tolist())
+            new[place] = written, written + len(image)
+            written += len(image)
+            pending += image
+            whole = len(pending) // STREAM_CHUNK_BYTES * STREAM_CHUNK_BYTES
+            stream_writer.append(stream_writer.encode(np.frombuffer(bytes(pending[:whole]), np.uint8)))
+            del pending[:whole]
+        for column in range(len(columns)):
+            span_writer.append(encode_chunk(span_writer.spec, new[:, column]))
+    stream_writer.append(stream_writer.encode(np.frombuffer(bytes(pending), np.uint8)))
+    return written
 
 
 def copy_file(store: Store, path: str, field: DigestField, target: Path, advance: Advance = lambda _: None) -> DigestField:

@@ -4,7 +4,8 @@ Workers decode and render, the device runs the teacher and encodes, a pool compr
 four overlap, and every queue between them is bounded in bytes. The unit of commit, retry and resume is a segment of a shard.
 
 Several processes may run this at once, started by a launcher or by hand: each begins with shards of its own (`kdcache.launch`), goes
-on with those that nobody is doing, and ends when every shard is done. They meet in the cache only.
+on with those that nobody is doing (`pipelines.turns`), and ends when every shard is done. They meet in the cache only.
+What is asked for is read by `pipelines.request`; that there is nothing to do is found by `pipelines.finished`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -36,13 +36,27 @@ from kdcache.format import (
     views_record_path,
 )
 from kdcache.index import drop_index, is_current, read_document, write_index
-from kdcache.launch import Launch, read_launch, shard_order
-from kdcache.plan import POLICIES, Policy, StoredCodec, ViewPlan, require_same
+from kdcache.launch import Launch, read_launch
+from kdcache.plan import POLICIES, ViewPlan, require_same
 from kdcache.shards import ShardIndex, ShardSource, check_same_tar, scan_shard
-from kdcache.sources import check_names, default_dataset_id, resolve_shards
+from kdcache.sources import default_dataset_id
 from kdcache.store import Store, open_store
-from kdcache.targets import TargetSpec, parse_targets
+from kdcache.targets import TargetSpec
 from kdcache.teacher_source import default_teacher_name, weight_files
+
+from .finished import count_finished, finished_already, is_unchanged
+from .request import (
+    ExtractConfig,
+    ExtractSummary,
+    check_given_plan,
+    check_label_key,
+    common_label_key,
+    num_views,
+    policy_of,
+    requested_specs,
+    resolve_sources,
+)
+from .turns import Turns
 
 if TYPE_CHECKING:  # these import torch, which a finished run does without
     from torch import Tensor
@@ -53,89 +67,12 @@ if TYPE_CHECKING:  # these import torch, which a finished run does without
     from kdcache.rendering import RenderTask
     from kdcache.teacher import TeacherTarget
 
-DEFAULT_VIEWS = 8
-"""Views of a random policy when the user names no number: about 50 suffice for ImageNet logits (research: peers §6)."""
 CALIBRATION_VIEWS = 256
 ACCURACY_VIEWS = 64
 WRITE_QUEUE_BYTES = 256 << 20
 TYPICAL_EPOCHS = 100
 """Of one student's training online, for the break-even line."""
-POLL_S = 0.2
-"""Between looks at the shards that other processes are doing."""
-MIN_PATIENCE_S = 30.0
-"""How long such a shard is waited for at least, before it is done twice."""
 INDEX_ATTEMPTS = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractConfig:
-    """What to extract, from where, with what. None means: as the cache has it, else the default named."""
-
-    shards: str | Sequence[str]
-    """SHARDS, as `kdcache.sources` reads them: a tar, a folder of tars, a brace expression, a glob, a list file, or several of these."""
-    cache: str
-    """Folder of the cache; made if it is not there."""
-    teacher: str
-    """timm name, `hf-hub:…` or `local-dir:…`."""
-    checkpoint: str | None = None
-    """Weights file to load in place of the pretrained ones."""
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Constructor arguments of the teacher, e.g. {"img_size": 224}."""
-    name: str | None = None
-    """The teacher's name in the cache. Default: from its model name."""
-    label_key: str | None = None
-    """Key of the labels in .json members, e.g. `fine` or `cls.id`. Default: .cls members, else `label` of .json."""
-    dataset: str | None = None
-    """Dataset id. Default: the shards' common name."""
-    methods: Sequence[str] = ()
-    """Record what these methods need."""
-    targets: Sequence[str] = ()
-    """Specs. Default: `logits`, unless methods say more."""
-    views: int | None = None
-    """Views a sample. Default: 8, or 1 for a policy without randomness."""
-    augment: str | Policy | None = None
-    """Policy, its name, or the YAML file that holds it. Default: weak."""
-    size: int | None = None
-    """Side of a view, pixels. Default: the teacher's input size."""
-    seed: int | None = None
-    """Plan seed. Default: 0."""
-    store_views: StoredCodec | None = None
-    """Store the rendered views, so that training and further targets need no tars. Default: no."""
-    batch_size: int = 64
-    workers: int | None = None
-    """Decoding processes; 0: decode in this one. Default: one a core of this process's share, at most 8."""
-    device: str | None = None
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """Default: fp32."""
-    limit_shards: int | None = None
-    """Only the first N shards."""
-    min_teacher_top1: float = 0.0
-    """Stop before the work if the teacher's top-1 on the first labelled views is below this, percent."""
-
-
-@dataclass
-class ExtractSummary:
-    """What is there now, and what this run added: this rank of it. The keys of `kdcache extract --json`."""
-
-    shards: int = 0
-    """Shards asked for that are complete now."""
-    rows: int = 0
-    """Samples with a row in these shards; not times views."""
-    views: int = 0
-    skipped: int = 0
-    """Samples without a row in these shards."""
-    bytes: int = 0
-    """Added by this run."""
-    seconds: float = 0.0
-    teacher_seconds: float = 0.0
-    """Of these in the teacher and the encoders."""
-    resumed_shards: int = 0
-    """Shards that were complete before this run and were left alone."""
-    problems: list[dict[str, str]] = field(default_factory=list)
-    """[{"kind", "shard", "key", "detail"}]: shards that were cut, or could not be done."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
@@ -143,11 +80,11 @@ def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
     begin = time.perf_counter()
     launch = read_launch()
     store = open_store(config.cache)
-    all_sources = _resolve(config, store)
+    all_sources = resolve_sources(config, store)
     sources = all_sources[: config.limit_shards]
-    specs = _requested_specs(config)
+    specs = requested_specs(config)
     if store.size("cache.json") is not None:
-        summary = _finished_already(config, sources, specs, all_sources)
+        summary = finished_already(config, sources, specs, all_sources)
         if summary is not None:
             summary.seconds = time.perf_counter() - begin
             _report(config, summary, launch)
@@ -155,168 +92,13 @@ def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
     with store.hold():  # from before the documents are read: `kdcache gc` takes away nothing that this run counts on
         cache = open_to_write(config.cache) if store.size("cache.json") is not None else None
         if cache is not None:
-            _check_given_plan(config, cache, sources)
+            check_given_plan(config, cache, sources)
             sources = [cache.with_labels(source) for source in sources]
         run = _Run(config, store, cache, sources, specs, all_sources, launch, progress=progress and launch.rank == 0)  # imports torch
         summary = run.extract()
     summary.seconds = time.perf_counter() - begin
     _report(config, summary, launch)
     return summary
-
-
-def _resolve(config: ExtractConfig, store: Store) -> list[ShardSource]:
-    """The shards that SHARDS names; of a cache that stores its views also those that it named when their tars were still there."""
-    if store.size("cache.json") is None or read_document(store, "cache.json").identity.plan.stored_views is None:
-        return resolve_shards(config.shards, label_key=config.label_key)
-    from kdcache.stored_source import resolve_or_remember
-
-    return resolve_or_remember(config.shards, open_to_write(config.cache), label_key=config.label_key)
-
-
-def _requested_specs(config: ExtractConfig) -> list[TargetSpec]:
-    texts = list(config.targets)
-    if config.methods:
-        from kdcache.methods import requirements
-
-        for method in config.methods:
-            texts += requirements(method)
-    return parse_targets(texts or ["logits"])
-
-
-# --- the plan --------------------------------------------------------------------------------------------------------
-
-
-def _policy(config: ExtractConfig) -> Policy | None:
-    if config.augment is None or isinstance(config.augment, Policy):
-        return config.augment
-    from kdcache.policy_file import parse_policy
-
-    return parse_policy(config.augment)
-
-
-def _check_given_plan(config: ExtractConfig, cache: Cache, sources: Sequence[ShardSource]) -> None:
-    """What the user gave must be what the cache has; what was not given is taken from it. Raises MismatchError."""
-    given: dict[str, Any] = {"dataset": config.dataset, "policy": _policy(config), "size": config.size, "seed": config.seed}
-    given["stored_views"] = config.store_views
-    if config.dataset is None and not {source.name for source in sources} & set(cache.all_shards):
-        given["dataset"] = default_dataset_id(sources)  # other shards altogether: most likely the wrong cache
-    asked = cache.plan.model_copy(update={key: value for key, value in given.items() if value is not None})
-    require_same("view plan", cache.plan, asked, remedy="a cache holds one plan: use another folder, or leave the option out")
-    if config.label_key is not None:
-        _check_label_key(cache.document.identity, config.label_key)
-    check_names(sources, cache.all_shards)
-
-
-def _check_label_key(identity: CacheIdentity, label_key: str | None) -> None:
-    """Raise MismatchError for a cache whose labels were read from another place: students would learn from a mixture."""
-    found = identity.model_copy(update={"label_key": label_key})
-    require_same(
-        "labels", identity, found, remedy="all labels of a cache are read from one key (none: .cls, else 'label' of .json): use another folder"
-    )
-
-
-def _common_label_key(sources: Sequence[ShardSource]) -> str | None:
-    """Where all labels are read from. Raises UsageError for splits of `_info.json` that do not agree on it."""
-    keys = sorted({source.label_key for source in sources}, key=str)
-    if len(keys) > 1:
-        raise UsageError(f"the shards' _info.json files name different labels: {keys}; pass --label-key KEY for one of all")
-    return keys[0]
-
-
-def _num_views(config: ExtractConfig, specs: Sequence[TargetSpec], plan: ViewPlan, cache: Cache | None) -> int:
-    """Views wanted of targets that name no number. Raises UsageError for several views of a policy without randomness."""
-    default = DEFAULT_VIEWS if plan.policy.is_random else 1
-    wanted = config.views or (cache.num_views if cache is not None and cache.num_views else default)
-    most = max([wanted, *(spec.views or 0 for spec in specs)])
-    if most > 1 and not plan.policy.is_random:
-        raise UsageError(f"{most} views were asked for, but the policy has no randomness: every view would be the same; expected --views 1")
-    return wanted
-
-
-# --- nothing to do? --------------------------------------------------------------------------------------------------
-
-
-def _finished_already(
-    config: ExtractConfig, sources: Sequence[ShardSource], specs: Sequence[TargetSpec], all_sources: Sequence[ShardSource]
-) -> ExtractSummary | None:
-    """The summary, if everything asked for is there already; found without loading torch or scanning a tar that has not changed."""
-    try:
-        cache = open_cache(config.cache)
-    except CacheError:
-        return None  # what an extraction can't mend is raised again on opening to write
-    _check_given_plan(config, cache, sources)
-    layer = cache.teachers.get(config.name or default_teacher_name(config.teacher))
-    if layer is None or not _same_teacher(config, layer.document.provenance) or config.precision not in (None, layer.document.identity.precision):
-        return None
-    names = {spec: _recorded_name(layer, spec) for spec in specs}
-    wanted_views = _num_views(config, specs, cache.plan, cache)
-    views = max(wanted_views, *(spec.views or 0 for spec in specs))
-    summary = ExtractSummary(views=views)
-    for source in map(cache.with_labels, sources):
-        records = cache.views.get(source.name, [])
-        if not records or not all(any(view in record.identity.views for record in records) for view in range(views)):
-            return None
-        for spec in specs:
-            card = layer.targets.get(names[spec])
-            if card is None or spec.encoding not in (None, card.identity.encoding):
-                return None
-            segments = layer.segments(source.name, names[spec])
-            if not all(any(view in segment.identity.views for segment in segments) for view in range(spec.views or wanted_views)):
-                return None
-        if not _unchanged(source, records[0], may_be_gone=cache.plan.stored_views is not None):
-            return None
-        _count_finished(summary, records[0])
-    if not is_current(cache.store, cache.documents) or not {source.name for source in all_sources} <= set(cache.all_shards):
-        return None
-    return summary
-
-
-def _recorded_name(layer: TeacherLayer, spec: TargetSpec) -> str:
-    """The name under which a spec was recorded: a negative node was written down beside the card it led to."""
-    asked = (name for name, card in layer.targets.items() if card.provenance.get("requested") == spec.name)
-    return spec.name if spec.name in layer.targets else next(asked, spec.name)
-
-
-def _count_finished(summary: ExtractSummary, record: Document[Any]) -> None:
-    summary.shards += 1
-    summary.resumed_shards += 1
-    summary.rows += record.identity.rows
-    summary.skipped += len(record.identity.skipped)
-    _note_cut(summary, record.identity.shard, record.identity.cut)
-
-
-def _note_cut(summary: ExtractSummary, shard: str, cut: str | None) -> None:
-    if cut is not None:
-        summary.problems.append(
-            {"kind": "source", "shard": shard, "key": "", "detail": f"the tar is cut short: {cut}; its samples before the cut are kept"}
-        )
-
-
-def _unchanged(source: ShardSource, record: Document[Any], *, may_be_gone: bool) -> bool:
-    """Whether the tar is the one that was scanned: by size and time of change, else by its member table. may_be_gone: its views are stored.
-
-    A tar that was changed in place with its time set back is not noticed here: its pixel digests are left, which train and verify compare.
-    """
-    remembered = record.provenance.get("source", {})
-    try:
-        stat = os.stat(source.path)
-    except FileNotFoundError:
-        return may_be_gone
-    except OSError:
-        return False  # told when its turn comes
-    if (stat.st_size, stat.st_mtime_ns) == (remembered.get("size"), remembered.get("mtime_ns")):
-        return True
-    try:
-        return bool(scan_shard(source).member_table == record.identity.member_table)
-    except ShardError:
-        return False  # told when its turn comes
-
-
-def _same_teacher(config: ExtractConfig, provenance: Mapping[str, Any]) -> bool:
-    found = weight_files(config.teacher, config.checkpoint)
-    same_files = sorted(found.values()) == sorted(provenance.get("weight_files", {}).values())
-    same_model = provenance.get("source") == config.teacher or (bool(found) and config.checkpoint is None)  # a folder may be moved
-    return bool(same_files and same_model and provenance.get("model_args") == dict(config.model_args))
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -342,7 +124,7 @@ class _Run:
 
         self.config, self.store, self.sources, self.launch, self.progress = config, store, sources, launch, progress
         self.all_sources = all_sources
-        self.label_key = _common_label_key(sources)
+        self.label_key = common_label_key(sources)
         self.teacher_name = check_teacher_name(config.name or default_teacher_name(config.teacher))
         known = cache.teachers.get(self.teacher_name) if cache is not None else None
         precision = config.precision or (known.document.identity.precision if known is not None else "fp32")
@@ -363,10 +145,9 @@ class _Run:
         resolved = self.teacher.resolve(specs)
         self.cache = cache
         self.plan = cache.plan if cache is not None else self._make_plan()
-        self.wanted_views = _num_views(config, specs, self.plan, cache)
+        self.wanted_views = num_views(config, specs, self.plan, cache)
         self.num_workers = config.workers if config.workers is not None else min(8, launch.cores)
         self.summary = ExtractSummary()
-        self._job_number = 0
         self._unreadable: set[str] = set()
         self.calibrated_on: list[str] = []
         self._indexes: dict[str, ShardIndex] = {}
@@ -376,7 +157,7 @@ class _Run:
         config = self.config
         return ViewPlan(
             dataset=config.dataset or default_dataset_id(self.sources),
-            policy=_policy(config) or POLICIES["weak"],
+            policy=policy_of(config) or POLICIES["weak"],
             size=config.size or self.teacher.identity.preprocessing.input_size,
             seed=config.seed or 0,
             stored_views=config.store_views,
@@ -388,7 +169,7 @@ class _Run:
 
         document, _ = create_document(self.store, "cache.json", CacheIdentity(plan=self.plan, label_key=self.label_key))
         require_same("view plan", document.identity.plan, self.plan, remedy="another run has just made this cache; use another folder")
-        _check_label_key(document.identity, self.label_key)
+        check_label_key(document.identity, self.label_key)
         source = SourceIdentity(shards=tuple(sorted(one.name for one in self.all_sources)))
         create_document(self.store, source_path(source), source)
         cache = open_to_write(self.config.cache)
@@ -434,7 +215,7 @@ class _Run:
         records = self._records(source.name)
         if not records:
             return False
-        if not _unchanged(source, records[0], may_be_gone=self.plan.stored_views is not None):
+        if not is_unchanged(source, records[0], may_be_gone=self.plan.stored_views is not None):
             return False  # scanned again, and refused if its members differ
         return not self._missing(source.name)
 
@@ -528,17 +309,13 @@ class _Run:
         self.pool = ChunkPool(num_threads=min(4, self.launch.cores), max_bytes=WRITE_QUEUE_BYTES)
         self.committed: dict[str, np.ndarray[Any, Any]] = {}
         self.jobs: dict[int, ShardJob] = {}
-        self._started: dict[int, float] = {}
-        self._patience_s = MIN_PATIENCE_S
-        names = {source.name for source in self.pending}
-        self.remaining = [source for source in shard_order(self.sources, self.launch) if source.name in names]
-        own = self.remaining[: sum(source.name in names for source in self.sources[self.launch.rank :: self.launch.world_size])]
-        total = self._estimated_samples(own) * self.views
+        self.turns = Turns(self.store, self.sources, self.pending, self.launch, teacher_name=self.teacher_name)
+        total = self._estimated_samples(self.turns.own) * self.views
         try:
             with naming_killed_workers(), tqdm(total=total, unit="view", desc="extract", disable=not self.progress or not self.pending) as bar:
                 self._work(bar)
-                while self.remaining:
-                    self._work(bar, insist=self._wait())
+                while self.turns.remaining:
+                    self._work(bar, insist=self.turns.wait())
                 bar.total = bar.n
                 bar.refresh()
         except KDCacheError:
@@ -581,7 +358,7 @@ class _Run:
                 yield source, os.path.getsize(source.path) * per_byte
 
     def _work(self, bar: Any, *, insist: str = "") -> None:
-        """Do the remaining shards that no other process is doing; those stay in `remaining`. insist: a shard to do in any case."""
+        """Do the remaining shards that no other process is doing; those stay in `turns`. insist: a shard to do in any case."""
         from kdcache.rendering import FailedTask, rendered_blocks
 
         committing: tuple[int, Future[JobResult]] | None = None
@@ -614,51 +391,22 @@ class _Run:
             if committing is not None:
                 self._settle(*committing)
 
-    def _wait(self) -> str:
-        """Wait for the remaining shards, which other processes are doing; '' when one of them was finished or given up.
-
-        A hint must not stop the work: after twice the time that this rank's slowest shard took, the name of one to do all the same.
-        """
-        waited_for = {self._label(source) for source in self.remaining}
-        deadline = time.monotonic() + self._patience_s
-        while time.monotonic() < deadline:
-            if waited_for - self.store.live_labels():
-                return ""
-            time.sleep(POLL_S)
-        return self.remaining[0].name
-
-    def _label(self, source: ShardSource) -> str:
-        return f"{self.teacher_name}/{source.name}"
-
     def _fail(self, number: int, error: KDCacheError) -> None:
         """One shard can't be done: it becomes a problem, and the others go on. Anything else ends the run."""
         if not isinstance(error, ShardError):
             raise error
         job = self.jobs.pop(number)
         job.abandon()
-        del self._started[number]
+        self.turns.failed(number)
         self.summary.problems.append({"kind": "source", "shard": job.index.source.name, "key": "", "detail": str(error)})
 
     def _settle(self, number: int, committed: Future[JobResult]) -> None:
         result = committed.result()
         del self.jobs[number]
-        self._patience_s = max(self._patience_s, 2 * (time.monotonic() - self._started.pop(number)))
+        self.turns.done(number)
         self.summary.bytes += result.size_bytes
         shard = next(iter(result.documents.values())).identity.shard
         self.committed[shard] = result.table
-
-    def _turns(self, insist: str) -> Iterator[tuple[int, ShardSource]]:
-        """(a number for its job, shard) of every remaining shard that is not done meanwhile and that no other process is doing now."""
-        remaining, self.remaining = self.remaining, []
-        for source in remaining:
-            if source.name != insist and self._label(source) in self.store.live_labels():
-                self.remaining.append(source)
-                continue
-            if self._was_done_meanwhile(source.name):
-                continue
-            self._job_number += 1
-            self._started[self._job_number] = time.monotonic()
-            yield self._job_number, source
 
     def _was_done_meanwhile(self, shard: str) -> bool:
         """Look for the records that this run would make of a shard; whether others have made all of them."""
@@ -677,7 +425,7 @@ class _Run:
         from kdcache.jobs import ShardJob
         from kdcache.rendering import samples_per_task
 
-        for number, source in self._turns(insist):
+        for number, source in self.turns.take(insist, self._was_done_meanwhile):
             records = self._records(source.name)
             known = records[0].identity if records else None
             try:
@@ -711,7 +459,7 @@ class _Run:
                 known=known,
                 known_digests=known_digests,
                 stored=frozenset(stored),
-                label=self._label(source),
+                label=self.turns.label(source),
             )
             yield from job.tasks(number, samples_per_task(self.plan, len(job.rendered_views)))
 
@@ -769,7 +517,7 @@ class _Run:
             if not records or source.name in failed or self._missing(source.name):
                 continue
             before = self.summary.resumed_shards
-            _count_finished(self.summary, records[0])
+            count_finished(self.summary, records[0])
             if source.name in pending:
                 self.summary.resumed_shards = before
 
@@ -794,3 +542,6 @@ def _report(config: ExtractConfig, summary: ExtractSummary, launch: Launch) -> N
         f" added {human_bytes(summary.bytes)} in {human_seconds(summary.seconds)}"
         f" ({human_seconds(summary.teacher_seconds)} in the teacher); {summary.resumed_shards} shards were there already"
     )
+
+
+__all__ = ["ExtractConfig", "ExtractSummary", "extract"]

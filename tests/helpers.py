@@ -233,6 +233,27 @@ def kdcache_command(*arguments: object) -> Callable[[], int]:
     return run
 
 
+_CHANGES = {"os.link", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "shutil.rmtree", "tempfile.mkdtemp"}
+
+
+def die_at(cache: Path, where: str, count: int) -> None:
+    """Arm this process: SIGKILL to its group right before the count-th change of the file system below `cache` whose path holds `where`."""
+    seen = 0
+
+    def hook(event: str, details: tuple[Any, ...]) -> None:
+        nonlocal seen
+        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if not writes and event not in _CHANGES:
+            return
+        paths = [os.fspath(part) for part in details[:2] if isinstance(part, str | os.PathLike)]
+        if any(path.startswith(str(cache)) and where in path[len(str(cache)) :] for path in paths):
+            seen += 1
+            if seen == count:
+                os.killpg(0, signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
 fractions = st.sampled_from([0.0, 0.01, 0.3, 0.5, 1.0])
 pairs = st.tuples(fractions, fractions).map(lambda pair: (min(pair), max(pair)))
 random_policies = st.builds(

@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import struct
-import sys
 import tempfile
 import time
 import zlib
@@ -26,6 +25,7 @@ from helpers import (
     TINY_VIT,
     Forked,
     Member,
+    die_at,
     image_bytes,
     kdcache_command,
     make_cache,
@@ -91,26 +91,6 @@ def assert_nothing_lost(cache: Path, setup: Path) -> None:
 
 # --- SIGKILL ---------------------------------------------------------------------------------------------------------
 
-_CHANGES = {"os.link", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "shutil.rmtree", "tempfile.mkdtemp"}
-
-
-def die_at(cache: Path, where: str, count: int) -> None:
-    """Arm this process: SIGKILL to its group right before the count-th change of the file system below `cache` whose path holds `where`."""
-    seen = 0
-
-    def hook(event: str, details: tuple[Any, ...]) -> None:
-        nonlocal seen
-        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if not writes and event not in _CHANGES:
-            return
-        paths = [os.fspath(part) for part in details[:2] if isinstance(part, str | os.PathLike)]
-        if any(path.startswith(str(cache)) and where in path[len(str(cache)) :] for path in paths):
-            seen += 1
-            if seen == count:
-                os.killpg(0, signal.SIGKILL)
-
-    sys.addaudithook(hook)
-
 
 def twenty_moments() -> Iterator[tuple[str, float]]:
     """(part of the cache, number of the change to it that is not reached), or ('', seconds of start-up)."""
@@ -136,6 +116,9 @@ def test_resume_after_kill_gives_identical_bytes(setup: Path, tmp_path: Path) ->
     """SIGKILL at 20 moments from start-up to the index, each run resuming the one before: the same files, the same bytes, all sound."""
     cache, reached = tmp_path / "cache", []
     for number, (where, moment) in enumerate(twenty_moments()):
+        if where == "/cache.json":  # a fast machine may have come beyond it while others start
+            shutil.rmtree(cache, ignore_errors=True)
+            reached.clear()
 
         def action(where: str = where, moment: float = moment, workers: int = number % 2) -> int:
             if where:
@@ -284,7 +267,7 @@ def test_a_signal_during_training_keeps_the_last_epoch_and_says_how_to_resume(tm
     child.kill(signal.SIGTERM, group=True)
     assert child.wait(60) == 1, child.output()
     assert "stopped by SIGTERM; the checkpoint of the last whole epoch is kept: run the same command again with --resume" in child.output()
-    assert child.group_is_gone()
+    assert child.group_is_gone(timeout_s=2)  # less than workers need to notice by themselves
     (last,) = tmp_path.glob("runs/*/last/checkpoint.pt")
     assert 1 <= load_checkpoint(last, fingerprint=open_cache(cache).fingerprint)["epoch"] < 6
     monkeypatch.undo()

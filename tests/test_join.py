@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_each_target_is_read_once_for_each_shard_of_a_batch(cache: Cache, monkey
     calls: list[tuple[str, str, list[int]]] = []
     read = cache.read_components
 
-    def spy(teacher: str, target: str, shard: str, view: int, rows: np.ndarray, **options: object) -> dict:
+    def spy(teacher: str, target: str, shard: str, view: int, rows: np.ndarray, **options: Any) -> dict:
         calls.append((target, shard, list(rows)))
         return read(teacher, target, shard, view, rows, **options)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import Forked
 
 GPU = "import pytest\n@pytest.mark.gpu\ndef test_on_gpu():\n    pytest.skip('no device')\n"
 
@@ -27,8 +26,7 @@ def test_a_skip_without_the_gpu_mark_fails_the_session(tmp_path: Path, code: str
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path / "conftest.py")
     (tmp_path / "test_it.py").write_text(code)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a device\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert result.returncode == exit_status, result.stdout + result.stderr
-    said = [line for line in result.stdout.splitlines() if "SKIPPED WITHOUT THE gpu MARK" in line]
+    child = Forked(lambda: pytest.main(["-q", "-p", "no:cacheprovider", str(tmp_path)]), tmp_path / "log")
+    assert child.wait() == exit_status, child.output()
+    said = [line for line in child.output().splitlines() if "SKIPPED WITHOUT THE gpu MARK" in line]
     assert [line.rpartition(": ")[2] for line in said] == ([named] if named else [])

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +14,10 @@ import pytest
 import torch
 import zarr
 from click.testing import CliRunner
-from helpers import TINY_VIT, make_image, make_shard, make_shards, make_teacher_dir
+from helpers import TINY_VIT, Forked, die_at, make_image, make_shard, make_shards, make_teacher_dir
 from hypothesis import given
 from hypothesis import strategies as st
-from test_extract import FEATURES, count_records, groups, replay, run, tree
+from test_extract import FEATURES, groups, replay, run, tree
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 from cli.main import main
@@ -360,32 +357,27 @@ def test_the_option_on_a_cache_that_was_made_otherwise_is_refused_and_left_out_i
     assert run(made, "jpeg95", targets=("logits", FEATURES)).resumed_shards == 2
 
 
-_CHILD = """
-import sys
-from pipelines.extract import ExtractConfig, extract
-root = sys.argv[1]
-extract(ExtractConfig(shards=root + '/shards', cache=sys.argv[2], teacher='local-dir:' + root + '/teacher', targets=('logits',), views=2, workers=1,
-        batch_size=5, device='cpu', store_views=sys.argv[3]))
-"""
-
-
-@pytest.mark.parametrize(("codec", "moment"), [("jpeg95", 1), ("raw", 2)])
-def test_resume_after_kill_gives_identical_bytes(tmp_path: Path, codec: str, moment: int) -> None:
-    make_shards(tmp_path / "shards", num_shards=4, num_samples=30)
+@pytest.mark.parametrize(
+    ("codec", "where", "change"), [("jpeg95", "/teachers/teacher/train-0001", 1), ("png", "/views/train-0001", 9), ("raw", "/tmp/", 60)]
+)
+def test_resume_after_kill_gives_identical_bytes(tmp_path: Path, codec: StoredCodec, where: str, change: int) -> None:
+    """Struck between a shard's views and its targets, the run that resumes reads the views back, and its targets are the same."""
+    make_shards(tmp_path / "shards", num_shards=3, num_samples=8)
     make_teacher_dir(tmp_path / "teacher")
     run(tmp_path, "undisturbed", store_views=codec)
     cache = tmp_path / "killed"
-    child = subprocess.Popen([sys.executable, "-c", _CHILD, str(tmp_path), str(cache), codec], start_new_session=True)
-    deadline = time.monotonic() + 120
-    while child.poll() is None and time.monotonic() < deadline and count_records(cache) < moment:
-        pass
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert 1 <= count_records(cache) < 4, "the kill struck before or after the writing"
-    record = sorted((cache / "teachers" / "teacher").glob("train-0000.*.json"))
-    for path in record:  # as if the kill had struck between the views and the targets: they are read back and give the same bytes
-        path.unlink()
-    run(tmp_path, "killed")
+
+    def action() -> None:
+        die_at(cache, where, change)
+        run(tmp_path, "killed", store_views=codec)
+
+    child = Forked(action, tmp_path / "log")
+    assert child.wait() == -signal.SIGKILL, child.output()
+    views, targets = (len(list(cache.glob(f"{layer}/train-*.json"))) for layer in ("views", "teachers/teacher"))
+    assert (views, targets) == {"jpeg95": (2, 1), "png": (1, 1), "raw": (0, 0)}[codec]
+    if codec == "jpeg95":
+        (tmp_path / "shards" / "train-0001.tar").unlink()
+    run(tmp_path, "killed", shards=str(tmp_path / "shards" / "train-{0000..0002}.tar"))
     assert groups(cache) == groups(tmp_path / "undisturbed")
     assert open_cache(cache).root == open_cache(tmp_path / "undisturbed").root
     assert verify(str(cache), views="all", workers=0).ok

@@ -1,0 +1,100 @@
+"""Whether an extraction has nothing to do: found from the cache's documents, without torch and without scanning a tar that has not changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdcache.cache import TeacherLayer, open_cache
+from kdcache.errors import CacheError, ShardError
+from kdcache.format import Document
+from kdcache.index import is_current
+from kdcache.shards import ShardSource, scan_shard
+from kdcache.targets import TargetSpec
+from kdcache.teacher_source import default_teacher_name, weight_files
+
+from .request import ExtractConfig, ExtractSummary, check_given_plan, num_views
+
+
+def finished_already(
+    config: ExtractConfig, sources: Sequence[ShardSource], specs: Sequence[TargetSpec], all_sources: Sequence[ShardSource]
+) -> ExtractSummary | None:
+    """The summary, if everything asked for is there already; found without loading torch or scanning a tar that has not changed."""
+    try:
+        cache = open_cache(config.cache)
+    except CacheError:
+        return None  # what an extraction can't mend is raised again on opening to write
+    check_given_plan(config, cache, sources)
+    layer = cache.teachers.get(config.name or default_teacher_name(config.teacher))
+    if layer is None or not _same_teacher(config, layer.document.provenance) or config.precision not in (None, layer.document.identity.precision):
+        return None
+    names = {spec: _recorded_name(layer, spec) for spec in specs}
+    wanted_views = num_views(config, specs, cache.plan, cache)
+    views = max(wanted_views, *(spec.views or 0 for spec in specs))
+    summary = ExtractSummary(views=views)
+    for source in map(cache.with_labels, sources):
+        records = cache.views.get(source.name, [])
+        if not records or not all(any(view in record.identity.views for record in records) for view in range(views)):
+            return None
+        for spec in specs:
+            card = layer.targets.get(names[spec])
+            if card is None or spec.encoding not in (None, card.identity.encoding):
+                return None
+            segments = layer.segments(source.name, names[spec])
+            if not all(any(view in segment.identity.views for segment in segments) for view in range(spec.views or wanted_views)):
+                return None
+        if not is_unchanged(source, records[0], may_be_gone=cache.plan.stored_views is not None):
+            return None
+        count_finished(summary, records[0])
+    if not is_current(cache.store, cache.documents) or not {source.name for source in all_sources} <= set(cache.all_shards):
+        return None
+    return summary
+
+
+def _recorded_name(layer: TeacherLayer, spec: TargetSpec) -> str:
+    """The name under which a spec was recorded: a negative node was written down beside the card it led to."""
+    asked = (name for name, card in layer.targets.items() if card.provenance.get("requested") == spec.name)
+    return spec.name if spec.name in layer.targets else next(asked, spec.name)
+
+
+def count_finished(summary: ExtractSummary, record: Document[Any]) -> None:
+    summary.shards += 1
+    summary.resumed_shards += 1
+    summary.rows += record.identity.rows
+    summary.skipped += len(record.identity.skipped)
+    _note_cut(summary, record.identity.shard, record.identity.cut)
+
+
+def _note_cut(summary: ExtractSummary, shard: str, cut: str | None) -> None:
+    if cut is not None:
+        summary.problems.append(
+            {"kind": "source", "shard": shard, "key": "", "detail": f"the tar is cut short: {cut}; its samples before the cut are kept"}
+        )
+
+
+def is_unchanged(source: ShardSource, record: Document[Any], *, may_be_gone: bool) -> bool:
+    """Whether the tar is the one that was scanned: by size and time of change, else by its member table. may_be_gone: its views are stored.
+
+    A tar that was changed in place with its time set back is not noticed here: its pixel digests are left, which train and verify compare.
+    """
+    remembered = record.provenance.get("source", {})
+    try:
+        stat = os.stat(source.path)
+    except FileNotFoundError:
+        return may_be_gone
+    except OSError:
+        return False  # told when its turn comes
+    if (stat.st_size, stat.st_mtime_ns) == (remembered.get("size"), remembered.get("mtime_ns")):
+        return True
+    try:
+        return bool(scan_shard(source).member_table == record.identity.member_table)
+    except ShardError:
+        return False  # told when its turn comes
+
+
+def _same_teacher(config: ExtractConfig, provenance: Mapping[str, Any]) -> bool:
+    found = weight_files(config.teacher, config.checkpoint)
+    same_files = sorted(found.values()) == sorted(provenance.get("weight_files", {}).values())
+    same_model = provenance.get("source") == config.teacher or (bool(found) and config.checkpoint is None)  # a folder may be moved
+    return bool(same_files and same_model and provenance.get("model_args") == dict(config.model_args))
