@@ -75,3 +75,7 @@ def run_command(action: Callable[[], Any], *, resume: str = "nothing that was th
         raise click.UsageError(str(error)) from error
     except KDCacheError as error:
         raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()
