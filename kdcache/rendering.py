@@ -89,7 +89,7 @@ class RenderedBlock:
     pixels: torch.Tensor
     """uint8 (n, V, S, S, 3)"""
     params: np.ndarray[Any, np.dtype[np.int32]]
-    """(n, V, fields), zeros for views that were read from the cache"""
+    """(n, V, fields); of views that were read from the cache as they are stored where the policy mixes, else zeros"""
     digests: np.ndarray[Any, np.dtype[np.uint64]]
     """(n, V)"""
     encoded: torch.Tensor | None
@@ -160,17 +160,23 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
                 digests[row, column] = pixel_digest(pixels[row, column])
             kept.append(place)
         n = len(kept)
-        self._read_stored(task, kept, pixels, digests)
+        self._read_stored(task, kept, pixels, params, digests)
         files = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy()) if plan.stored_views is not None else None
         return RenderedBlock(task, kept, reasons, torch.from_numpy(pixels[:n]), params[:n], digests[:n], files, sizes[:n])
 
-    def _read_stored(self, task: RenderTask, kept: Sequence[int], pixels: np.ndarray[Any, Any], digests: np.ndarray[Any, Any]) -> None:
+    def _read_stored(
+        self, task: RenderTask, kept: Sequence[int], pixels: np.ndarray[Any, Any], params: np.ndarray[Any, Any], digests: np.ndarray[Any, Any]
+    ) -> None:
         """Fill in the columns of views that the cache holds."""
         for column, view in enumerate(task.views):
             if view not in task.stored:
                 continue
             assert self._cache is not None
-            for row, found in enumerate(self._cache.read_stored(task.source.name, view, [task.rows[place] for place in kept])):
+            rows = [task.rows[place] for place in kept]
+            if self._plan.policy.mix is not None:  # whoever measures must know which views have two labels
+                for row, stored in enumerate(self._cache.read_params(task.source.name, view, rows)):
+                    params[row, column] = stored.to_row()
+            for row, found in enumerate(self._cache.read_stored(task.source.name, view, rows)):
                 pixels[row, column] = found
                 digests[row, column] = pixel_digest(found)
 

@@ -251,6 +251,16 @@ def test_a_changed_partner_is_noticed(folder: Path, tmp_path: Path) -> None:
         moved.view(shard, cache.keys(shard)[row], view)
 
 
+def test_accuracy_is_of_unmixed_views_also_where_they_are_read_from_the_cache(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "shards", tmp_path / "shards")
+    shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    run(tmp_path, "cache", MIXED, store_views="raw", name="first")
+    cache = run(tmp_path, "cache", MIXED, name="second")
+    facts = inspect_cache(cache)["teachers"]
+    assert facts["first"]["labelled"] == sum(params.mix is None for *_, params in all_params(cache)) < 30
+    assert [facts["second"][what] for what in ("labelled", "top1")] == [facts["first"][what] for what in ("labelled", "top1")]
+
+
 def test_views_before_the_work_are_unmixed_also_where_mixed_ones_are_stored(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "shards", tmp_path / "shards")
     shutil.copytree(folder / "teacher", tmp_path / "teacher")
