@@ -44,7 +44,16 @@ _PARTS: dict[str, type[FrozenModel]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, with 1e-3 as the number it is, and without the later of two equal keys winning in silence."""
+    """YAML's safe loader, with 1e-3 as the number it is, without the later of two equal keys winning in silence, and without aliases.
+
+    Aliases can hold themselves, and a small file of aliases of aliases is a large value.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, f"the alias *{event.anchor} is not taken: write the value itself", event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -83,6 +92,10 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
         given = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UsageError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise UsageError(f"{where}: not a policy: hundreds of lists in each other; expected fields such as 'base: strong'") from error
+    except (ValueError, KeyError, AttributeError) as error:  # what PyYAML's constructors raise: of 2001-99-99, !!bool 'x', !!timestamp 'x'
+        raise UsageError(f"{where}: a value can't be read: {error}; expected numbers, names and lists of them") from error
     if not isinstance(given, dict):
         raise UsageError(f"{where}: expected fields such as 'base: strong', found {given!r:.80}")
     base: dict[str, Any] = {}
@@ -93,7 +106,11 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
         base = POLICIES[name].to_json()
     _check_keys(given, base, where)
     try:
-        return Policy.model_validate_json(json.dumps(_changed(base, given), default=str), strict=True)  # lists are tuples in JSON only
+        text = json.dumps(_changed(base, given), default=str)
+    except (TypeError, RecursionError) as error:
+        raise UsageError(f"{where}: a value that is no field of a policy: {error}; expected numbers, names and lists of them") from error
+    try:
+        return Policy.model_validate_json(text, strict=True)  # lists are tuples in JSON only
     except ValidationError as error:
         raise UsageError(
             f"{where}: {explain_validation_error(error).replace('crop.center.', 'crop.').replace('crop.random_resized.', 'crop.')}"

@@ -89,7 +89,7 @@ class RenderedBlock:
     pixels: torch.Tensor
     """uint8 (n, V, S, S, 3)"""
     params: np.ndarray[Any, np.dtype[np.int32]]
-    """(n, V, fields)"""
+    """(n, V, fields); of views that were read from the cache as they are stored where the policy mixes, else zeros"""
     digests: np.ndarray[Any, np.dtype[np.uint64]]
     """(n, V)"""
     encoded: torch.Tensor | None
@@ -173,10 +173,11 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
                 continue
             assert self._cache is not None
             rows = [task.rows[place] for place in kept]
-            for row, drawn in enumerate(self._cache.read_params(task.source.name, view, rows)):
-                if drawn.mix is not None:
-                    self._cache.row_at(task.source.name, drawn.mix.partner)
-                params[row, column] = drawn.to_row()
+            if self._plan.policy.mix is not None:  # whoever measures must know which views have two labels
+                for row, drawn in enumerate(self._cache.read_params(task.source.name, view, rows)):
+                    if drawn.mix is not None:
+                        self._cache.row_at(task.source.name, drawn.mix.partner)
+                    params[row, column] = drawn.to_row()
             for row, found in enumerate(self._cache.read_stored(task.source.name, view, rows)):
                 pixels[row, column] = found
                 digests[row, column] = pixel_digest(found)

@@ -27,6 +27,8 @@ _META_MEMBER = re.compile(r"__[^/]*__($|/)")
 """Members that webdataset skips: its `skip_meta`."""
 _CLS = re.compile(rb"\s*([0-9]{1,20})\s*")
 """A label as .cls members write it; Python's int() would take 1_0, +4 and other scripts' digits too."""
+_HEADER_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError)
+"""What tarfile raises on damage; MemoryError for a long name or PAX header that is said to have terabytes."""
 NOT_UTF8 = "name is not UTF-8"
 """The problem of a sample whose members' names are bytes that are no text."""
 NO_LABEL = -1
@@ -127,7 +129,7 @@ def _members(source: ShardSource, file: IO[bytes], size: int) -> tuple[list[tarf
         return members, "empty file, expected a tar", None
     try:
         tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115 - closed below
-    except tarfile.TarError as error:
+    except _HEADER_ERRORS as error:
         raise ShardError(f"shard {source.name}: {source.path} is not an uncompressed tar: {error}; expected a WebDataset shard") from error
     cut: str | None = None
     torn: str | None = None
@@ -135,7 +137,7 @@ def _members(source: ShardSource, file: IO[bytes], size: int) -> tuple[list[tarf
         while True:
             try:
                 member = tar.next()
-            except (tarfile.TarError, OSError, ValueError, OverflowError):
+            except _HEADER_ERRORS:
                 cut = f"header at byte {tar.offset} of {size} can't be read"
                 break
             if member is None:

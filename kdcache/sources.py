@@ -18,7 +18,9 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ Shards = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _INFO_NAMES = ("_info.json", "info.json")
 """Where timm's ReaderWds looks for the splits of a folder (timm 1.0.31, data/readers/reader_wds.py)."""
+_RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.(-?\d{1,18}))?\}")
 _ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|pipe:")
 _MAX_LIST_BYTES = 64 << 20
 _MAX_SHARDS = 1_000_000
@@ -38,13 +41,43 @@ _TRAINING_WORDS = {"train", "training"}
 _HELD_OUT_WORDS = {"val", "valid", "validation", "test", "testing", "dev", "eval"}
 
 
-def resolve_shards(spec: Shards, *, label_key: str | None = None) -> list[ShardSource]:
+@dataclass(frozen=True)
+class _Look:
+    """How SHARDS is read."""
+
+    every_split: bool = False
+    """Whether a folder gives all its tars, whatever its splits."""
+    gone: frozenset[str] = frozenset()
+    """Absolute paths of tars that are taken as there."""
+    in_list: bool = False
+
+    def has_tar(self, path: str) -> bool:
+        return os.path.isfile(path) or os.path.abspath(path) in self.gone
+
+    @cached_property
+    def _gone_folders(self) -> frozenset[str]:
+        return frozenset(map(os.path.dirname, self.gone))
+
+    def has_folder(self, path: str) -> bool:
+        return os.path.isdir(path) or os.path.abspath(path) in self._gone_folders
+
+    def has(self, path: str) -> bool:
+        return os.path.exists(path) or self.has_tar(path) or self.has_folder(path)
+
+    def gone_in(self, folder: str) -> list[str]:
+        """The tars that are gone from a folder."""
+        path = os.path.abspath(folder)
+        return [tar for tar in self.gone if os.path.dirname(tar) == path]
+
+
+def resolve_shards(spec: Shards, *, label_key: str | None = None, gone: Iterable[str] = ()) -> list[ShardSource]:
     """The shards that SHARDS names, in its order, with their labels read from `label_key` of .json members (None: as the split says, or the default).
 
+    gone: absolute paths of tars that are taken as still there, for a cache that does without them.
     Raises UsageError for a part that names nothing, a listed tar that is missing, a folder of several splits when none is named, and two
     shards that share a name, also in another case: names are identities, and file names on some disks do not tell case.
     """
-    sources = _expand_all(spec, every_split=False)
+    sources = _expand_all(spec, _Look(gone=frozenset(gone)))
     if not sources:
         raise UsageError(
             f"no shards: {_parts(spec)} names no .tar file; expected a folder of tars or a brace expression such as 'train-{{0000..0007}}.tar'"
@@ -58,7 +91,7 @@ def locate_shards(spec: Shards) -> dict[str, ShardSource]:
 
     A folder gives all its tars, whatever its splits. Raises UsageError for a part that names nothing and for two tars of one name.
     """
-    sources = _expand_all(spec, every_split=True)
+    sources = _expand_all(spec, _Look(every_split=True))
     check_names(sources)
     return {source.name: ShardSource(source.name, source.path) for source in sources}
 
@@ -94,18 +127,18 @@ def _parts(spec: Shards) -> list[str]:
     return [os.fspath(spec)] if isinstance(spec, str | os.PathLike) else [os.fspath(item) for item in spec]
 
 
-def _expand_all(spec: Shards, *, every_split: bool) -> list[ShardSource]:
-    return [source for text in _parts(spec) for source in _expand(text, base="", every_split=every_split)]
+def _expand_all(spec: Shards, look: _Look) -> list[ShardSource]:
+    return [source for text in _parts(spec) for source in _expand(text, "", look)]
 
 
-def _expand(text: str, *, base: str, every_split: bool, in_list: bool = False) -> Iterator[ShardSource]:
+def _expand(text: str, base: str, look: _Look) -> Iterator[ShardSource]:
     """The shards that one text names, relative to the folder `base`. Raises UsageError."""
     if "\0" in text:
         raise UsageError(f"shards {text!r}: a name can't hold a zero byte")
     text = os.path.expanduser(text.removeprefix("file://"))
-    if "::" in text and not os.path.exists(os.path.join(base, text)):
+    if "::" in text and not look.has(os.path.join(base, text)):
         for part in text.split("::"):
-            yield from _expand(part, base=base, every_split=every_split, in_list=in_list)
+            yield from _expand(part, base, look)
         return
     if _ELSEWHERE.match(text):
         raise UsageError(f"shards {text!r}: only local files and folders can be read so far")
@@ -113,58 +146,81 @@ def _expand(text: str, *, base: str, every_split: bool, in_list: bool = False) -
     folder, colon, split = whole.rpartition(":")
     if not text:
         raise UsageError("an empty name names no shards; expected a folder of tars or a brace expression such as 'train-{0000..0007}.tar'")
-    if os.path.exists(whole):
-        yield from _existing(whole, every_split=every_split, in_list=in_list)
+    if look.has(whole):
+        yield from _existing(whole, look)
     elif colon and os.path.isdir(folder):
-        yield from _folder(folder, split, every_split=every_split)
+        yield from _folder(folder, split, look)
     else:
-        yield from _expression(text, base=base, every_split=every_split, in_list=in_list)
+        yield from _expression(text, base, look)
 
 
-def _expression(text: str, *, base: str, every_split: bool, in_list: bool) -> Iterator[ShardSource]:
+def _expression(text: str, base: str, look: _Look) -> Iterator[ShardSource]:
     """A brace expression, of globs or of names that are all there."""
-    import braceexpand
-
-    try:
-        names = list(islice(braceexpand.braceexpand(text), _MAX_SHARDS + 1))
-    except ValueError as error:  # braceexpand's UnbalancedBracesError
-        raise UsageError(f"shards {text!r}: its braces are not balanced; expected a brace expression such as 'train-{{0000..0007}}.tar'") from error
-    if len(names) > _MAX_SHARDS:
-        raise UsageError(f"shards {text!r}: its braces give more than {_MAX_SHARDS:,} names; expected fewer shards")
-    missing = [name for name in names if not glob.has_magic(name) and not os.path.exists(os.path.join(base, name))]
+    names = _brace_names(text)
+    missing = [name for name in names if not glob.has_magic(name) and not look.has(os.path.join(base, name))]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UsageError(f"shards {text!r}: no file {os.path.join(base, missing[0])}{more}; expected {len(names)} tar files")
     for name in names:
-        if os.path.exists(os.path.join(base, name)):
-            yield from _existing(os.path.join(base, name), every_split=every_split, in_list=in_list)
+        if look.has(os.path.join(base, name)):
+            yield from _existing(os.path.join(base, name), look)
         else:
-            yield from _glob(name, base=base)
+            yield from _glob(name, base, look)
 
 
-def _glob(pattern: str, *, base: str) -> Iterator[ShardSource]:
+def _brace_names(text: str) -> list[str]:
+    """What a brace expression gives. Raises UsageError for braces that are not balanced, or give more names than anybody has shards."""
+    import braceexpand
+
+    too_many = UsageError(f"shards {text!r}: its braces give more than {_MAX_SHARDS:,} names; expected fewer shards")
+    for first, last, step in _RANGE.findall(text):  # braceexpand makes a list of each before it gives the first name
+        if abs(int(last) - int(first)) // max(1, abs(int(step or 1))) >= _MAX_SHARDS:
+            raise too_many
+    try:
+        names = list(islice(braceexpand.braceexpand(text), _MAX_SHARDS + 1))
+    except (ValueError, RecursionError) as error:  # braceexpand's UnbalancedBracesError; thousands of braces in each other
+        raise UsageError(f"shards {text!r}: its braces are not balanced; expected a brace expression such as 'train-{{0000..0007}}.tar'") from error
+    if len(names) > _MAX_SHARDS:
+        raise too_many
+    return names
+
+
+def _glob(pattern: str, base: str, look: _Look) -> Iterator[ShardSource]:
     """The .tar files that match, sorted."""
     names = glob.iglob(pattern, root_dir=base or None, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
     found = sorted(os.path.join(base, name) for name in names)
     tars = [path for path in found if path.endswith(".tar") and not os.path.isdir(path)]
+    if look.gone:
+        parts = os.path.abspath(os.path.join(base, pattern)).split("/")
+        tars = sorted({*map(os.path.abspath, tars), *(path for path in look.gone if _matches(parts, path.split("/")))})
     if not tars:
         what = f"it matches {len(found)} names, {found[0]} first, of which none is a .tar file" if found else "no file matches"
         raise UsageError(f"shards {os.path.join(base, pattern)!r}: {what}; expected a glob of tars such as 'train-*.tar'")
     yield from (_source(path) for path in tars)
 
 
-def _existing(path: str, *, every_split: bool, in_list: bool) -> Iterator[ShardSource]:
+def _matches(pattern: Sequence[str], path: Sequence[str]) -> bool:
+    """Whether a glob would find a path if it were there: ** is any depth, nothing else crosses a slash, and hidden names are passed over."""
+    if not pattern or not path:
+        return pattern in ([], ["**"]) and not path
+    is_hidden = path[0].startswith(".")
+    if pattern[0] == "**":
+        return _matches(pattern[1:], path) or (not is_hidden and _matches(pattern, path[1:]))
+    return fnmatchcase(path[0], pattern[0]) and (not is_hidden or pattern[0].startswith(".")) and _matches(pattern[1:], path[1:])
+
+
+def _existing(path: str, look: _Look) -> Iterator[ShardSource]:
     """A tar, a folder or a list file."""
-    if os.path.isdir(path):
-        yield from _folder(path, None, every_split=every_split)
-    elif not os.path.isfile(path):
+    if look.has_folder(path):
+        yield from _folder(path, None, look)
+    elif not look.has_tar(path):
         raise UsageError(f"shards {printable(path)!r}: neither a file nor a folder")
-    elif path.endswith(".tar") or _begins_as_tar(path):
+    elif not os.path.exists(path) or path.endswith(".tar") or _begins_as_tar(path):
         yield _source(path)
-    elif in_list:
+    elif look.in_list:
         raise UsageError(f"shards {path!r}: no tar, and a list file can't name another one; expected tars")
     else:
-        yield from _list_file(path, every_split=every_split)
+        yield from _list_file(path, look)
 
 
 def _source(path: str, *, label_key: str | None = None, num_samples: int | None = None) -> ShardSource:
@@ -194,7 +250,7 @@ def _opened(path: str) -> Any:
         raise UsageError(f"shards {path!r} can't be read: {error.strerror}") from error
 
 
-def _list_file(path: str, *, every_split: bool) -> Iterator[ShardSource]:
+def _list_file(path: str, look: _Look) -> Iterator[ShardSource]:
     with _opened(path) as file:
         data = file.read(_MAX_LIST_BYTES + 1)
     try:
@@ -212,7 +268,7 @@ def _list_file(path: str, *, every_split: bool) -> Iterator[ShardSource]:
             continue
         empty = False
         try:
-            yield from _expand(entry, base=os.path.dirname(path), every_split=every_split, in_list=True)
+            yield from _expand(entry, os.path.dirname(path), replace(look, in_list=True))
         except UsageError as error:
             raise UsageError(f"{path}, line {number}: {error}") from error
     if empty:
@@ -222,18 +278,19 @@ def _list_file(path: str, *, every_split: bool) -> Iterator[ShardSource]:
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def _folder(folder: str, split: str | None, *, every_split: bool) -> Iterator[ShardSource]:
+def _folder(folder: str, split: str | None, look: _Look) -> Iterator[ShardSource]:
     """The tars in a folder, or those of a split of its `_info.json`. Sub-folders are not looked into."""
     splits = _read_splits(folder)
     if split is not None and splits is None:
         raise UsageError(
             f"shards '{folder}:{split}': no _info.json in {folder}, hence no split {split!r}; name its tars by a glob such as '{split}-*.tar'"
         )
-    if splits is not None and not (every_split and split is None):
-        yield from _split(folder, _choose_split(folder, split, splits), splits)
+    if splits is not None and not (look.every_split and split is None):
+        yield from _split(folder, _choose_split(folder, split, splits), splits, look)
         return
-    tars = _tars_in(folder)
-    if every_split:
+    by_name = {os.path.basename(path): path for path in [*look.gone_in(folder), *(_tars_in(folder) if os.path.isdir(folder) else [])]}
+    tars = [path for _, path in sorted(by_name.items())]
+    if look.every_split:
         listed = [os.path.normpath(path) for name, body in (splits or {}).items() for path in _listed(folder, name, body)[0]]
         tars = list(dict.fromkeys([*tars, *(path for path in listed if os.path.isfile(path))]))
     else:
@@ -330,12 +387,12 @@ def _listed(folder: str, split: str, body: Any) -> tuple[list[str], list[int] | 
     return [os.path.join(folder, name) for name in files], lengths or None
 
 
-def _split(folder: str, split: str, splits: Mapping[str, Any]) -> Iterator[ShardSource]:
+def _split(folder: str, split: str, splits: Mapping[str, Any], look: _Look) -> Iterator[ShardSource]:
     paths, lengths = _listed(folder, split, splits[split])
     label_key = splits[split].get("alt_label") or None
     if label_key is not None and not isinstance(label_key, str):
         raise UsageError(f"shards '{folder}:{split}': expected a key of .json members as 'alt_label' in its _info.json, found {label_key!r}")
-    missing = [path for path in paths if not os.path.isfile(path)]
+    missing = [path for path in paths if not look.has_tar(path)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UsageError(f"shards '{folder}:{split}': no file {missing[0]}{more}; its _info.json lists {len(paths)} tar files")

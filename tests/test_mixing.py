@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from kdcache.images import decode_image
 from kdcache.join import CachedViews
 from kdcache.losses import soft_labels
 from kdcache.plan import POLICIES, MixedViews, Policy, ViewPlan
+from kdcache.preflight import first_views
 from kdcache.shards import scan_shard
 from kdcache.views import CUTMIX, MIXUP, ViewParams, draw, draw_mix, render
 from pipelines import train as train_pipeline
@@ -247,3 +249,35 @@ def test_a_changed_partner_is_noticed(folder: Path, tmp_path: Path) -> None:
         CachedViews(moved).__getitems__([(first + row, view)])
     with pytest.raises(DriftError, match=f"shard {shard}: key"):
         moved.view(shard, cache.keys(shard)[row], view)
+
+
+def test_accuracy_is_of_unmixed_views_also_where_they_are_read_from_the_cache(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "shards", tmp_path / "shards")
+    shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    run(tmp_path, "cache", MIXED, store_views="raw", name="first")
+    cache = run(tmp_path, "cache", MIXED, name="second")
+    facts = inspect_cache(cache)["teachers"]
+    assert facts["first"]["labelled"] == sum(params.mix is None for *_, params in all_params(cache)) < 30
+    assert [facts["second"][what] for what in ("labelled", "top1")] == [facts["first"][what] for what in ("labelled", "top1")]
+
+
+def test_views_before_the_work_are_unmixed_also_where_mixed_ones_are_stored(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "shards", tmp_path / "shards")
+    shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    options: dict[str, Any] = {"store_views": "raw", "targets": ("features@norm:int8",)}
+    cache = run(tmp_path, "cache", MIXED, **options)
+    (calibration,) = (tmp_path / "cache").glob("teachers/*/targets/*.calibration.safetensors")
+    before = calibration.read_bytes()
+    calibration.unlink()
+    run(tmp_path, "cache", MIXED, **options)  # raises if the statistics come out otherwise
+    assert calibration.read_bytes() == before
+    sources = [cache.source(shard) for shard in cache.shards]
+    unmixed, labels, _ = first_views(cache.plan, sources, scan_shard, 10)
+    again, labels_again, _ = first_views(cache.plan, sources, scan_shard, 10, cache)
+    assert (torch.equal(unmixed, again), labels_again) == (True, labels)
+    shutil.rmtree(tmp_path / "shards")
+    stored, known, _ = first_views(cache.plan, sources, scan_shard, 10, cache)
+    mixed_rows = [params.mix is not None for shard in cache.shards for params in cache.read_params(shard, 0, range(5))]
+    assert 0 < sum(mixed_rows) < 10
+    assert known == [-1 if is_mixed else label for label, is_mixed in zip(labels, mixed_rows, strict=True)]
+    assert [not torch.equal(a, b) for a, b in zip(stored, unmixed, strict=True)] == mixed_rows

@@ -327,6 +327,11 @@ def test_a_file_that_says_a_named_policy_is_that_policy(name: str, tmp_path: Pat
         ("", r"expected fields"),
         ("!!python/object/apply:os.system [echo]", r"not YAML"),
         ("base: weak\n3: 4", r"p\.yaml: 3: there is no such key"),
+        ("base: weak\nhflip: &a [*a]", r"not YAML: the alias \*a is not taken"),
+        ("base: weak\nhflip: 2001-99-99", r"a value can't be read: month must be in 1\.\.12"),
+        ("base: weak\nhflip: !!bool x", r"a value can't be read"),
+        ("base: weak\nhflip: {2001-01-01: 1}", r"a value that is no field of a policy: keys must be"),
+        ("base: weak\nhflip: " + "[" * 5000, r"hundreds of lists in each other"),
     ],
 )
 def test_a_wrong_file_says_where_and_what(text: str, message: str, tmp_path: Path) -> None:

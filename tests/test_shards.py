@@ -125,6 +125,25 @@ def test_how_a_tar_is_cut_is_said_in_our_own_words(tmp_path: Path, monkeypatch: 
     assert re.fullmatch(rf"header at byte \d+ of {path.stat().st_size} can't be read", cut)
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("size", [1 << 40, 1 << 62, (1 << 63) - 1])
+def test_a_header_that_claims_more_than_memory_is_a_cut_or_no_tar(tmp_path: Path, kind: bytes, size: int) -> None:
+    info = tarfile.TarInfo("a")
+    info.type, info.size = kind, size
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    path = make_shard(tmp_path / "x.tar", num_samples=2)
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    end = last.offset_data + 512
+    data = path.read_bytes()
+    path.write_bytes(data[:end] + header + data[end:])
+    index = scan(path)
+    assert ([sample.key for sample in index.samples], index.cut) == (["s0000", "s0001"], f"header at byte {end} of {len(data) + 512} can't be read")
+    path.write_bytes(header + data)
+    with pytest.raises(ShardError, match=r"shard x: .* is not an uncompressed tar"):
+        scan(path)
+
+
 LATIN1 = b"caf\xe9".decode("utf-8", "surrogateescape")
 
 

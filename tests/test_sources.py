@@ -194,6 +194,8 @@ def test_an_info_file_that_says_nothing_is_a_usage_error(tmp_path: Path, content
         ("{0}::{0}/above/a", r"two shards are called 'train-0000': .*a/train-0000.tar"),
         ("{0}/above/b::{0}/above/a", r"shards 'TRAIN-0000' and 'train-0000' differ in case only"),
         ("/dev/null", "neither a file nor a folder"),
+        ("{0}/train-{{0..99999999999}}.tar", "its braces give more than 2,000 names"),
+        ("{{" * 3000 + "}}" * 3000, "its braces are not balanced"),
     ],
 )
 def test_shards_that_cannot_be_are_usage_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:

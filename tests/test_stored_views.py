@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from kdcache.join import BatchLoader, CachedViews, EpochBatches
 from kdcache.plan import POLICIES, StoredCodec, ViewPlan
 from kdcache.rendering import RenderTask, rendered_blocks, samples_per_task
 from kdcache.shards import ShardSource, scan_shard
+from kdcache.sources import resolve_shards
 from kdcache.store import LocalStore
 from kdcache.stored_views import as_stored, decode_view, encode_view
 from kdcache.storing import ViewsWriter
@@ -301,6 +303,33 @@ def test_a_target_and_a_teacher_are_added_without_the_tars(without_tars: Path, m
 def test_gone_tars_are_named_as_when_they_were_there(without_tars: Path, spec: str) -> None:
     wanted = 1 if spec.endswith("0001.tar") and "{0000" not in spec else 2
     assert run(without_tars, shards=spec.format(without_tars), targets=("logits", FEATURES)).shards == wanted
+
+
+def test_gone_tars_are_found_where_they_would_be_found_if_they_were_there(tmp_path: Path) -> None:
+    """Whatever SHARDS looks like: the same names in the same order, since the order decides which shards are the first N."""
+    for name in ("a", "b", "c", "sub/d", ".hidden/e"):
+        make_shard(tmp_path / f"{name}.tar", num_samples=1)
+    (tmp_path / "some.list").write_text("c.tar\n{b,a}.tar\nsub\n")
+    info = {"splits": {"train": {"filenames": ["b.tar", "sub/d.tar"]}, "val": {"filenames": ["a.tar"]}}}
+    folder = str(tmp_path)
+    specs = [f"{folder}/{text}" for text in ("*.tar", "**/*.tar", "*/*.tar", "[bc].tar", "{c,a}.tar", "some.list", f"b.tar::{folder}/a.tar")]
+
+    def find(gone: Sequence[str]) -> list[list[str]]:
+        found = [[source.path for source in resolve_shards(spec, gone=gone)] for spec in (*specs, folder)]
+        (tmp_path / "_info.json").write_text(json.dumps(info))
+        found.append([source.path for source in resolve_shards(f"{folder}:train", gone=gone)])
+        (tmp_path / "_info.json").unlink()
+        return found
+
+    there = find([])
+    assert [len(paths) for paths in there] == [3, 4, 1, 2, 2, 4, 2, 3, 2]
+    every = [str(path) for path in tmp_path.rglob("*.tar")]
+    for gone in (every[1::2], every[::2], every):
+        for path in gone:
+            Path(path).rename(f"{path}.away")
+        assert find(gone) == there
+        for path in gone:
+            Path(f"{path}.away").rename(path)
 
 
 def test_tars_that_are_neither_there_nor_known_are_an_error(made: Path, tmp_path: Path) -> None:
