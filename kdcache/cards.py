@@ -1,7 +1,8 @@
 """The cards of a teacher and its targets: created if absent, so that of several runs one makes them and all go on with them.
 
 A target's calibration file is created before its card, and the card holds the digest of whatever file is then there: the loser
-of that race uses the winner's statistics.
+of that race uses the winner's statistics, be they of other views. A file that no card vouches for is left by a killed run, or
+its card is about to come: who replaces it keeps it at hand, and puts it back if the card that then comes is for it.
 """
 
 from __future__ import annotations
@@ -46,15 +47,16 @@ def plan_targets(store: Store, resolved: Mapping[TargetSpec, TeacherTarget], lay
     plans: list[TargetPlan] = []
     asked: dict[str, str | None] = {}
     for spec, target in resolved.items():
-        if target.name in asked:  # two spellings of a node
-            if spec.encoding not in (None, asked[target.name]):
-                raise UsageError(
-                    f"target {target.name!r} is asked for as {asked[target.name]!r} and as {spec.encoding!r}; expected one encoding a name"
-                )
-            continue
-        asked[target.name] = spec.encoding
+        earlier = asked.get(target.name)  # by another spelling of the node
+        if earlier and spec.encoding and earlier != spec.encoding:
+            raise UsageError(f"target {target.name!r} is asked for as {earlier!r} and as {spec.encoding!r}; expected one encoding a name")
+        asked[target.name] = earlier or spec.encoding
+    firsts: dict[str, tuple[TargetSpec, TeacherTarget]] = {}
+    for spec, target in resolved.items():
+        firsts.setdefault(target.name, (spec, target))
+    for spec, target in firsts.values():
         card = layer.targets.get(target.name) if layer is not None else None
-        name = spec.encoding or (card.identity.encoding if card is not None else default_encoding(target.kind))
+        name = asked[target.name] or (card.identity.encoding if card is not None else default_encoding(target.kind))
         encoding = build_encoding(target.kind, name, target.shape)
         if card is not None and card.identity.encoding != encoding.full_name:
             raise MismatchError(
@@ -87,18 +89,19 @@ def create_cards(
     recorded: dict[str, RecordedTarget] = {}
     for plan in plans:
         name = plan.target.name
-        calibration = _store_calibration(store, teacher_name, plan, statistics[name]) if name in statistics else None
-        card = plan.card or _create_card(store, teacher_name, plan, calibration, making)
-        tensors = read_calibration(store, teacher_name, card.identity) if card.identity.calibration is not None else None
+        card, at_hand = plan.card, list[bytes]()
+        if card is not None or store.size(target_path(teacher_name, name)) is None:  # else another run has made it since
+            at_hand = _store_calibration(store, teacher_name, plan, statistics[name]) if name in statistics else []
+        card = card or _create_card(store, teacher_name, plan, at_hand[0] if at_hand else None, making)
+        tensors = _load_calibration(store, teacher_name, card.identity, at_hand) if card.identity.calibration is not None else None
         if tensors is not None:
             plan.encoding.load_calibration(tensors)
         recorded[name] = RecordedTarget(target=plan.target, card=card, encoding=plan.encoding, calibration=tensors)
     return recorded
 
 
-def _create_card(
-    store: Store, teacher_name: str, plan: TargetPlan, calibration: DigestField | None, making: Mapping[str, Any]
-) -> Document[TargetIdentity]:
+def _create_card(store: Store, teacher_name: str, plan: TargetPlan, calibration: bytes | None, making: Mapping[str, Any]) -> Document[TargetIdentity]:
+    """The card that is there now. calibration: the file that is there. Raises MismatchError if another run's differs in more than that."""
     target, shape = plan.target, plan.target.shape
     is_features = target.kind == "features"
     identity = TargetIdentity(
@@ -111,16 +114,17 @@ def _create_card(
         grid=shape.grid if is_features else None,
         prefix_tokens=shape.prefix_tokens if is_features else None,
         components=plan.encoding.components(),
-        calibration=calibration,
+        calibration=DigestField(size=len(calibration), digest=blake2b_128(calibration)) if calibration is not None else None,
     )
     provenance = {"requested": plan.requested, "calibration": dict(making) if calibration is not None else {}}
     card, _ = create_document(store, target_path(teacher_name, target.name), identity, provenance=provenance)
-    require_same(f"target {target.name!r}", card.identity, identity, remedy="another run has just recorded it otherwise; pass another --name")
+    expected = identity.model_copy(update={"calibration": card.identity.calibration})  # of other views, or to other last bits: as good
+    require_same(f"target {target.name!r}", card.identity, expected, remedy="another run has just recorded it otherwise; pass another --name")
     return card
 
 
-def _store_calibration(store: Store, teacher_name: str, plan: TargetPlan, statistics: Mapping[str, Tensor]) -> DigestField:
-    """Create the calibration file if absent; size and digest of the one that is there now. Raises CorruptError if a card wants another."""
+def _store_calibration(store: Store, teacher_name: str, plan: TargetPlan, statistics: Mapping[str, Tensor]) -> list[bytes]:
+    """Create the calibration file if absent; the one that is there now, and others that were. Raises CorruptError if a card wants another."""
     path, card = calibration_path(teacher_name, plan.target.name), plan.card
     new = safetensors.torch.save(dict(statistics))
     if card is not None and card.identity.calibration is not None and blake2b_128(new) != card.identity.calibration.digest:
@@ -128,11 +132,26 @@ def _store_calibration(store: Store, teacher_name: str, plan: TargetPlan, statis
             f"{store.url}/{path} is missing, and comes out otherwise now (expected digest {card.identity.calibration.digest}, found"
             f" {blake2b_128(new)}); it was made with {card.provenance.get('calibration')}: use the same, or record under another --name"
         )
-    if not store.put_new(path, new) and card is None and not _is_near(plan.encoding, store.get(path, max_size=_MAX_CALIBRATION_BYTES), statistics):
-        store.delete(path)  # no card vouches for it, and it is not what another run would have made
-        store.put_new(path, new)
-    data = store.get(path, max_size=_MAX_CALIBRATION_BYTES)
-    return DigestField(size=len(data), digest=blake2b_128(data))
+    if store.put_new(path, new):
+        return [new]
+    found = store.get(path, max_size=_MAX_CALIBRATION_BYTES)
+    if card is not None or _is_near(plan.encoding, found, statistics):
+        return [found]
+    store.delete(path)  # no card vouches for it, and it is not what this run would have made
+    store.put_new(path, new)
+    return [new, found]
+
+
+def _load_calibration(store: Store, teacher_name: str, card: TargetIdentity, at_hand: Sequence[bytes]) -> dict[str, Tensor]:
+    """The statistics that a card names. If they are at hand, whatever file another run has put in the place of theirs is put right."""
+    path = calibration_path(teacher_name, card.name)
+    for data in at_hand:
+        if card.calibration is not None and blake2b_128(data) == card.calibration.digest:
+            if not store.put_new(path, data) and store.get(path, max_size=_MAX_CALIBRATION_BYTES) != data:
+                store.delete(path)
+                store.put_new(path, data)
+            return safetensors.torch.load(data)
+    return read_calibration(store, teacher_name, card)
 
 
 def _is_near(encoding: Encoding, data: bytes, statistics: Mapping[str, Tensor]) -> bool:

@@ -1,6 +1,6 @@
 """How far a decoded target is from what the teacher gave: measured by extract on every row, stored in each shard's record.
 
-Features: relative L2, mean cosine of tokens, and relative L2 after standardising each channel (`z_l2`), because outlier
+Features: relative L2, mean cosine of tokens (of those that have a direction: one of zeros has none), and relative L2 after standardising each channel (`z_l2`), because outlier
 channels hide damage in the first two. Logits: relative L2, mean cosine and KL(teacher ‖ decoded) at T = 1 and T = 4.
 Sums are kept as float64 on the host, so that shards add up. Of an encoding with bands of frequency, each band's share and error too.
 """
@@ -60,7 +60,9 @@ class Fidelity:
             error = y_unit - x_unit
             add("error_sq", error.square().sum(), largest)
             add("value_sq", x_unit.square().sum(), largest)
-            add("cosine_sum", F.cosine_similarity(x_unit, y_unit, dim=-1, eps=_TINY**0.5).sum(), one)
+            directed = x.abs().amax(dim=-1) > 0
+            add("cosine_sum", (F.cosine_similarity(x_unit, y_unit, dim=-1, eps=_TINY**0.5) * directed).sum(), one)
+            add("directed", directed.sum().float(), one)
             vectors += x.numel() // x.shape[-1]
             if part == "logits":
                 for temperature in TEMPERATURES:
@@ -95,11 +97,11 @@ def combine_fidelity(all_sums: list[dict[str, float]]) -> dict[str, float]:
     """The figures over several shards from their stored sums."""
     sums: dict[str, float] = {}
     for one in all_sums:
-        for name, number in one.items():
+        for name, number in ({"directed": one["vectors"]} | one if "vectors" in one else one).items():  # which older records do not have
             sums[name] = sums.get(name, 0.0) + number
     if not sums.get("vectors"):
         return {}
-    result = {"rel_l2": _relative(sums["error_sq"], sums["value_sq"]), "cosine": sums["cosine_sum"] / sums["vectors"]}
+    result = {"rel_l2": _relative(sums["error_sq"], sums["value_sq"]), "cosine": sums["cosine_sum"] / sums["directed"] if sums["directed"] else 1.0}
     if "z_error_sq" in sums:
         result["z_l2"] = _relative(sums["z_error_sq"], sums["z_value_sq"])
     for temperature in TEMPERATURES:

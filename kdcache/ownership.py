@@ -65,8 +65,9 @@ def find_garbage(store: Store, documents: Mapping[str, Document[Any]]) -> list[G
     owned = {*documents, *owned_files(documents), *_current_index(store)}
     groups = {group_path(path, document) for path, document in documents.items() if getattr(document.identity, "group", None) is not None}
     found: dict[tuple[GarbageKind, str], dict[str, int]] = {}
+    folders = {folder for path in owned for folder in _folders_above(path)}
     for path, size in store.list():
-        if path in owned:
+        if path in owned or path in folders:  # the second: a link to a folder, through which a document's files are read
             continue
         folder = _group_folder(path)
         is_orphan = folder is not None and folder not in groups
@@ -76,6 +77,11 @@ def find_garbage(store: Store, documents: Mapping[str, Document[Any]]) -> list[G
     garbage = [Garbage(kind, place, tuple(sorted(files)), sum(files.values())) for (kind, place), files in found.items()]
     garbage += [Garbage("spool", spool.path, (), spool.size) for spool in store.spools() if not spool.is_alive]
     return sorted(garbage, key=lambda one: (one.kind, one.path))
+
+
+def _folders_above(path: str) -> list[str]:
+    parts = path.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def _group_folder(path: str) -> str | None:

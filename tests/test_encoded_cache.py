@@ -11,11 +11,12 @@ import torch
 from helpers import make_cache, make_shard
 from test_extract import replay, run, setup  # noqa: F401 - setup is a fixture
 
+import kdcache.cards
 from kdcache import open_cache
 from kdcache.cache import Cache
 from kdcache.encodings.dct import BANDS
 from kdcache.errors import CorruptError, MismatchError, UsageError
-from kdcache.format import calibration_path
+from kdcache.format import calibration_path, target_path
 from kdcache.join import CachedViews
 from kdcache.plan import blake2b_128
 from kdcache.store import LocalStore
@@ -97,6 +98,46 @@ def test_the_loser_of_a_race_takes_the_winners_basis_if_it_is_of_the_same_teache
     key = cache.keys("train-0000")[0]
     one, other = (torch.from_numpy(read.read("train-0000", key)["features@blocks.0"]) for read in (cache, open_cache(setup / "cache")))
     assert torch.nn.functional.cosine_similarity(one, other, dim=-1).min() > 0.95
+
+
+@pytest.mark.parametrize("moment", ["before its file", "before its card", "after its card"])
+def test_of_two_runs_over_other_shards_that_race_on_a_new_target_both_go_on_with_one_calibration(
+    setup: Path,  # noqa: F811
+    moment: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """moment: of the run that made the card; the other one has its own statistics at hand since before, and its file where it has put one."""
+    first, second = (str(setup / "shards" / f"train-000{number}.tar") for number in (0, 1))
+    run(setup, "first", targets=(KLT,), shards=first)
+    create = kdcache.cards._create_card
+
+    def of_the_first_meanwhile(*given: Any) -> Any:
+        monkeypatch.setattr(kdcache.cards, "_create_card", create)
+        if moment == "before its card":
+            run(setup, targets=(KLT,), shards=first)
+        elif moment == "after its card":  # which came between a look whether it is there, and the replacement of its file
+            card = target_path("teacher", "features@blocks.0")
+            (setup / "cache" / card).write_bytes((setup / "first" / card).read_bytes())
+        return create(*given)
+
+    create_teacher = kdcache.cards.create_teacher
+
+    def the_first_meanwhile(*given: Any, **options: Any) -> Any:
+        monkeypatch.setattr(kdcache.cards, "create_teacher", create_teacher)
+        if moment == "before its file":
+            run(setup, targets=(KLT,), shards=first)
+        return create_teacher(*given, **options)
+
+    if moment == "after its card":
+        calibration_file(setup).parent.mkdir(parents=True)
+        calibration_file(setup).write_bytes(calibration_file(setup, "first").read_bytes())
+    monkeypatch.setattr(kdcache.cards, "_create_card", of_the_first_meanwhile)
+    monkeypatch.setattr(kdcache.cards, "create_teacher", the_first_meanwhile)
+    run(setup, targets=(KLT,), shards=second)
+    assert calibration_file(setup).read_bytes() == calibration_file(setup, "first").read_bytes()
+    run(setup, targets=(KLT,))
+    verdict = verify(str(setup / "cache"), workers=0)
+    assert (verdict.problems, verdict.shards) == ([], 2)
 
 
 @pytest.fixture(scope="module")

@@ -229,6 +229,11 @@ def test_fidelity_adds_up_over_shards_and_notices_what_is_not_finite() -> None:
     whole = fidelity_of(encoding, value)
     assert combine_fidelity(parts) == pytest.approx(whole, rel=1e-4)
     assert whole["cosine"] > 0.9999
+    silent = {name: tokens.clone() for name, tokens in value.items()}
+    silent["grid"][:, 3] = 0  # has no direction to lose
+    assert fidelity_of(encoding, silent)["cosine"] > 0.9999
+    older = {name: number for name, number in parts[0].items() if name != "directed"}
+    assert combine_fidelity([older, parts[1]]) == pytest.approx(whole, rel=1e-4)
     fidelity = Fidelity(encoding.calibration)
     value["grid"][0, 0, 0] = torch.nan
     assert not fidelity.update(value, value)
@@ -323,6 +328,28 @@ def test_klt_meets_the_stated_cosine_on_views_it_never_saw_and_is_no_finer_than_
     assert float((decoded["prefix"] - value["prefix"]).norm() / value["prefix"].norm()) < 0.01
     coarser = calibrated("features", "klt=0.8", WIDE, correlated(WIDE, rows=64, seed=1))
     assert stored_bytes(coarser, coarser.encode(value)) < stored_bytes(encoding, components)
+
+
+def test_klt_chooses_its_step_on_views_of_the_whole_list_whose_first_may_be_bland() -> None:
+    shape = TargetShape(grid=(4, 4), channels=32)
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q
+    grid = torch.randn(160, 16, 32, generator=generator) * 0.9 ** torch.arange(32)
+    grid[:32, :, 3:] *= 0.02
+    value = {"grid": grid @ turn}
+    encoding = calibrated("features", "klt=0.99", shape, value)
+    decoded = encoding.decode(encoding.encode(value))["grid"][32:]
+    assert 1 - float(torch.nn.functional.cosine_similarity(value["grid"][32:], decoded, dim=-1).mean()) < 0.013
+
+
+@pytest.mark.parametrize("views", [2, 4])
+def test_what_klt_tries_its_step_on_is_not_in_its_mean(views: int) -> None:
+    """With one token a view, the last would be minus the sum of the others."""
+    shape = TargetShape(grid=(1, 1), channels=64)
+    grid = torch.randn(views + 20, 1, 64, generator=torch.Generator().manual_seed(0))
+    encoding = calibrated("features", "klt=0.99", shape, {"grid": grid[:views]})
+    decoded = encoding.decode(encoding.encode({"grid": grid[views:]}))["grid"]
+    assert float(torch.nn.functional.cosine_similarity(decoded, grid[views:], dim=-1).mean()) > 0.97
 
 
 def test_klt_coefficients_keep_distances_so_that_a_loss_may_be_taken_on_them() -> None:

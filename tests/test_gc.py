@@ -92,6 +92,14 @@ def test_what_no_record_owns_is_shown_then_removed_and_nothing_else(cache: Path)
     assert collect(cache).garbage == []
 
 
+def test_a_group_that_was_moved_and_linked_to_is_not_taken_for_a_stray_link(cache: Path) -> None:
+    group = one(cache, "teachers/second/train-0000.*.zarr")
+    group.rename(cache.parent / group.name)
+    group.symlink_to(cache.parent / group.name)
+    assert collect(cache, delete=True).garbage == []
+    assert group.is_symlink()
+
+
 def test_a_damaged_document_stops_gc_because_its_group_would_look_like_nobodys(cache: Path) -> None:
     flip(one(cache, "teachers/second/train-0000.*.json"), 300)
     before = tree(cache)

@@ -343,6 +343,8 @@ def test_two_spellings_of_a_node_are_one_target(setup: Path) -> None:  # noqa: F
     with pytest.raises(UsageError, match="one encoding a name"):
         run(setup, "other", targets=("features@blocks.-1:fp16", "features@blocks.1:int8"))
     assert not (setup / "other").exists() or not (setup / "other" / "cache.json").exists()
+    run(setup, "other", targets=("features@blocks.-1", "features@blocks.1:fp16"))
+    assert open_cache(setup / "other").layer(None).targets["features@blocks.1"].identity.encoding == "fp16"
 
 
 @pytest.mark.parametrize("position", [20, -5])

@@ -134,7 +134,8 @@ def quantise(y_BTC: Tensor, scale_BT: Tensor, step: Tensor) -> Tensor:
 class _KltCalibrator:
     """Second moments of the channels in float64, and a few views held out to choose the step on.
 
-    Of four consecutive views the second is held out, up to 16 of them and 64 MB; the rest is fitted to. Memory: C² numbers and those views.
+    Of four consecutive views the second is held out; when that makes more than 16 of them or 64 MB, of eight, of sixteen, and so on: they are
+    spread over all views, whose first may be of one class. What is not held out is fitted to. Memory: C² numbers and those views.
     """
 
     def __init__(self, encoding: KltFeatures, target: str) -> None:
@@ -144,22 +145,36 @@ class _KltCalibrator:
         self._count, self._views = 0, 0
         self._sum_C = torch.zeros(size, dtype=torch.float64)
         self._moment_CC = torch.zeros(size, size, dtype=torch.float64)
-        self._held_out: list[Tensor] = []
+        self._held_out: dict[int, dict[str, Tensor]] = {}
+        self._every = _HELD_OUT_EVERY
         view_bytes = 4 * encoding.shape.num_tokens * size
         self._most_held_out = max(1, min(_HELD_OUT_VIEWS, _HELD_OUT_BYTES // view_bytes))
 
     def update(self, value: Mapping[str, Tensor]) -> None:
-        self._channels.update(value)
-        for grid_TC in value["grid"].cpu():
-            held_out = self._views % _HELD_OUT_EVERY == 1 and len(self._held_out) < self._most_held_out
+        on_host = {part: tokens.cpu() for part, tokens in value.items()}
+        for i in range(len(on_host["grid"])):
+            view = {part: tokens[i : i + 1] for part, tokens in on_host.items()}
+            if self._views % self._every == 1:
+                self._held_out[self._views] = {part: tokens.clone() for part, tokens in view.items()}
+                self._thin_out()
+            else:
+                self._fit(view)
             self._views += 1
-            if held_out:
-                self._held_out.append(grid_TC.float().clone())
-                continue
-            wide_TC = grid_TC.double()
-            self._count += len(wide_TC)
-            self._sum_C += wide_TC.sum(dim=0)
-            self._moment_CC.addmm_(wide_TC.T, wide_TC)
+
+    def _thin_out(self) -> None:
+        """Hold out every other one of too many, and fit to the rest."""
+        while len(self._held_out) > self._most_held_out:
+            self._every *= 2
+            for number in [number for number in self._held_out if number % self._every != 1]:
+                self._fit(self._held_out.pop(number))
+
+    def _fit(self, view: Mapping[str, Tensor]) -> None:
+        """The mean and deviation too: a held-out token must not be the sum of the others with its sign turned."""
+        self._channels.update(view)
+        wide_TC = view["grid"][0].double()
+        self._count += len(wide_TC)
+        self._sum_C += wide_TC.sum(dim=0)
+        self._moment_CC.addmm_(wide_TC.T, wide_TC)
 
     def result(self) -> dict[str, Tensor]:
         if not self._held_out:
@@ -182,7 +197,7 @@ class _KltCalibrator:
     def _choose_step(self, tensors: Mapping[str, Tensor]) -> float:
         """The largest power of 2^(1/16) at which both mean cosines of the held-out views are at least COSINE. Raises UsageError."""
         encoding = self._encoding
-        held_out_BTC = torch.stack(self._held_out)
+        held_out_BTC = torch.cat([view["grid"].float() for view in self._held_out.values()])
         mean, std, basis_CC = tensors["grid_mean"], tensors["grid_std"], tensors["basis"]
         z_BTC = standardise(held_out_BTC, mean, std)
         y_BTC, scale_BT = to_coefficients(z_BTC, basis_CC)
@@ -221,4 +236,4 @@ def _power_above(step: float) -> int:
 def _mean_cosine(one: Tensor, other: Tensor) -> float:
     """Over tokens that have a direction: a token of zeros has none."""
     live = one.abs().amax(dim=-1) > 0
-    return float(F.cosine_similarity(one[live].double(), other[live].double(), dim=-1).mean()) if live.any() else 1.0
+    return float(F.cosine_similarity(one[live].double(), other[live].double(), dim=-1, eps=1e-100).mean()) if live.any() else 1.0
