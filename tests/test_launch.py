@@ -47,6 +47,7 @@ STEP = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCI
         ({}, 0, 1, 0, 1),
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 3, 4, 1, 2),
         ({"RANK": "3", "WORLD_SIZE": "4"}, 3, 4, 0, 1),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, 3, 4, 1, 2),  # DeepSpeed's launcher, or by hand
         ({**STEP, "RANK": "1", "WORLD_SIZE": "2"}, 1, 2, 0, 1),  # torchrun in a step
         ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "4,3"}, 5, 7, 1, 3),
         ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "4(x1),3(x1)"}, 5, 7, 1, 3),
