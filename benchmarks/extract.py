@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import kdcache.commit
+import kdcache.arrays
 import kdcache.rendering
 import pipelines.extract
 from kdcache.cache import open_cache
@@ -41,7 +41,8 @@ from kdcache.device import autocast, resolve_device
 from kdcache.encodings import ENCODINGS
 from kdcache.fidelity import Fidelity
 from kdcache.rendering import Renderer, RenderTask, samples_per_task
-from kdcache.shards import resolve_shards, scan_shard
+from kdcache.shards import scan_shard
+from kdcache.sources import resolve_shards
 from kdcache.teacher import Teacher, load_teacher
 from pipelines.extract import ExtractConfig, extract
 
@@ -118,12 +119,12 @@ class StageClock:
                 stages += [(encoding, "encode", "encode"), (encoding, "decode", "fidelity: decode")]
         saved = [(owner, name, getattr(owner, name)) for owner, name, _ in stages]
         saved += [
-            (kdcache.commit, "encode_chunk", kdcache.commit.encode_chunk),
+            (kdcache.arrays, "encode_chunk", kdcache.arrays.encode_chunk),
             (kdcache.rendering, "rendered_blocks", kdcache.rendering.rendered_blocks),
         ]
         for owner, name, stage in stages:
             setattr(owner, name, self._timed(stage, getattr(owner, name)))
-        kdcache.commit.encode_chunk = self._compressed(kdcache.commit.encode_chunk)
+        kdcache.arrays.encode_chunk = self._compressed(kdcache.arrays.encode_chunk)
         kdcache.rendering.rendered_blocks = self._blocks(kdcache.rendering.rendered_blocks)
         try:
             yield

@@ -100,8 +100,8 @@ def command(
     A Kubernetes indexed job needs KDCACHE_WORLD_SIZE beside its JOB_COMPLETION_INDEX; any other launcher sets KDCACHE_RANK
     and KDCACHE_WORLD_SIZE. Rank 0 shows the progress and the JSON. What one rank leaves, the others do.
 
-    Exit code 1 if a shard was cut short or could not be done; the others are done all the same. Ctrl-C and SIGTERM exit with
-    1 within 10 s; run the same command again to finish.
+    Exit code 1 if a shard was cut short or could not be done (of several ranks, of the first); the others are done all the same.
+    Ctrl-C and SIGTERM exit with 1 within 10 s; run the same command again to finish.
     """
 
     model_args = parse_settings(model_kwargs, option="--model-kwargs")
@@ -120,9 +120,12 @@ def command(
             methods=methods, targets=targets, **options,  # type: ignore[arg-type]  # names and types are click's above
         )  # fmt: skip
         summary = extract(config, progress=True)
-        if as_json and read_launch().rank == 0:
+        rank = read_launch().rank
+        if as_json and rank == 0:
             print_json(summary.to_json())
-        return 1 if summary.problems else 0
+        # Every rank meets a shard that can't be done, and the first one's exit code tells it. With one of another, torchrun would stop
+        # the first before it has spoken.
+        return 1 if any(rank == 0 or problem["kind"] != "source" for problem in summary.problems) else 0
 
     raise SystemExit(run_command(action, resume="what was committed is kept: run the same command again to finish the rest"))
 

@@ -18,7 +18,7 @@ from .errors import ShardError
 from .images import UnreadableImageError, decode_image
 from .shards import NO_LABEL, Sample, ShardFiles, ShardIndex, ShardSource
 from .students import Student
-from .workers import iterate
+from .workers import hand_over, iterate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +89,16 @@ def _check_label(source: ShardSource, sample: Sample, num_classes: int) -> None:
         )
 
 
-def _collate(items: Sequence[Item]) -> tuple[Tensor | None, Tensor, list[str]] | ShardError:
+def _collate(items: Sequence[Item]) -> Any:
+    """(images, labels, what can't be read), or the error that ends the pass."""
     for image, _ in items:
         if isinstance(image, ShardError):
             return image
     images = [(image, label) for image, label in items if isinstance(image, Tensor)]
     stacked = torch.stack([image for image, _ in images]) if images else None
-    return stacked, torch.tensor([label for _, label in images], dtype=torch.int64), [image for image, _ in items if isinstance(image, str)]
+    return hand_over(
+        (stacked, torch.tensor([label for _, label in images], dtype=torch.int64), [image for image, _ in items if isinstance(image, str)])
+    )
 
 
 class Evaluator:
@@ -119,8 +122,6 @@ class Evaluator:
         skipped: list[str] = []
         with torch.inference_mode():
             for batch in iterate(self._loader):
-                if isinstance(batch, ShardError):
-                    raise batch
                 images_BCHW, labels, reasons = batch
                 skipped += reasons
                 if images_BCHW is None:

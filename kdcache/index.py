@@ -195,12 +195,19 @@ def write_index(store: Store, documents: Mapping[str, Document[Any]], tables: Ma
     before = [path for path, _ in store.list("index/", deep=False)]
     path, data, table_path, table = build_index(documents, dict(document_paths(store)), tables)
     for new, content in ((table_path, table), (path, data)):
-        if not store.put_new(new, content) and blake2b_128(store.get(new, max_size=MAX_INDEX_BYTES)) != blake2b_128(content):
+        while not store.put_new(new, content) and not _holds(store, new, content):
             store.delete(new)  # damaged since
-            store.put_new(new, content)
     for old in before:
         if old not in (path, table_path):
             store.delete(old)
+
+
+def _holds(store: Store, path: str, content: bytes) -> bool:
+    """Whether the object is there with this content; it is not if another run has just replaced it."""
+    try:
+        return store.get(path, max_size=MAX_INDEX_BYTES) == content
+    except (MissingError, CorruptError):
+        return False
 
 
 def drop_index(store: Store) -> None:

@@ -30,7 +30,7 @@ from .images import UnreadableImageError, decode_image
 from .plan import canonical_json
 from .shards import ShardFiles
 from .views import pixel_digest
-from .workers import as_it_is, iterate
+from .workers import hand_over, iterate
 
 ORDER_VERSION = 1
 """Bumped whenever `epoch_order` gives another order for the same seed and epoch."""
@@ -337,7 +337,7 @@ class BatchLoader:
             _CarryErrors(dataset),
             batch_sampler=batches,
             num_workers=num_workers,
-            collate_fn=as_it_is,
+            collate_fn=hand_over,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             prefetch_factor=2 if num_workers else None,
@@ -348,13 +348,10 @@ class BatchLoader:
         return len(self._batches)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch. Raises what the dataset raises, StoreError if a worker was killed."""
+        """The batches of an epoch. Raises what the dataset raises, StoreError if a worker was killed or has no shared memory left."""
         assert self._loader is not None, "the loader is closed"
         self._batches.set_epoch(epoch)
-        for batch in iterate(self._loader):
-            if isinstance(batch, KDCacheError):
-                raise batch
-            yield batch
+        yield from iterate(self._loader)
 
     def close(self) -> None:
         """End the worker processes."""

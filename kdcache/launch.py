@@ -68,11 +68,9 @@ def read_launch(environ: Mapping[str, str] | None = None) -> Launch:
 def _launch(env: Mapping[str, str], *, rank: str, world: str, local_rank: str = "", local_world: str = "") -> Launch:
     found = {name: _number(env, name) for name in (rank, world)}
     _check_below(rank, found[rank], world, found[world])
-    locals_there = local_rank in env and local_world in env
-    local = _number(env, local_rank) if locals_there else 0
-    num_local = _number(env, local_world) if locals_there else 1
-    if locals_there:
-        _check_below(local_rank, local, local_world, num_local)
+    local = _number(env, local_rank) if local_rank in env else 0
+    num_local = _number(env, local_world) if local_rank in env and local_world in env else local + 1  # so many at least: each has its GPU
+    _check_below(local_rank, local, local_world, num_local)
     return Launch(
         rank=found[rank], world_size=found[world], local_rank=local, local_world_size=num_local, cores=max(1, available_cores() // num_local)
     )

@@ -28,7 +28,7 @@ from .plan import ViewPlan
 from .shards import Sample, ShardFiles, ShardIndex, ShardSource
 from .stored_views import as_stored
 from .views import PARAM_FIELDS, Mix, draw, draw_mix, pixel_digest, render
-from .workers import as_it_is, iterate
+from .workers import hand_over, iterate
 
 BLOCK_BYTES = 8 << 20
 """Views of one task, if that holds more than one sample; 8 workers with two tasks ahead then hold 128 MiB. A task holds at least one
@@ -221,14 +221,14 @@ def rendered_blocks(
 ) -> Generator[RenderedBlock | FailedTask, None, None]:
     """Blocks in task order. `tasks` is drawn from as workers become free; 0 workers render in this process. cache: for tasks with stored views.
 
-    Raises StoreError if a worker process was killed. Close it to end the workers early.
+    Raises StoreError if a worker process was killed or has no shared memory left. Close it to end the workers early.
     """
     loader: DataLoader[RenderedBlock | FailedTask] = DataLoader(
         Renderer(plan, cache),
         sampler=tasks,
         batch_size=None,
         num_workers=num_workers,
-        collate_fn=as_it_is,
+        collate_fn=hand_over,
         prefetch_factor=2 if num_workers else None,
     )
     return iterate(loader)

@@ -1,15 +1,19 @@
-"""Items of a DataLoader, with a killed worker process as an error of ours. Used by both stages' loaders."""
+"""Items of a DataLoader, with what befalls its worker processes as an error of ours. Used by both stages' loaders."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import re
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from .errors import StoreError
+from .errors import KDCacheError, StoreError
 
 
 @contextmanager
@@ -21,7 +25,7 @@ def naming_killed_workers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # what a worker raised says "DataLoader worker process", and is a bug
             raise
         reason = str(error).splitlines()[0]
         raise StoreError(
@@ -30,7 +34,7 @@ def naming_killed_workers() -> Iterator[None]:
 
 
 def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
-    """The loader's items. Raises StoreError if a worker process was killed while it waited for one."""
+    """The loader's items. Raises an item that is a KDCacheError, and StoreError if a worker process was killed while it waited for one."""
     items = iter(loader)
     while True:
         try:
@@ -42,9 +46,43 @@ def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
             if isinstance(items, _MultiProcessingDataLoaderIter):  # its traceback would keep the workers alive
                 items._shutdown_workers()
             raise
+        if isinstance(item, KDCacheError):
+            raise item
         yield item
 
 
-def as_it_is(item: Any) -> Any:
-    """A collate function for datasets that make whole batches themselves."""
+def hand_over(item: Any) -> Any:
+    """A collate function for datasets that make whole batches themselves: the item, its tensors in shared memory if this is a worker.
+
+    Full shared memory is a StoreError in the item's place. Left to the queue that carries items, it would be a traceback on its
+    thread, a lost item, and a parent that waits for it for ever.
+    """
+    if get_worker_info() is None:
+        return item
+    try:
+        _share(item)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if name := re.search(r"</(torch_\w+)>", reason):
+            Path("/dev/shm", name[1]).unlink(missing_ok=True)  # torch leaves it there
+        return StoreError(
+            f"a worker process has no shared memory left for its batch ({reason}); enlarge /dev/shm (docker run --shm-size=2g, or --ipc=host),"
+            f" or run the command again with fewer --workers; --workers 0 needs none"
+        )
     return item
+
+
+def _share(value: Any) -> None:
+    """Move the tensors of an item to shared memory, which is where the queue would move them."""
+    if isinstance(value, Tensor):
+        if value.numel():
+            value.share_memory_()  # type: ignore[no-untyped-call]
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            _share(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            _share(part)
+    elif is_dataclass(value):
+        for part in vars(value).values():
+            _share(part)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +35,19 @@ def test_start_up_loads_no_torch(module: str) -> None:
 def test_help_loads_no_command() -> None:
     code = "import sys; from cli.main import main; main(['--help'], standalone_mode=False); print([n for n in sys.modules if n.startswith('cli.')])"
     assert run_python(code).stdout.splitlines()[-1] == "['cli.main']"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)
+def test_every_name_of_ours_that_a_benchmark_uses_is_there(script: Path) -> None:
+    """They are run by hand: what was moved since would be noticed too late."""
+    used: set[str] = set()
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            used |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            used.add(ast.unparse(node))
+    for name in sorted(name for name in used if re.fullmatch(r"(kdcache|pipelines|cli)(\.\w+)+", name)):
+        pkgutil.resolve_name(name)  # raises AttributeError or ModuleNotFoundError
 
 
 def test_every_exported_name_is_there() -> None:

@@ -227,6 +227,41 @@ def test_a_killed_worker_is_an_error_that_says_so_and_loses_nothing(setup: Path,
     assert_nothing_lost(cache, setup)
 
 
+@pytest.mark.parametrize("stage", ["extract", "train"])
+def test_full_shared_memory_is_an_error_that_says_so_and_no_wait_for_ever(setup: Path, tmp_path: Path, stage: str) -> None:
+    """A container's /dev/shm often has 64 MB. Here no file may pass 50 kB: one of views does, and none of the cache or the run."""
+    cache = setup / "undisturbed" if stage == "train" else tmp_path / "cache"
+    student = ["--student", TINY_VIT, "--model-kwargs", "embed_dim=8", "--model-kwargs", "depth=1", "--model-kwargs", "num_heads=1"]
+    train = ["train", cache, *student, "--model-kwargs", "patch_size=8", "--epochs", 1, "-b", 20, "--device", "cpu", "--out", tmp_path / "runs"]
+    command = [*train, "-j", 1] if stage == "train" else arguments(setup, cache, "-j", 1, "--size", 64)
+
+    def action() -> int:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return kdcache_command(*command)()
+
+    before = set(Path("/dev/shm").glob("torch_*"))
+    child = Forked(action, tmp_path / "log")
+    assert child.wait(60) == 1, child.output()
+    assert "has no shared memory left for its batch" in child.output()
+    assert "--workers 0 needs none" in child.output()
+    assert "Traceback" not in child.output()
+    assert not set(Path("/dev/shm").glob("torch_*")) - before
+    if stage == "extract":
+        assert run(setup, str(cache), targets=TARGETS, size=64).rows == SHARDS * SAMPLES
+
+
+def test_a_mistake_in_a_worker_is_shown_whole_and_not_called_a_kill(setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(_data: bytes) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(kdcache.rendering, "decode_image", decode)
+    child = Forked(kdcache_command(*arguments(setup, tmp_path / "cache", "-j", 1)), tmp_path / "log")
+    assert child.wait(60) != 0
+    assert "a mistake of ours" in child.output()
+    assert "was killed" not in child.output()
+
+
 def test_a_signal_before_the_work_leaves_no_cache(setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import kdcache.teacher
 

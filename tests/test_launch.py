@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,7 @@ STEP = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCI
         ({}, 0, 1, 0, 1),
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 3, 4, 1, 2),
         ({"RANK": "3", "WORLD_SIZE": "4"}, 3, 4, 0, 1),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, 3, 4, 1, 2),  # DeepSpeed's launcher, or by hand
         ({**STEP, "RANK": "1", "WORLD_SIZE": "2"}, 1, 2, 0, 1),  # torchrun in a step
         ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "4,3"}, 5, 7, 1, 3),
         ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "4(x1),3(x1)"}, 5, 7, 1, 3),
@@ -225,6 +227,20 @@ def test_slurm_tasks_share_the_shards(setup: Path, tmp_path: Path) -> None:
     assert_as_if_one_process_had_made_it(tmp_path / "cache", setup)
     assert tasks[1].output() == "", "ranks but the first tell problems only"
     assert '"rows": 120' in tasks[0].output()
+
+
+def test_a_shard_that_cannot_be_done_is_told_by_the_exit_code_of_the_first_rank(setup: Path, tmp_path: Path) -> None:
+    """Of the others it is 0: torchrun stops every rank when one ends with another code, the first before it has summed up."""
+    shutil.copytree(setup / "shards", tmp_path / "shards")
+    os.truncate(tmp_path / "shards" / "train-0002.tar", 30_000)
+    (tmp_path / "shards" / "train-0003.tar").write_bytes(b"no tar" * 200)
+    command = [tmp_path / "shards" if part == setup / "shards" else part for part in arguments(setup, tmp_path / "cache", "--json")]
+    ranks = [Forked(kdcache_command(*command), tmp_path / f"log-{rank}", slurm(rank)) for rank in range(2)]
+    assert [rank.wait() for rank in ranks] == [1, 0], [rank.output() for rank in ranks]
+    text = ranks[0].output()
+    body = json.loads(text[text.index("\n{") : text.index("\n}") + 2])
+    assert (body["shards"], sorted(problem["shard"] for problem in body["problems"])) == (SHARDS - 1, ["train-0002", "train-0003"])
+    assert "rank 1: problem: shard train-0003" in ranks[1].output()
 
 
 def test_more_ranks_than_shards_and_ranks_that_are_not_there(setup: Path, tmp_path: Path) -> None:

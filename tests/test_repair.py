@@ -19,8 +19,8 @@ from test_extract import FEATURES, groups, run, setup, tree  # noqa: F401 - setu
 import pipelines.extract
 from kdcache import open_cache
 from kdcache.errors import CorruptError, KDCacheError, MismatchError, MissingError, ShardError, TeacherError, UsageError
-from kdcache.index import load_documents
-from kdcache.store import open_store
+from kdcache.index import index_paths, load_documents
+from kdcache.store import LocalStore, open_store
 from kdcache.teacher import load_teacher
 from pipelines.verify import verify
 
@@ -230,6 +230,37 @@ def test_two_extractions_of_different_teachers_into_one_empty_cache_lose_nothing
         logits = np.stack([cache.read(shard, key, 1, name)["logits"] for shard in cache.shards for key in cache.keys(shard)])
         assert logits.shape == (48, 10)
         assert len(np.unique(logits[:, 0])) > 24  # rows, not one row many times
+
+
+def test_an_index_that_another_run_replaces_at_any_moment_stops_neither_writers_nor_readers(
+    setup: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The moments: after this run found its own index there already, and between a reader's look at an index and its reading."""
+    put_new, size = LocalStore.put_new, LocalStore.size
+    struck: list[str] = []
+
+    def put_by_another_and_removed(store: LocalStore, path: str, source: bytes | Path) -> bool:
+        created = put_new(store, path, source)
+        if path.startswith("index/") and path not in struck:
+            struck.append(path)
+            store.delete(path)
+            return False
+        return created
+
+    monkeypatch.setattr(LocalStore, "put_new", put_by_another_and_removed)
+    run(setup)
+    assert len(struck) == 2
+    assert len(index_paths(open_store(setup / "cache"))) == 1
+
+    def removed_once_seen(store: LocalStore, path: str) -> int | None:
+        found = size(store, path)
+        if path.startswith("index/index") and found is not None:
+            store.delete(path)
+        return found
+
+    monkeypatch.setattr(LocalStore, "size", removed_once_seen)
+    assert open_cache(setup / "cache").num_rows > 0
 
 
 def test_descriptors_are_given_back(setup: Path) -> None:  # noqa: F811

@@ -71,7 +71,7 @@ class LocalStore(Store):
         try:
             descriptor = os.open(self._path(path), os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise MissingError(f"{self.url}: no file {path}; run 'kdcache verify' on the cache to see what is missing") from error
+            raise self._missing(path) from error
         except OSError as error:
             raise StoreError(f"{self.url}: {path} can't be opened: {error.strerror}") from error
         self._descriptors[path] = descriptor
@@ -100,13 +100,18 @@ class LocalStore(Store):
     def get(self, path: str, *, max_size: int) -> bytes:
         size = self.size(path)
         if size is None:
-            raise MissingError(f"{self.url}: no file {path}; run 'kdcache verify' on the cache to see what is missing")
+            raise self._missing(path)
         if size > max_size:
             raise CorruptError(f"{self.url}: {path} has {size} bytes, expected at most {max_size}")
         try:
             return self._path(path).read_bytes()
+        except FileNotFoundError as error:  # deleted by another process since
+            raise self._missing(path) from error
         except OSError as error:
             raise StoreError(f"{self.url}: {path} can't be read: {error.strerror}") from error
+
+    def _missing(self, path: str) -> MissingError:
+        return MissingError(f"{self.url}: no file {path}; run 'kdcache verify' on the cache to see what is missing")
 
     def size(self, path: str) -> int | None:
         try:
