@@ -197,11 +197,12 @@ def test_torchrun_with_a_killed_rank_stops_cleanly_and_the_same_command_finishes
     launched = launch_torchrun(arguments(setup, cache), log, before=SLOW_IMAGES)
     deadline = time.monotonic() + 120
     victim: set[int] = set()
-    while len(working(cache)) < 2 and time.monotonic() < deadline:
+    while len(at_work := working(cache)) < 2 and time.monotonic() < deadline:
         assert launched.poll() is None, log.read_text()
-        if not victim and (victim := working(cache)):
+        if at_work and not victim:
+            victim = at_work
             os.kill(min(victim), signal.SIGSTOP)
-    os.kill(min(victim), signal.SIGKILL)
+    os.kill(min(victim or at_work), signal.SIGKILL)  # without a victim, both were seen at once
     assert launched.wait(60) == 1
     assert "stopped by SIGTERM; what was committed is kept" in log.read_text()
     assert open_cache(cache).num_rows < SHARDS * SAMPLES, "killed too late to show anything"
