@@ -18,7 +18,7 @@ from .options import device_option, json_option, parse_settings, print_json, wor
 )
 @click.option("--name", metavar="N", help="The teacher's name in the cache. Default: from its model name.")
 @click.option("--dataset", metavar="ID", help="Dataset id, part of the view plan. Default: the shards' common name.")
-@click.option("--for", "methods", multiple=True, metavar="METHOD", help="Record what this method needs. Repeatable.")
+@click.option("--for", "methods", multiple=True, metavar="METHOD", help="Record what this method needs, e.g. nkd+vitkd. Repeatable.")
 @click.option("--target", "targets", multiple=True, metavar="SPEC", help="target[@node][:encoding][,views=N]. Repeatable. Default: logits.")
 @click.option("--views", type=click.IntRange(1), metavar="V", help="Views a sample. Default: 8; 1 without randomness. More can be added later.")
 @click.option("--augment", metavar="POLICY", help="none (centre crop) or weak (random resized crop and flip). Default: weak.")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isqrt
@@ -23,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import TeacherError
+from .targets import absolute_node
 
 NORM = "norm"
 
@@ -58,12 +58,8 @@ def _has_module(model: nn.Module, name: str) -> bool:
 def resolve_node(model: nn.Module, node: str, *, model_name: str) -> str:
     """The absolute name of `node` (negative numbers resolved). Raises TeacherError that names near ones."""
     nodes = list_nodes(model)
-    match = re.match(r"^(.+)\.(-[0-9]+)$", node)
-    resolved = node
-    if match:
-        count = sum(1 for name in nodes if re.match(rf"^{re.escape(match[1])}\.[0-9]+$", name))
-        resolved = f"{match[1]}.{count + int(match[2])}"
-    if resolved in nodes:
+    resolved = absolute_node(node, nodes)
+    if resolved is not None:
         return resolved
     near = difflib.get_close_matches(node, nodes, n=3, cutoff=0.3) or nodes[-4:]
     raise TeacherError(

@@ -80,6 +80,12 @@ def build_student(
     )
 
 
+def input_size_for(model: nn.Module, view_size: int) -> int:
+    """Side of the images that a model is given for views of `view_size` pixels: its own where it is built for one size."""
+    fixed = getattr(getattr(model, "patch_embed", None), "img_size", None) is not None
+    return input_size_of(model) if fixed or (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size") else view_size
+
+
 def _build(name: str, args: Mapping[str, Any], *, view_size: int, pretrained: bool, seed: int) -> tuple[nn.Module, bool]:
     """The model, and whether its constructor took an img_size."""
 

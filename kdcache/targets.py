@@ -7,7 +7,7 @@ reader and the methods know it. A name has one encoding in a cache.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -46,10 +46,14 @@ def parse_target(text: str) -> TargetSpec:
 
 
 def parse_targets(texts: Iterable[str]) -> list[TargetSpec]:
+    """`merge_targets` of what the texts say."""
+    return merge_targets(parse_target(text) for text in texts)
+
+
+def merge_targets(given: Iterable[TargetSpec]) -> list[TargetSpec]:
     """All specs, one a name: what one leaves open another may say, and the most views win. Raises UsageError when one name is given two encodings."""
     specs: dict[str, TargetSpec] = {}
-    for text in texts:
-        spec = parse_target(text)
+    for spec in given:
         earlier = specs.get(spec.name)
         if earlier is None:
             specs[spec.name] = spec
@@ -59,3 +63,12 @@ def parse_targets(texts: Iterable[str]) -> list[TargetSpec]:
         views = max(earlier.views or 0, spec.views or 0) or None
         specs[spec.name] = replace(earlier, encoding=earlier.encoding or spec.encoding, views=views)
     return list(specs.values())
+
+
+def absolute_node(node: str, nodes: Sequence[str]) -> str | None:
+    """The one of `nodes` that `node` names, where blocks.-1 is the last of the blocks; None if there is none."""
+    match = re.match(r"^(.+)\.(-[0-9]+)$", node)
+    if match:
+        count = sum(1 for name in nodes if re.match(rf"^{re.escape(match[1])}\.[0-9]+$", name))
+        node = f"{match[1]}.{count + int(match[2])}"
+    return node if node in nodes else None

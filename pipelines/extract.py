@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,8 @@ from kdcache.index import drop_index, is_current, write_index
 from kdcache.plan import POLICIES, Policy, ViewPlan, require_same
 from kdcache.shards import ShardIndex, ShardSource, default_dataset_id, resolve_shards, scan_shard
 from kdcache.store import Store, open_store
-from kdcache.targets import TargetSpec, parse_targets
+from kdcache.targets import TargetSpec, merge_targets, parse_target, parse_targets
+from kdcache.teacher_card import ANY_TEACHER, TeacherCard, card_of_layer
 from kdcache.teacher_source import default_teacher_name, weight_files
 
 if TYPE_CHECKING:  # these import torch, which a finished run does without
@@ -118,12 +119,12 @@ class ExtractSummary:
 def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
     """Run stage one. Raises KDCacheError; a problem of a single shard is reported in the summary and the others go on."""
     begin = time.perf_counter()
+    _requested_specs(config, ANY_TEACHER, None)  # raises UsageError before anything is loaded
     sources = resolve_shards(config.shards)[: config.limit_shards]
     store = open_store(config.cache)
-    specs = _requested_specs(config)
     cache: Cache | None = None
     if store.size("cache.json") is not None:
-        summary = _finished_already(config, sources, specs)
+        summary = _finished_already(config, sources)
         if summary is not None:
             summary.seconds = time.perf_counter() - begin
             _report(config, summary)
@@ -131,21 +132,27 @@ def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
         cache = open_to_write(config.cache)
         _check_given_plan(config, cache, sources)
 
-    run = _Run(config, store, cache, sources, specs, progress=progress)  # imports torch
+    run = _Run(config, store, cache, sources, progress=progress)  # imports torch
     summary = run.extract()
     summary.seconds = time.perf_counter() - begin
     _report(config, summary)
     return summary
 
 
-def _requested_specs(config: ExtractConfig) -> list[TargetSpec]:
-    texts = list(config.targets)
+def _requested_specs(config: ExtractConfig, card: TeacherCard, layer: TeacherLayer | None) -> list[TargetSpec]:
+    """What the user named, and what the methods need of this teacher.
+
+    A method's own choice of encoding gives way to one that the user names, and to the one in the cache.
+    """
+    specs = parse_targets(config.targets)
     if config.methods:
         from kdcache.methods import requirements
 
+        named = {spec.name for spec in specs} | set(layer.targets if layer is not None else ())
         for method in config.methods:
-            texts += requirements(method)
-    return parse_targets(texts or ["logits"])
+            for spec in parse_targets(requirements(method, card)):
+                specs.append(replace(spec, encoding=None) if spec.name in named else spec)
+    return merge_targets(specs) or [parse_target("logits")]
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -181,7 +188,7 @@ def _num_views(config: ExtractConfig, specs: Sequence[TargetSpec], plan: ViewPla
 # --- nothing to do? --------------------------------------------------------------------------------------------------
 
 
-def _finished_already(config: ExtractConfig, sources: Sequence[ShardSource], specs: Sequence[TargetSpec]) -> ExtractSummary | None:
+def _finished_already(config: ExtractConfig, sources: Sequence[ShardSource]) -> ExtractSummary | None:
     """The summary, if everything asked for is there already; found without loading torch or scanning a tar that has not changed."""
     try:
         cache = open_cache(config.cache)
@@ -191,6 +198,7 @@ def _finished_already(config: ExtractConfig, sources: Sequence[ShardSource], spe
     layer = cache.teachers.get(config.name or default_teacher_name(config.teacher))
     if layer is None or not _same_teacher(config, layer.document.provenance) or config.precision not in (None, layer.document.identity.precision):
         return None
+    specs = _requested_specs(config, card_of_layer(layer), layer)
     names = {spec: _recorded_name(layer, spec) for spec in specs}
     wanted_views = _num_views(config, specs, cache.plan, cache)
     views = max(wanted_views, *(spec.views or 0 for spec in specs))
@@ -269,7 +277,6 @@ class _Run:
         store: Store,
         cache: Cache | None,
         sources: Sequence[ShardSource],
-        specs: Sequence[TargetSpec],
         *,
         progress: bool,
     ) -> None:
@@ -294,6 +301,7 @@ class _Run:
                 self.teacher.identity,
                 remedy="a teacher's targets must come from one model: restore it, or record this one under another --name",
             )
+        specs = _requested_specs(config, self.teacher.card, known)
         resolved = self.teacher.resolve(specs)
         self.cache = cache
         self.plan = cache.plan if cache is not None else self._make_plan()
@@ -349,6 +357,7 @@ class _Run:
             "source": config.teacher,
             "model_args": dict(config.model_args),
             "weight_files": weight_files(config.teacher, config.checkpoint),
+            "nodes": list(self.teacher.card.nodes),
         }
         self.teacher_document = create_teacher(self.store, self.teacher_name, self.teacher.identity, provenance=provenance)
         making = {"shards": self.calibrated_on, "batch_size": config.batch_size, "device": str(self.teacher.device)}
