@@ -79,12 +79,12 @@ BANDS = ("dc", "low", "mid", "high")
 
 @lru_cache(maxsize=64)
 def band_mask(grid: Grid, bands: tuple[str, ...]) -> Tensor:
-    """bool (H, W): the coefficients of these bands. Every coefficient is in one: dc is [0, 0]; of the others low is those whose larger
-    relative frequency, max(u/H, v/W), is at most 1/4, mid at most 1/2, high the rest."""
-    rows, columns = (torch.arange(size, dtype=torch.float64) / size for size in grid)
-    frequency = torch.maximum(rows[:, None], columns[None, :])
-    number = 1 + (frequency > 0.25).long() + (frequency > 0.5).long()
-    number[0, 0] = 0
+    """bool (H, W): the coefficients of these bands. Every coefficient is in one: with ρ = √((u/H)² + (v/W)²), dc is ρ = 0, low ρ ≤ 1/4, mid ρ ≤ 1/2,
+    high the rest. A small grid lacks some."""
+    height, width = grid
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)[None, :]
+    radius_sq, nyquist_sq = (rows * width) ** 2 + (columns * height) ** 2, (height * width) ** 2  # ρ² is their ratio, in whole numbers
+    number = (radius_sq > 0).long() + (16 * radius_sq > nyquist_sq) + (4 * radius_sq > nyquist_sq)
     return torch.stack([number == BANDS.index(band) for band in bands]).any(dim=0)
 
 

@@ -92,6 +92,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         card = card_of_layer(teacher) if teacher is not None else ANY_TEACHER
         self.target_names = required_targets(type(self), settings, card)
         self.teacher_shapes = {name: _shape_of(teacher, name) for name in self.target_names} if teacher is not None else {}
+        self.teacher_encodings = {name: teacher.targets[name].identity.encoding for name in self.target_names} if teacher is not None else {}
         nodes = self.student_nodes()
         self.features = StudentFeatures(student, nodes, view_size=cache.plan.size) if nodes else None
 
@@ -107,6 +108,10 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
     def student_nodes(self) -> Sequence[str]:
         """Nodes of the student whose maps `losses` finds in `outputs`, e.g. ['blocks.0', 'norm']. Default: none, logits are enough."""
         return ()
+
+    def target_parts(self) -> Mapping[str, Sequence[str]]:
+        """Target → the parts of it that `losses` looks at, as its encoding names them; of the others no byte needs to be read. Default: all of every target."""
+        return {}
 
     @classmethod
     def uses_labels(cls, settings: SettingsT) -> bool:

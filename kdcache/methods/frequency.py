@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..feature_maps import band_mask, dct2, map_to_tokens, resize_map, squared_error, tokens_to_map
 from ..teacher_card import TeacherCard
 from .base import DecodedTargets, DistillationSettings, Method, MethodSettings
@@ -38,6 +39,11 @@ class Frequency(Method[FrequencySettings]):
         (self.target,) = self.target_names
         shape = self.teacher_shapes[self.target]
         self.grid = shape.grid
+        if not band_mask(self.grid, self.settings.bands).any():
+            raise UsageError(
+                f"method 'frequency': bands {', '.join(self.settings.bands)} have no coefficient on a grid of {self.grid[0]}x{self.grid[1]}"
+            )
+        self.is_dct = self.teacher_encodings[self.target] == "dct"
         self.adapter = nn.Linear(self.student_channels[self.settings.student_node], shape.channels)
 
     @classmethod
@@ -46,6 +52,11 @@ class Frequency(Method[FrequencySettings]):
 
     def student_nodes(self) -> Sequence[str]:
         return [self.settings.student_node]
+
+    def target_parts(self) -> Mapping[str, Sequence[str]]:
+        """The chosen bands, of those that the grid has, where they are stored apart."""
+        found = [band for band in self.settings.bands if band_mask(self.grid, (band,)).any()]
+        return {self.target: found} if self.is_dct else {}
 
     def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
         teacher_BTC = targets[self.target]["grid"]

@@ -61,6 +61,17 @@ class Sum(Method[Any]):
             self.terms[name] = part
         self.features = StudentFeatures(student, nodes, view_size=cache.plan.size) if nodes else None
 
+    def target_parts(self) -> Mapping[str, Sequence[str]]:
+        """What any part of the sum looks at: a target is read whole as soon as one part wants it so."""
+        wanted: dict[str, list[str] | None] = {}
+        for part in self.terms.values():
+            assert isinstance(part, Method)
+            chosen = part.target_parts()
+            for target in part.target_names:
+                before = wanted.get(target, [])
+                wanted[target] = None if before is None or target not in chosen else [*before, *(one for one in chosen[target] if one not in before)]
+        return {target: names for target, names in wanted.items() if names is not None}
+
     @classmethod
     def requires(cls, settings: Any, teacher: TeacherCard) -> Sequence[str]:
         texts = [text for name, method in cls.parts.items() for text in method.requires(getattr(settings, name), teacher)]
