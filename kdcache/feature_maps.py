@@ -36,7 +36,7 @@ def resize_map(map_BCHW: Tensor, grid: Grid) -> Tensor:
     """
     for axis, size in ((2, grid[0]), (3, grid[1])):
         if map_BCHW.shape[axis] != size:
-            weights = _resizing(map_BCHW.shape[axis], size).to(map_BCHW)
+            weights = _resizing(map_BCHW.shape[axis], size).to(map_BCHW.dtype).to(map_BCHW.device)  # in two steps: mps has no float64
             map_BCHW = torch.tensordot(map_BCHW, weights, dims=([axis], [1])).movedim(-1, axis)
     return map_BCHW
 
@@ -69,7 +69,7 @@ def dct_matrix(size: int) -> Tensor:
 
 def dct2(map_BCHW: Tensor) -> Tensor:
     """2-D orthonormal DCT-II of each channel: coefficient [..., u, v] of row frequency u and column frequency v; a sum of squares stays what it is."""
-    rows, columns = (dct_matrix(size).to(map_BCHW) for size in map_BCHW.shape[-2:])
+    rows, columns = (dct_matrix(size).to(map_BCHW.dtype).to(map_BCHW.device) for size in map_BCHW.shape[-2:])
     return rows @ map_BCHW @ columns.T
 
 

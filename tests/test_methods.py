@@ -273,7 +273,7 @@ def test_extract_for_a_method_records_exactly_what_it_needs(tmp_path: Path, fold
 
 def test_train_names_what_the_cache_lacks_and_the_line_that_adds_it(tmp_path: Path) -> None:
     path = make_cache(tmp_path, num_shards=1, num_samples=4, views=1, targets=["features@norm"])
-    with pytest.raises(MissingError, match=r"no target 'logits', 'features@blocks.0', 'features@blocks.1', it has: features@norm") as caught:
+    with pytest.raises(MissingError, match=r"no targets 'logits', 'features@blocks.0', 'features@blocks.1', it has: features@norm") as caught:
         train(TrainConfig(cache=str(path), students=("resnet18",), method="nkd+vitkd"))
     line = re.search(r"run '(kdcache extract .*)' to add them", str(caught.value))
     assert line is not None

@@ -155,9 +155,10 @@ def needed(name: str, settings: MethodSettings, cache: Cache, teacher: str | Non
     missing = [text for text, target in zip(method.requires(settings, card), targets, strict=True) if target not in layer.targets]
     if missing:
         names = ", ".join(repr(parse_target(text).name) for text in missing)
+        noun, them = ("target", "it") if len(missing) == 1 else ("targets", "them")
         raise MissingError(
-            f"{cache.store.url}: teacher {layer.name!r} has no target {names}, it has: {', '.join(sorted(layer.targets)) or 'none'}; method {name!r}"
-            f" needs {'it' if len(missing) == 1 else 'them'}: run '{_extract_line(cache, layer, missing)}' to add {'it' if len(missing) == 1 else 'them'}"
+            f"{cache.store.url}: teacher {layer.name!r} has no {noun} {names}, it has: {', '.join(sorted(layer.targets)) or 'none'}; method {name!r}"
+            f" needs {them}: run '{_extract_line(cache, layer, missing)}' to add {them}"
         )
     return layer, targets
 
