@@ -17,7 +17,7 @@ from torch import Tensor
 from .cache import TeacherLayer, read_calibration
 from .commit import create_document
 from .encodings import Encoding, build_encoding, default_encoding
-from .errors import CorruptError, MismatchError, UsageError
+from .errors import CorruptError, MismatchError
 from .format import DigestField, Document, TargetIdentity, TeacherIdentity, calibration_path, target_path, teacher_path
 from .jobs import RecordedTarget
 from .plan import blake2b_128, require_same
@@ -35,8 +35,6 @@ class TargetPlan:
     target: TeacherTarget
     encoding: Encoding
     card: Document[TargetIdentity] | None
-    requested: str
-    """The target's name as the user wrote it, e.g. with a negative node."""
     needs_statistics: bool
     """Every feature target has channel statistics: encodings may need them, and `z_l2` does. False if they are there."""
 
@@ -44,15 +42,7 @@ class TargetPlan:
 def plan_targets(store: Store, resolved: Mapping[TargetSpec, TeacherTarget], layer: TeacherLayer | None, *, teacher_name: str) -> list[TargetPlan]:
     """Choose each target's encoding: as asked, else as in the cache, else the default. Raises MismatchError, UsageError."""
     plans: list[TargetPlan] = []
-    asked: dict[str, str | None] = {}
     for spec, target in resolved.items():
-        if target.name in asked:  # two spellings of a node
-            if spec.encoding not in (None, asked[target.name]):
-                raise UsageError(
-                    f"target {target.name!r} is asked for as {asked[target.name]!r} and as {spec.encoding!r}; expected one encoding a name"
-                )
-            continue
-        asked[target.name] = spec.encoding
         card = layer.targets.get(target.name) if layer is not None else None
         name = spec.encoding or (card.identity.encoding if card is not None else default_encoding(target.kind))
         encoding = build_encoding(target.kind, name, target.shape)
@@ -66,7 +56,7 @@ def plan_targets(store: Store, resolved: Mapping[TargetSpec, TeacherTarget], lay
             )
         calibrated = card is not None and store.size(calibration_path(teacher_name, target.name)) is not None
         needs_statistics = target.kind == "features" and not calibrated
-        plans.append(TargetPlan(target=target, encoding=encoding, card=card, requested=spec.name, needs_statistics=needs_statistics))
+        plans.append(TargetPlan(target=target, encoding=encoding, card=card, needs_statistics=needs_statistics))
     return plans
 
 
@@ -113,7 +103,7 @@ def _create_card(
         components=plan.encoding.components(),
         calibration=calibration,
     )
-    provenance = {"requested": plan.requested, "calibration": dict(making) if calibration is not None else {}}
+    provenance = {"calibration": dict(making) if calibration is not None else {}}
     card, _ = create_document(store, target_path(teacher_name, target.name), identity, provenance=provenance)
     require_same(f"target {target.name!r}", card.identity, identity, remedy="another run has just recorded it otherwise; pass another --name")
     return card
