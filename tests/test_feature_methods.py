@@ -28,6 +28,7 @@ from kdcache.feature_maps import Noise, band_mask, dct2, map_to_tokens, resize_m
 from kdcache.methods.base import Method
 from kdcache.methods.uskd import middle_node, uskd_parts
 from kdcache.methods.vitkd import ViTKDLoss
+from kdcache.nodes import capture, list_nodes
 from kdcache.student_features import StudentFeatures
 from kdcache.students import build_student, input_size_for
 from pipelines.train import TrainConfig, train
@@ -365,6 +366,17 @@ def test_any_student_mimics_generates_and_teaches_itself(family: str, cache: Cac
     assert unused <= {"student.head_dist.weight", "student.head_dist.bias", "student.mask_token"}
 
 
+@pytest.mark.parametrize("name", ["tresnet_m", "efficientnet_b0"])  # the one's intermediates begin with its input, the other's skip blocks
+def test_a_map_is_the_one_of_its_node_where_indices_and_nodes_differ(name: str) -> None:
+    model = timm.create_model(name, num_classes=10).eval()
+    nodes = list_nodes(model)[:-1]
+    maps = StudentFeatures(model, nodes, view_size=32)
+    with torch.no_grad(), capture(model, nodes) as captured:
+        outputs = maps(model, torch.randn(1, 3, 32, 32))
+    for node in nodes:
+        assert torch.equal(outputs[f"features@{node}"], captured[node])
+
+
 def test_a_student_built_for_the_views_is_given_them_in_that_size() -> None:
     for name in ("coatnet_pico_rw_224", "mixer_s32_224"):
         student = build_student(name, num_classes=10, view_size=64)
@@ -400,7 +412,7 @@ def test_a_student_without_intermediates_has_its_last_map_only() -> None:
             return self.forward_head(self.forward_features(x))
 
     assert StudentFeatures(Plain(), ["norm"], view_size=32).channels == {"norm": 5}
-    with pytest.raises(StudentError, match="forward_intermediates gives no map of node 'blocks.0'; choose 'norm'"):
+    with pytest.raises(StudentError, match=r"forward_intermediates gives no map of node 'blocks\.0'; choose 'norm'"):
         StudentFeatures(Plain(), ["blocks.0"], view_size=32)
     with pytest.raises(StudentError, match="no forward_features and forward_head"):
         StudentFeatures(nn.Linear(2, 2), ["norm"], view_size=32)

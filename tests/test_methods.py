@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -23,13 +24,16 @@ import pipelines.train
 from cli.main import main
 from kdcache import methods
 from kdcache.cache import Cache, open_cache
-from kdcache.errors import MissingError, StudentError, UsageError
+from kdcache.errors import MissingError, StudentError, TeacherError, UsageError
 from kdcache.losses import kd, nkd
 from kdcache.methods.base import Method, loss_weights
-from kdcache.targets import parse_target
+from kdcache.nodes import resolve_node
+from kdcache.targets import merge_wishes, parse_target
+from kdcache.teacher import load_teacher
 from kdcache.teacher_card import ANY_TEACHER, TeacherCard, card_of_layer
 from pipelines.extract import ExtractConfig, extract
 from pipelines.quickstart import TEACHER_ARGS, TEACHER_MODEL
+from pipelines.request import requested_specs
 from pipelines.train import TrainConfig, train
 
 ALL = [*methods.METHODS, "nkd+vitkd", "kd+mimic+frequency"]
@@ -260,6 +264,8 @@ def test_a_node_counted_from_the_end_is_that_of_the_teacher_in_extract_and_in_tr
         ExtractConfig(shards=str(tmp_path / "shards"), cache=str(other), teacher=f"local-dir:{tmp_path / 'teacher'}", methods=["last_block"], views=1)
     )
     assert list(open_cache(other).layer(None).targets) == ["features@blocks.1"]
+    both = methods.build("mimic+last_block", student=tiny_model(**TINY_VIT_ARGS), cache=open_cache(path), settings={"mimic.node": "blocks.1"})
+    assert both.target_names == ("features@blocks.1",)  # read once
     methods.method_class.cache_clear()
 
 
@@ -309,9 +315,52 @@ def test_vitkd_is_refused_where_there_are_no_blocks_to_match(tmp_path: Path, cac
         methods.build("vitkd", student=tiny_model(**TINY_VIT_ARGS | {"depth": 1}), cache=cache)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "node", "expected"),
+    [
+        (TINY_VIT, TINY_VIT_ARGS, "blocks.-1", "blocks.1"),
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}, "layers.-1", "layers.3"),
+        ("efficientnet_b0", {}, "blocks.-1", "blocks.6"),  # nodes: blocks 0, 1, 2, 4 and 6
+        ("efficientnet_b0", {}, "blocks.-2", None),
+        ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}, "stages.-2", "stages.2"),
+        ("repvgg_a0", {}, "stages.-1", None),  # nodes: stages 0, 1, 2 of 4, and final_conv
+    ],
+)
+def test_a_node_counted_from_the_end_is_one_with_and_without_the_model(
+    name: str, arguments: dict[str, Any], node: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = timm.create_model(name, **arguments)
+    monkeypatch.setattr("kdcache.teacher.build_model", lambda *_, **__: model)
+    card = load_teacher(name).card
+    if expected is not None:
+        assert resolve_node(model, node, model_name=name) == card.resolve(node) == expected
+        return
+    with pytest.raises(TeacherError, match="no node"):
+        resolve_node(model, node, model_name=name)
+    with pytest.raises(UsageError, match="no node"):
+        card.resolve(node)
+
+
+def test_of_several_wishes_for_an_encoding_the_users_wins_then_the_caches_then_the_first() -> None:
+    methods_of_both = ["vitkd", "frequency"]  # the one has no wish for features@norm, the other wants dct
+
+    def encodings(*, targets: Sequence[str] = (), names: Sequence[str] = methods_of_both, layer: Any = None) -> dict[str, str | None]:
+        config = ExtractConfig(shards="", cache="", teacher="", methods=names, targets=targets)
+        return {spec.name: spec.encoding for spec in requested_specs(config, ANY_TEACHER, layer)}
+
+    assert encodings()["features@norm"] == encodings(names=methods_of_both[::-1])["features@norm"] == "dct"
+    assert encodings(names=["vitkd+frequency"]) == encodings()
+    assert encodings(targets=["features@norm:klt=0.99"])["features@norm"] == "klt=0.99"
+    assert encodings(targets=["features@norm"])["features@norm"] == "dct"  # the user left it open
+    assert encodings(layer=SimpleNamespace(targets={"features@norm": None}))["features@norm"] is None  # as in the cache
+    specs = [parse_target(text) for text in ("features@norm", "features@norm:dct", "features@norm:int8", "features@norm:klt=0.9,views=2")]
+    assert [spec.text for spec in merge_wishes(specs)] == ["features@norm:dct,views=2"]
+
+
 def test_a_card_resolves_nodes_and_names_near_ones(cache: Cache) -> None:
     card = card_of_layer(cache.layer(None))
     assert card.nodes == ("blocks.0", "blocks.1", "blocks.2", "norm")
+    assert card.containers == {"blocks": 3}
     assert card.resolve("blocks.-3") == "blocks.0"
     assert ANY_TEACHER.resolve("blocks.-2") == "blocks.-2"
     with pytest.raises(UsageError, match=r"vit_tiny_patch16_224 has no node 'blocks.3'; near ones: blocks"):
