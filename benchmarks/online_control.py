@@ -56,7 +56,8 @@ def student_of(cache: Cache, method: str, teacher: Teacher | None, *, seed: int,
     normalize = student.normalize().to(device)
     rows = np.nonzero(cache.rows.shard == 0)[0] if few else np.arange(len(cache.rows))
     batches = EpochBatches(rows, batch_size=50 if few else 64, num_views=cache.num_views, seed=seed)
-    dataset = CachedViews(cache, teacher=layer.name if layer is not None else None, targets=tuple(encodings), check_views=0.0)
+    parts = module.target_parts() if encodings else {}
+    dataset = CachedViews(cache, teacher=layer.name if layer is not None else None, targets=tuple(encodings), parts=parts, check_views=0.0)
     loader = BatchLoader(dataset, batches, num_workers=0)
 
     from timm.optim import create_optimizer_v2

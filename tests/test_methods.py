@@ -200,6 +200,7 @@ def test_a_sum_is_the_sum_of_its_parts_with_the_labels_once_in_one_pass(cache: C
         ("kd", {"temperature": float("nan")}, "temperature: .*finite"),
         ("kd", {"temperature": "warm"}, "temperature: .*'warm'"),
         ("kd", {"task_loss_weight": 1.5}, "task loss weight 1.5 alone"),
+        ("frequency", {"bands": "dc,bass"}, r"bands.1: .*found 'bass'"),  # as --set gives it
         ("frequency", {"bands": []}, "bands: .*at least 1"),
         ("frequency", {"bands": ["bass"]}, r"bands.0: .*'dc', 'low', 'mid' or 'high'"),
         ("vitkd", {"mask_ratio": 0}, "mask_ratio: .*greater than 0"),
@@ -309,7 +310,7 @@ def test_vitkd_is_refused_where_there_are_no_blocks_to_match(tmp_path: Path, cac
     with pytest.raises(UsageError, match=r"needs a plain ViT for a teacher.*resnet50 has layer1, layer2, norm; mimic and mgd"):
         methods.requirements("vitkd", card)
     resnet = tiny_model("resnet18", channels=[4, 4, 8, 8], stem_width=4)
-    with pytest.raises(StudentError, match=r"no node 'blocks\.0'; near ones"):
+    with pytest.raises(StudentError, match=r"no node 'blocks\.0'; near ones.*; method 'vitkd' needs a plain ViT for a student"):
         methods.build("vitkd", student=resnet, cache=cache)
     with pytest.raises(StudentError, match=r"no node 'blocks.1'; .*it has 2 nodes from 'blocks.0' to 'norm'"):
         methods.build("vitkd", student=tiny_model(**TINY_VIT_ARGS | {"depth": 1}), cache=cache)

@@ -135,7 +135,10 @@ def _constants(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
         field = model.model_fields[name]
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, MethodSettings):
-            yield from ((one, fact) for one, fact in _constants(inner, f"{name}.") if not is_task_field(one.removeprefix(f"{name}.")))
+            own = {one: fact for one, fact in _constants(inner, f"{name}.") if not is_task_field(one.removeprefix(f"{name}."))}
+            if issubclass(inner, DistillationSettings):
+                own[f"{name}.distill_loss_weight"]["help"] = "Weight of this part. Default: 1."
+            yield from own.items()
         else:
             yield f"{prefix}{name}", {"default": field.get_default(call_default_factory=True), "help": " ".join((field.description or "").split())}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..errors import UsageError
@@ -24,6 +24,12 @@ class FrequencySettings(DistillationSettings):
     """The teacher's node."""
     student_node: str = "norm"
     """The student's node."""
+
+    @field_validator("bands", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """low,mid as a list, so that --set needs no brackets."""
+        return [band.strip() for band in value.split(",")] if isinstance(value, str) else value
 
 
 class Frequency(Method[FrequencySettings]):

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..errors import StudentError, UsageError
 from ..feature_maps import Grid, Noise, map_to_tokens, resize_map, squared_error, tokens_to_map
 from ..teacher_card import TeacherCard
 from .base import DecodedTargets, DistillationSettings, Method, MethodSettings
@@ -41,7 +41,10 @@ class ViTKD(Method[ViTKDSettings]):
     Settings: ClassVar[type[MethodSettings]] = ViTKDSettings
 
     def __init__(self, **arguments: object) -> None:
-        super().__init__(**arguments)  # type: ignore[arg-type]  # the base's own
+        try:
+            super().__init__(**arguments)  # type: ignore[arg-type]  # the base's own
+        except StudentError as error:
+            raise StudentError(f"{error}; method 'vitkd' needs a plain ViT for a student, mimic and mgd take any") from error
         student = [self.student_channels[node] for node in (*_SHALLOW, _DEEP)]
         teacher = [self.teacher_shapes[f"features@{node}"] for node in (*_SHALLOW, _DEEP)]
         if len({*student}) > 1 or len({shape.channels for shape in teacher}) > 1 or len({shape.grid for shape in teacher}) > 1:
