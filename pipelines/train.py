@@ -367,7 +367,7 @@ class _Run:
             "pretrained": config.pretrained,
             "model_kwargs": dict(config.model_kwargs),
             "num_classes": data.num_classes,
-            "method": config.method,
+            "method": config.method.replace(" ", ""),
             "settings": data.settings.to_json(),
             "epochs": config.epochs,
             "batch_size": config.batch_size,
