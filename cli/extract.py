@@ -24,7 +24,7 @@ from .options import device_option, json_option, parse_settings, print_json, wor
     "--label-key", metavar="KEY", help="Key of the labels in .json members, e.g. fine or cls.id. Default: .cls members, else 'label' of .json."
 )
 @click.option("--dataset", metavar="ID", help="Dataset id, part of the view plan. Default: the shards' common name.")
-@click.option("--for", "methods", multiple=True, metavar="METHOD", help="Record what this method needs. Repeatable.")
+@click.option("--for", "methods", multiple=True, metavar="METHOD", help="Record what this method needs, e.g. nkd+vitkd. Repeatable.")
 @click.option("--target", "targets", multiple=True, metavar="SPEC", help="target[@node][:encoding[=arg]][,views=N]. Repeatable. Default: logits.")
 @click.option("--views", type=click.IntRange(1), metavar="V", help="Views a sample. Default: 8; 1 without randomness. More can be added later.")
 @click.option("--augment", metavar="POLICY", help="none, weak, strong, 3aug or a FILE.yaml, see below. Default: weak.")

@@ -14,6 +14,7 @@ COMMANDS: dict[str, str] = {
     "pack": "Turn a folder of images into WebDataset shards.",
     "extract": "Stage one: run a teacher over seeded views and commit its targets to a cache.",
     "train": "Stage two: train students against a cache, with no teacher in memory.",
+    "methods": "List the distillation methods: what they need, their constants, their papers.",
     "inspect": "Show what is in a cache.",
     "verify": "Prove that a cache is what it claims to be.",
     "copy": "Take a cache, or a teacher, targets or views of it, to another folder.",

@@ -31,9 +31,19 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 )
 # by what method
 @click.option(
-    "--method", default="kd", show_default=True, metavar="M", help="kd (logits and labels) or ce (labels only: the baseline on the same views)."
+    "--method",
+    default="kd",
+    show_default=True,
+    metavar="M",
+    help="kd, nkd, vitkd, …, as 'kdcache methods' lists them; a sum, nkd+vitkd; your own, package.module:Class; or ce (labels only: the baseline).",
 )
-@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="A field of the method, e.g. temperature=2. Repeatable.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="A field of the method, e.g. temperature=2; of a sum's part, vitkd.alpha=3e-5. Repeatable.",
+)
 @click.option("--teacher", metavar="N", help="The teacher's name in the cache. Default: the only one.")
 @click.option("--kd-temperature", type=_POSITIVE, metavar="T", help="Softmax temperature of student and teacher. Default: 4.")
 @click.option(

@@ -18,7 +18,7 @@ from torch import Tensor
 from .cache import TeacherLayer, read_calibration
 from .commit import create_document
 from .encodings import Encoding, build_encoding, default_encoding
-from .errors import CorruptError, MismatchError, UsageError
+from .errors import CorruptError, MismatchError
 from .format import DigestField, Document, TargetIdentity, TeacherIdentity, calibration_path, target_path, teacher_path
 from .jobs import RecordedTarget
 from .plan import blake2b_128, require_same
@@ -36,8 +36,6 @@ class TargetPlan:
     target: TeacherTarget
     encoding: Encoding
     card: Document[TargetIdentity] | None
-    requested: str
-    """The target's name as the user wrote it, e.g. with a negative node."""
     needs_statistics: bool
     """Every feature target has channel statistics: encodings may need them, and `z_l2` does. False if they are there."""
 
@@ -45,18 +43,9 @@ class TargetPlan:
 def plan_targets(store: Store, resolved: Mapping[TargetSpec, TeacherTarget], layer: TeacherLayer | None, *, teacher_name: str) -> list[TargetPlan]:
     """Choose each target's encoding: as asked, else as in the cache, else the default. Raises MismatchError, UsageError."""
     plans: list[TargetPlan] = []
-    asked: dict[str, str | None] = {}
     for spec, target in resolved.items():
-        earlier = asked.get(target.name)  # by another spelling of the node
-        if earlier and spec.encoding and earlier != spec.encoding:
-            raise UsageError(f"target {target.name!r} is asked for as {earlier!r} and as {spec.encoding!r}; expected one encoding a name")
-        asked[target.name] = earlier or spec.encoding
-    firsts: dict[str, tuple[TargetSpec, TeacherTarget]] = {}
-    for spec, target in resolved.items():
-        firsts.setdefault(target.name, (spec, target))
-    for spec, target in firsts.values():
         card = layer.targets.get(target.name) if layer is not None else None
-        name = asked[target.name] or (card.identity.encoding if card is not None else default_encoding(target.kind))
+        name = spec.encoding or (card.identity.encoding if card is not None else default_encoding(target.kind))
         encoding = build_encoding(target.kind, name, target.shape)
         if card is not None and card.identity.encoding != encoding.full_name:
             raise MismatchError(
@@ -68,7 +57,7 @@ def plan_targets(store: Store, resolved: Mapping[TargetSpec, TeacherTarget], lay
             )
         calibrated = card is not None and store.size(calibration_path(teacher_name, target.name)) is not None
         needs_statistics = target.kind == "features" and not calibrated
-        plans.append(TargetPlan(target=target, encoding=encoding, card=card, requested=spec.name, needs_statistics=needs_statistics))
+        plans.append(TargetPlan(target=target, encoding=encoding, card=card, needs_statistics=needs_statistics))
     return plans
 
 
@@ -116,7 +105,7 @@ def _create_card(store: Store, teacher_name: str, plan: TargetPlan, calibration:
         components=plan.encoding.components(),
         calibration=DigestField(size=len(calibration), digest=blake2b_128(calibration)) if calibration is not None else None,
     )
-    provenance = {"requested": plan.requested, "calibration": dict(making) if calibration is not None else {}}
+    provenance = {"calibration": dict(making) if calibration is not None else {}}
     card, _ = create_document(store, target_path(teacher_name, target.name), identity, provenance=provenance)
     expected = identity.model_copy(update={"calibration": card.identity.calibration})  # of other views, or to other last bits: as good
     require_same(f"target {target.name!r}", card.identity, expected, remedy="another run has just recorded it otherwise; pass another --name")

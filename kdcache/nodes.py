@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import TeacherError
+from .targets import absolute_node
 
 NORM = "norm"
 
@@ -47,6 +48,21 @@ def list_nodes(model: nn.Module) -> list[str]:
     return [*names, NORM]
 
 
+def list_containers(nodes: Sequence[str], model: nn.Module) -> dict[str, int]:
+    """Modules that hold numbered nodes, `blocks` or `stages` → how many modules each holds: not all of them need be nodes."""
+    matches = (re.fullmatch(r"(.+)\.[0-9]+", node) for node in nodes)
+    return {match[1]: len(list(model.get_submodule(match[1]).children())) for match in matches if match}
+
+
+def intermediate_indices(model: nn.Module) -> dict[str, int]:
+    """Node → its index in timm's `forward_intermediates`: its place in `feature_info`, else its number in the container. `norm` has none."""
+    modules = [info.get("module") if isinstance(info, dict) else None for info in getattr(model, "feature_info", None) or []]
+    nodes = [node for node in list_nodes(model) if node != NORM]
+    if any(node in modules for node in nodes):
+        return {node: modules.index(node) for node in nodes if node in modules}
+    return {node: number for number, node in enumerate(nodes)}
+
+
 def _has_module(model: nn.Module, name: str) -> bool:
     try:
         model.get_submodule(name)
@@ -56,15 +72,12 @@ def _has_module(model: nn.Module, name: str) -> bool:
 
 
 def resolve_node(model: nn.Module, node: str, *, model_name: str) -> str:
-    """The absolute name of `node`; a negative number counts from the end of the module that holds the blocks. Raises TeacherError that names near ones."""
+    """The absolute name of `node`, see `targets.absolute_node`. Raises TeacherError that names near ones."""
     nodes = list_nodes(model)
-    match = re.match(r"^(.+)\.(-[0-9]+)$", node)
-    resolved = node
-    if match and _has_module(model, match[1]):
-        resolved = f"{match[1]}.{len(list(model.get_submodule(match[1]).children())) + int(match[2])}"
-    if resolved in nodes:
+    resolved = absolute_node(node, nodes, list_containers(nodes, model))
+    if resolved is not None:
         return resolved
-    near = difflib.get_close_matches(resolved, nodes, n=3, cutoff=0.3) or nodes[-4:]
+    near = difflib.get_close_matches(node, nodes, n=3, cutoff=0.3) or nodes[-4:]
     raise TeacherError(
         f"teacher {model_name}: no node {node!r}; near ones: {', '.join(near)}; it has {len(nodes)} nodes from {nodes[0]!r} to {nodes[-1]!r}:"
         f" 'kdcache extract --list-nodes --teacher {model_name}' lists them"

@@ -18,7 +18,7 @@ from torch import nn
 
 from .errors import StudentError, UsageError
 from .pixels import Normalize
-from .timm_models import build_model, input_size_of, mean_std_of, model_args_of
+from .timm_models import build_model, built_size_of, input_size_of, mean_std_of, model_args_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,8 @@ def build_student(
     model, takes_size = _build(name, given, view_size=view_size, pretrained=pretrained, seed=seed)
     if takes_size:
         given.setdefault("img_size", view_size)
+        if built_size_of(model) is None and isinstance(given["img_size"], int):  # CoAtNet, MaxViT: their data config keeps the size of the weights
+            model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "input_size": (3, given["img_size"], given["img_size"])}  # type: ignore[assignment]
     config = resolve_model_data_config(model)
     fixed = takes_size or bool((getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size"))
     mean, std = mean_std_of(model)
@@ -77,6 +79,15 @@ def build_student(
         std=std,
         interpolation=str(config["interpolation"]),
         crop_pct=float(config["crop_pct"]),
+    )
+
+
+def input_size_for(model: nn.Module, view_size: int) -> int:
+    """Side of the images that a model is given for views of `view_size` pixels: its own where it is built for one size."""
+    return (
+        input_size_of(model)
+        if built_size_of(model) is not None or (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size")
+        else view_size
     )
 
 

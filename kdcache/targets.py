@@ -7,7 +7,7 @@ reader and the methods know it. A name has one encoding in a cache.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from typing import Literal
@@ -33,6 +33,11 @@ class TargetSpec:
     @property
     def name(self) -> str:
         return self.kind if self.node is None else f"{self.kind}@{self.node}"
+
+    @property
+    def text(self) -> str:
+        """As it is written."""
+        return self.name + (f":{self.encoding}" if self.encoding is not None else "") + (f",views={self.views}" if self.views is not None else "")
 
 
 def parse_target(text: str) -> TargetSpec:
@@ -66,10 +71,14 @@ def canonical_encoding(text: str | None) -> str | None:
 
 
 def parse_targets(texts: Iterable[str]) -> list[TargetSpec]:
+    """`merge_targets` of what the texts say."""
+    return merge_targets(parse_target(text) for text in texts)
+
+
+def merge_targets(given: Iterable[TargetSpec]) -> list[TargetSpec]:
     """All specs, one a name: what one leaves open another may say, and the most views win. Raises UsageError when one name is given two encodings."""
     specs: dict[str, TargetSpec] = {}
-    for text in texts:
-        spec = parse_target(text)
+    for spec in given:
         earlier = specs.get(spec.name)
         if earlier is None:
             specs[spec.name] = spec
@@ -79,3 +88,25 @@ def parse_targets(texts: Iterable[str]) -> list[TargetSpec]:
         views = max(earlier.views or 0, spec.views or 0) or None
         specs[spec.name] = replace(earlier, encoding=earlier.encoding or spec.encoding, views=views)
     return list(specs.values())
+
+
+def merge_wishes(given: Iterable[TargetSpec], settled: Iterable[str] = ()) -> list[TargetSpec]:
+    """As `merge_targets`, of what methods wish: of several encodings of one name the first is taken, and none of a name in `settled`."""
+    heard = set(settled)
+    specs: list[TargetSpec] = []
+    for spec in given:
+        specs.append(replace(spec, encoding=None) if spec.name in heard else spec)
+        if spec.encoding is not None:
+            heard.add(spec.name)
+    return merge_targets(specs)
+
+
+def absolute_node(node: str, nodes: Sequence[str], containers: Mapping[str, int]) -> str | None:
+    """The one of `nodes` that `node` names, or None. A negative number counts from the end of the module that holds the blocks, blocks.-1 is its last.
+
+    containers: such a module → how many it holds. EfficientNet's nodes are blocks 0, 1, 2, 4 and 6 of 7: their names alone would not say it.
+    """
+    match = re.match(r"^(.+)\.(-[0-9]+)$", node)
+    if match and match[1] in containers:
+        node = f"{match[1]}.{containers[match[1]] + int(match[2])}"
+    return node if node in nodes else None

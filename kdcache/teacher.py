@@ -21,9 +21,10 @@ from .device import autocast, fitting_threads
 from .encodings import TargetShape
 from .errors import TeacherError
 from .format import Preprocessing, TeacherIdentity
-from .nodes import NORM, Value, capture, examine_nodes, list_nodes, read_nodes, resolve_node, to_tokens
+from .nodes import NORM, Value, capture, examine_nodes, list_containers, list_nodes, read_nodes, resolve_node, to_tokens
 from .pixels import Normalize
 from .targets import TargetSpec
+from .teacher_card import TeacherCard
 from .timm_models import architecture_of, build_model, input_size_of, mean_std_of, model_args_of
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -61,6 +62,14 @@ class Teacher:
     @property
     def has_logits(self) -> bool:
         return self.identity.num_classes > 0
+
+    @property
+    def card(self) -> TeacherCard:
+        """What methods may ask of it before anything is recorded."""
+        nodes = list_nodes(self.model)
+        return TeacherCard(
+            model=self.identity.model, num_classes=self.identity.num_classes, nodes=tuple(nodes), containers=list_containers(nodes, self.model)
+        )
 
     def resolve(self, specs: Sequence[TargetSpec]) -> dict[TargetSpec, TeacherTarget]:
         """Each spec against this model. Raises TeacherError for an unknown node, one that can't be explained, or logits of a model without a head."""

@@ -120,12 +120,20 @@ def input_size_of(model: nn.Module) -> int:
     """Side of the model's own square input, pixels: the size it was built for, else its data config's."""
     from timm.data import resolve_model_data_config
 
-    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    size = built if built is not None else resolve_model_data_config(model)["input_size"][-2:]
+    size = built_size_of(model) or resolve_model_data_config(model)["input_size"][-2:]
     height, width = int(size[0]), int(size[1])
     if height != width:
         raise KDCacheError(f"{type(model).__name__}: input of {height}x{width} pixels; kdcache serves square inputs only")
     return height
+
+
+def built_size_of(model: nn.Module) -> tuple[int, int] | None:
+    """(height, width) in pixels that a model's patch embedding was built for, None where it takes any."""
+    for name in ("patch_embed", "stem"):  # Mixers call theirs stem
+        size = getattr(getattr(model, name, None), "img_size", None)
+        if size is not None:
+            return int(size[0]), int(size[1])
+    return None
 
 
 def mean_std_of(model: nn.Module) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

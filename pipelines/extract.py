@@ -42,6 +42,7 @@ from kdcache.shards import ShardIndex, ShardSource, check_same_tar, scan_shard
 from kdcache.sources import default_dataset_id
 from kdcache.store import Store, open_store
 from kdcache.targets import TargetSpec
+from kdcache.teacher_card import ANY_TEACHER
 from kdcache.teacher_source import default_teacher_name, weight_files
 
 from .finished import count_finished, finished_already, is_unchanged
@@ -78,13 +79,13 @@ INDEX_ATTEMPTS = 20
 def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
     """Run stage one. Raises KDCacheError; a problem of a single shard is reported in the summary and the others go on."""
     begin = time.perf_counter()
+    requested_specs(config, ANY_TEACHER, None)  # raises UsageError before anything is read
     launch = read_launch()
     store = open_store(config.cache)
     all_sources = resolve_sources(config, store)
     sources = all_sources[: config.limit_shards]
-    specs = requested_specs(config)
     if store.size("cache.json") is not None:
-        summary = finished_already(config, sources, specs, all_sources)
+        summary = finished_already(config, sources, all_sources)
         if summary is not None:
             summary.seconds = time.perf_counter() - begin
             _report(config, summary, launch)
@@ -94,7 +95,7 @@ def extract(config: ExtractConfig, *, progress: bool = False) -> ExtractSummary:
         if cache is not None:
             check_given_plan(config, cache, sources)
             sources = [cache.with_labels(source) for source in sources]
-        run = _Run(config, store, cache, sources, specs, all_sources, launch, progress=progress and launch.rank == 0)  # imports torch
+        run = _Run(config, store, cache, sources, all_sources, launch, progress=progress and launch.rank == 0)  # imports torch
         summary = run.extract()
     summary.seconds = time.perf_counter() - begin
     _report(config, summary, launch)
@@ -113,7 +114,6 @@ class _Run:
         store: Store,
         cache: Cache | None,
         sources: Sequence[ShardSource],
-        specs: Sequence[TargetSpec],
         all_sources: Sequence[ShardSource],
         launch: Launch,
         *,
@@ -142,6 +142,7 @@ class _Run:
                 self.teacher.identity,
                 remedy="a teacher's targets must come from one model: restore it, or record this one under another --name",
             )
+        specs = requested_specs(config, self.teacher.card, known)
         resolved = self.teacher.resolve(specs)
         self.cache = cache
         self.plan = cache.plan if cache is not None else self._make_plan()
@@ -184,9 +185,8 @@ class _Run:
 
         layer = self._layer()
         self.wanted: dict[str, int] = {}
-        for spec in specs:  # two spellings of a node are one target
-            name = resolved[spec].name
-            self.wanted[name] = max(self.wanted.get(name, 0), spec.views or self.wanted_views)
+        for spec in specs:
+            self.wanted[resolved[spec].name] = spec.views or self.wanted_views
         self.views = max(self.wanted_views, *self.wanted.values())
         plans = plan_targets(self.store, resolved, layer, teacher_name=self.teacher_name)
         self.pending = [source for source in self.sources if not self._is_complete(source)]
@@ -199,6 +199,8 @@ class _Run:
             "source": config.teacher,
             "model_args": dict(config.model_args),
             "weight_files": weight_files(config.teacher, config.checkpoint),
+            "nodes": list(self.teacher.card.nodes),
+            "containers": dict(self.teacher.card.containers),
         }
         self.teacher_document = create_teacher(self.store, self.teacher_name, self.teacher.identity, provenance=provenance)
         self.cache.teachers.setdefault(self.teacher_name, TeacherLayer(self.teacher_name, self.teacher_document))  # to take records of others

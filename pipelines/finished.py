@@ -6,20 +6,18 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdcache.cache import TeacherLayer, open_cache
+from kdcache.cache import open_cache
 from kdcache.errors import CacheError, ShardError
 from kdcache.format import Document
 from kdcache.index import is_current
 from kdcache.shards import ShardSource, scan_shard
-from kdcache.targets import TargetSpec
+from kdcache.teacher_card import card_of_layer
 from kdcache.teacher_source import default_teacher_name, weight_files
 
-from .request import ExtractConfig, ExtractSummary, check_given_plan, num_views
+from .request import ExtractConfig, ExtractSummary, check_given_plan, num_views, requested_specs
 
 
-def finished_already(
-    config: ExtractConfig, sources: Sequence[ShardSource], specs: Sequence[TargetSpec], all_sources: Sequence[ShardSource]
-) -> ExtractSummary | None:
+def finished_already(config: ExtractConfig, sources: Sequence[ShardSource], all_sources: Sequence[ShardSource]) -> ExtractSummary | None:
     """The summary, if everything asked for is there already; found without loading torch or scanning a tar that has not changed."""
     try:
         cache = open_cache(config.cache)
@@ -29,7 +27,7 @@ def finished_already(
     layer = cache.teachers.get(config.name or default_teacher_name(config.teacher))
     if layer is None or not _same_teacher(config, layer.document.provenance) or config.precision not in (None, layer.document.identity.precision):
         return None
-    names = {spec: _recorded_name(layer, spec) for spec in specs}
+    specs = requested_specs(config, card_of_layer(layer), layer)
     wanted_views = num_views(config, specs, cache.plan, cache)
     views = max(wanted_views, *(spec.views or 0 for spec in specs))
     summary = ExtractSummary(views=views)
@@ -38,10 +36,10 @@ def finished_already(
         if not records or not all(any(view in record.identity.views for record in records) for view in range(views)):
             return None
         for spec in specs:
-            card = layer.targets.get(names[spec])
+            card = layer.targets.get(spec.name)
             if card is None or spec.encoding not in (None, card.identity.encoding):
                 return None
-            segments = layer.segments(source.name, names[spec])
+            segments = layer.segments(source.name, spec.name)
             if not all(any(view in segment.identity.views for segment in segments) for view in range(spec.views or wanted_views)):
                 return None
         if not is_unchanged(source, records[0], may_be_gone=cache.plan.stored_views is not None):
@@ -50,12 +48,6 @@ def finished_already(
     if not is_current(cache.store, cache.documents) or not {source.name for source in all_sources} <= set(cache.all_shards):
         return None
     return summary
-
-
-def _recorded_name(layer: TeacherLayer, spec: TargetSpec) -> str:
-    """The name under which a spec was recorded: a negative node was written down beside the card it led to."""
-    asked = (name for name, card in layer.targets.items() if card.provenance.get("requested") == spec.name)
-    return spec.name if spec.name in layer.targets else next(asked, spec.name)
 
 
 def count_finished(summary: ExtractSummary, record: Document[Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from kdcache.cache import Cache, open_to_write
+from kdcache.cache import Cache, TeacherLayer, open_to_write
 from kdcache.errors import UsageError
 from kdcache.format import CacheIdentity
 from kdcache.index import read_document
@@ -17,7 +17,8 @@ from kdcache.plan import Policy, StoredCodec, ViewPlan, require_same
 from kdcache.shards import ShardSource
 from kdcache.sources import check_names, default_dataset_id, resolve_shards
 from kdcache.store import Store
-from kdcache.targets import TargetSpec, parse_targets
+from kdcache.targets import TargetSpec, merge_targets, merge_wishes, parse_target
+from kdcache.teacher_card import TeacherCard
 
 DEFAULT_VIEWS = 8
 """Views of a random policy when the user names no number: about 50 suffice for ImageNet logits (research: peers §6)."""
@@ -103,15 +104,20 @@ def resolve_sources(config: ExtractConfig, store: Store) -> list[ShardSource]:
     return resolve_or_remember(config.shards, open_to_write(config.cache), label_key=config.label_key)
 
 
-def requested_specs(config: ExtractConfig) -> list[TargetSpec]:
-    """The targets to record, named or needed by a method; logits if nothing is. Raises UsageError for a spec that can't be read."""
-    texts = list(config.targets)
+def requested_specs(config: ExtractConfig, card: TeacherCard, layer: TeacherLayer | None) -> list[TargetSpec]:
+    """The targets to record: what the user named, and what the methods need of this teacher; logits if that is nothing. Raises UsageError.
+
+    layer: what the cache has of the teacher. Nodes are absolute where the card knows them. A method's encoding is a wish, since any encoding
+    serves any method: one that the user names, or that the cache has, wins, then the wish of the method that was named first.
+    """
+    named = merge_targets(card.absolute(parse_target(text)) for text in config.targets)
+    wishes: list[TargetSpec] = []
     if config.methods:
         from kdcache.methods import requirements
 
-        for method in config.methods:
-            texts += requirements(method)
-    return parse_targets(texts or ["logits"])
+        wishes = [card.absolute(parse_target(text)) for method in config.methods for text in requirements(method, card)]
+    settled = [spec.name for spec in named if spec.encoding is not None] + list(layer.targets if layer is not None else ())
+    return merge_targets([*named, *merge_wishes(wishes, settled)]) or [parse_target("logits")]
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

@@ -43,13 +43,12 @@ from kdcache.errors import KDCacheError, MissingError, ShardError, StudentError,
 from kdcache.evaluate import Evaluation, EvaluationSet, Evaluator
 from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches, to_device, usable_views
 from kdcache.losses import soft_labels
-from kdcache.methods import MethodSettings, build, method_class, parse_settings
+from kdcache.methods import MethodSettings, build, method_class, needed, parse_settings
 from kdcache.methods.base import Method
 from kdcache.plan import blake2b_128, canonical_json
 from kdcache.shards import NO_LABEL, ShardIndex, scan_shard
 from kdcache.sources import resolve_shards
 from kdcache.students import Student, build_student, export_student
-from kdcache.targets import parse_target
 from kdcache.workers import naming_killed_workers
 
 SCHEDULES = ("cosine", "tanh", "constant", "none")
@@ -224,12 +223,13 @@ class _Data:
 
 def _open_data(config: TrainConfig) -> _Data:
     """Open the cache and settle what is trained on. Raises KDCacheError for whatever would fail an hour later."""
-    method = method_class(config.method)
     settings = parse_settings(config.method, _method_settings(config))
     cache = open_cache(config.cache, data=config.data)
-    targets = tuple(parse_target(spec).name for spec in method.requires(settings))
     shards = _choose_shards(cache, config.limit_shards)
-    teacher = cache.layer(config.teacher).name if targets or config.teacher is not None else None
+    layer, targets = needed(config.method, settings, cache, config.teacher)
+    if config.teacher is not None:
+        layer = cache.layer(config.teacher)  # raises UsageError, also for a method that needs none
+    teacher = layer.name if layer is not None else None
     num_views = _choose_views(cache, teacher, targets, shards, config.views)
     rows = cache.rows
     wanted = set(shards)
@@ -329,15 +329,17 @@ def _check_labels(data: _Data, config: TrainConfig) -> None:
     number = data.row_numbers[bad[0]]
     shard = rows.shards[rows.shard[number]]
     where = f"shard {shard}: key {data.cache.keys(shard)[rows.row[number]]!r}"
+    is_needed = not data.targets or method_class(config.method).needs_labels
+    without_labels = "choose a method that needs none, such as kd, with --task-loss-weight 0" if is_needed else "pass --task-loss-weight 0"
     if labels[bad[0]] == NO_LABEL:
         without = int((labels == NO_LABEL).sum())
-        remedy = "pass --task-loss-weight 0 to train without labels" if data.targets else "choose a method that distils, such as kd"
+        remedy = f"{without_labels} to train without labels"
         raise ShardError(
             f"{where} has no label ({without} of {len(labels)} rows have none), and method {config.method!r} learns from labels; {remedy}"
         )
     raise ShardError(
         f"{where} has label {labels[bad[0]]}, the student has {data.num_classes} classes (0 to {data.num_classes - 1});"
-        + (" the teacher's classes are not the dataset's: pass --task-loss-weight 0" if "logits" in data.targets else " pass a larger --num-classes")
+        + (f" the teacher's classes are not the dataset's: {without_labels}" if "logits" in data.targets else " pass a larger --num-classes")
     )
 
 
@@ -350,7 +352,7 @@ class _Run:
     def __init__(self, config: TrainConfig, data: _Data, student_name: str) -> None:
         self.config, self.data, self.student_name = config, data, student_name
         self.recipe = self._resolve()
-        self.id = f"{_folder_name(student_name)}-{config.method}-{blake2b_128(canonical_json(self.recipe))[:8]}"
+        self.id = f"{_folder_name(student_name)}-{_folder_name(method_class(config.method).name)}-{blake2b_128(canonical_json(self.recipe))[:8]}"
         self.folder = Path(config.out).expanduser().absolute() / self.id
         self.last = self.folder / "last" / "checkpoint.pt"
         self.best = self.folder / "best" / "checkpoint.pt"
@@ -365,7 +367,7 @@ class _Run:
             "pretrained": config.pretrained,
             "model_kwargs": dict(config.model_kwargs),
             "num_classes": data.num_classes,
-            "method": config.method,
+            "method": config.method.replace(" ", ""),
             "settings": data.settings.to_json(),
             "epochs": config.epochs,
             "batch_size": config.batch_size,
@@ -422,7 +424,7 @@ class _Run:
         """Raise whatever building this student, its method, its optimizer and its evaluation raises, before any other student is trained."""
         if self.is_finished:
             return
-        if method_class(self.config.method).uses_labels(self.data.settings):
+        if method_class(self.config.method).needs_labels_with(self.data.settings):
             _check_labels(self.data, self.config)
         resolve_device(self.config.device)
         student, method = self._build()
@@ -513,7 +515,7 @@ class _Run:
 def _folder_name(student_name: str) -> str:
     """The student's name without its source, as far as that can stand in a path."""
     base = (student_name.partition(":")[2] or student_name).rstrip("/").rpartition("/")[2]
-    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in base).lstrip("._-")[:80] or "student"
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._+-") else "-" for c in base).lstrip("._-")[:80] or "student"
 
 
 def _read_args(path: Path) -> dict[str, Any]:
@@ -541,7 +543,9 @@ def _how_to_continue(field_name: str, value: Any) -> str:
     if field_name.startswith("data.") and field_name != "data.views":
         what = {"val": "--val", "teacher": "--teacher"}.get(field_name.split(".")[1], "CACHE and --limit-shards")
         return f"give {what} as that run was given to continue it"
-    group, _, name = field_name.rpartition(".")
+    group, _, name = field_name.partition(".")
+    if not name:
+        name = field_name
     if group in ("settings", "model_kwargs"):
         option, shown = "--set" if group == "settings" else "--model-kwargs", f" {name}={value}"
     else:
@@ -598,7 +602,8 @@ class _Loop:
         self._rewrite_logs()
         if self.epoch >= total:
             return
-        dataset = CachedViews(self.data.cache, teacher=self.data.teacher, targets=self.data.targets, check_views=self.config.check_views)
+        parts = self.method.target_parts()
+        dataset = CachedViews(self.data.cache, teacher=self.data.teacher, targets=self.data.targets, parts=parts, check_views=self.config.check_views)
         loader = BatchLoader(dataset, self.batches, num_workers=workers, pin_memory=self.device.type == "cuda")
         images = len(self.batches) * self.batches.batch_size
         bar = tqdm(total=total * images, initial=self.epoch * images, unit="img", unit_scale=True, desc=run.id, disable=not progress)
@@ -647,7 +652,7 @@ class _Loop:
         device = self.device
         images_BCHW = self.normalize(batch["views"].to(device, non_blocking=True))
         labels = batch["labels"].to(device, non_blocking=True)
-        if "label_weights" in batch and self.method.uses_labels(self.method.settings):
+        if "label_weights" in batch and self.method.needs_labels_with(self.method.settings):
             partners_B, weights_B = (batch[name].to(device, non_blocking=True) for name in ("partner_labels", "label_weights"))
             labels = soft_labels(labels, partners_B, weights_B, self.data.num_classes)
         targets = {target: encoding.decode(to_device(batch["targets"][target], device)) for target, encoding in self.encodings.items()}

@@ -1,75 +1,204 @@
 """Distillation methods: one a file, under the interface of `base`. Chosen by name in train, built around a student.
 
 method = kdcache.methods.build("kd", student=model, cache=cache, settings={"temperature": 2.0})
+
+A name is one of METHODS, `package.module:Class` for a method of one's own (docs/adding-a-method.md), or a sum of these, `nkd+vitkd`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from importlib import import_module
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import MissingError, UsageError
 from ..plan import explain_validation_error
-from .base import DecodedTargets, Method, MethodSettings
+from ..targets import merge_wishes, parse_target
+from ..teacher_card import ANY_TEACHER, TeacherCard, card_of_layer
+from .base import DecodedTargets, DistillationSettings, Method, MethodSettings, required_targets
 from .ce import CrossEntropy
+from .dkd import DKD
+from .frequency import Frequency
 from .kd import KD
+from .mgd import MGD
+from .mimic import Mimic
+from .nkd import NKD
+from .sums import Sum, is_task_field, place_settings, sum_of
+from .uskd import USKD
+from .vitkd import ViTKD
+from .wsld import WSLD
 
 if TYPE_CHECKING:
-    from ..cache import Cache
+    from ..cache import Cache, TeacherLayer
 
-METHODS: dict[str, type[Method[Any]]] = {"ce": CrossEntropy, "kd": KD}
+METHODS: dict[str, type[Method[Any]]] = {method.name: method for method in (CrossEntropy, KD, DKD, NKD, WSLD, ViTKD, Mimic, MGD, Frequency, USKD)}
 
 
+@lru_cache(maxsize=64)
 def method_class(name: str) -> type[Method[Any]]:
-    """The method called `name`. Raises UsageError with the near and known names."""
+    """The method called `name`. Raises UsageError with the near and known names, or for a class that is no method."""
+    if "+" in name:
+        return sum_of([method_class(part.strip()) for part in name.split("+")], name=name.replace(" ", ""))
+    if ":" in name:
+        return _imported(name)
     if name not in METHODS:
-        raise UsageError(f"method {name!r} is not known{_suggest(name, METHODS)}; expected one of: {', '.join(METHODS)}")
+        raise UsageError(
+            f"method {name!r} is not known{_suggest(name, METHODS)}; expected one of: {', '.join(METHODS)}; a sum of them such as nkd+vitkd; or"
+            f" package.module:Class"
+        )
     return METHODS[name]
 
 
-def parse_settings(name: str, settings: Mapping[str, Any] | None = None) -> MethodSettings:
-    """The settings of method `name`, its defaults overridden by `settings`. Raises UsageError for an unknown field or a bad value."""
-    model = method_class(name).Settings
-    for field in settings or {}:
-        if field not in model.model_fields:
-            known = ", ".join(model.model_fields) or "none"
-            raise UsageError(f"method {name!r} has no field {field!r}{_suggest(field, model.model_fields)}; its fields: {known}")
+def _imported(name: str) -> type[Method[Any]]:
+    """The class that `package.module:Class` names. Errors that its own code raises are left as they are."""
+    module_name, _, class_name = name.partition(":")
     try:
-        parsed = model.model_validate(dict(settings or {}))
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # an import of its own
+        raise UsageError(
+            f"method {name!r}: no module {error.name!r} can be imported; expected package.module:Class, its folder on PYTHONPATH"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"method {name!r}: {module_name!r} is no module name; expected package.module:Class") from error
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type) or not issubclass(found, Method):
+        raise UsageError(f"method {name!r}: module {module_name} has no class {class_name!r} that derives from kdcache.methods.Method")
+    return found
+
+
+def parse_settings(name: str, settings: Mapping[str, Any] | None = None) -> MethodSettings:
+    """The settings of method `name`, its defaults overridden by `settings`. Raises UsageError for an unknown field or a bad value.
+
+    A sum's are named `part.field`, or `field` where one part only has it; {"part": {"field": value}} is the same.
+    """
+    method = method_class(name)
+    given = dict(settings or {})
+    if issubclass(method, Sum):
+        given = place_settings(method, given)
+    _check_fields(name, method.Settings, given)
+    try:
+        parsed = method.Settings.model_validate(given)
     except ValidationError as error:
         raise UsageError(f"method {name!r}: {explain_validation_error(error)}") from error
     return parsed
 
 
-def requirements(name: str) -> list[str]:
+def _check_fields(name: str, model: type[BaseModel], given: Mapping[str, Any], prefix: str = "") -> None:
+    for field, value in given.items():
+        if field not in model.model_fields:
+            known = ", ".join(f"{prefix}{one}" for one in own_first(model)) or "none"
+            raise UsageError(f"method {name!r} has no field {prefix + field!r}{_suggest(field, model.model_fields)}; its fields: {known}")
+        inner = model.model_fields[field].annotation
+        if isinstance(inner, type) and issubclass(inner, MethodSettings) and isinstance(value, Mapping):
+            _check_fields(name, inner, value, f"{field}.")
+
+
+def own_first(model: type[BaseModel]) -> list[str]:
+    """Names of a model's fields, those of the method itself before those that all have."""
+    shared = set(DistillationSettings.model_fields)
+    return sorted(model.model_fields, key=lambda field: field in shared)
+
+
+def requirements(name: str, teacher: TeacherCard = ANY_TEACHER) -> list[str]:
     """Specs of the targets that method `name` needs with its default settings, as `extract --for` records them. Raises UsageError."""
-    specs: list[str] = method_class(name).requires(parse_settings(name))
-    return specs
+    return list(method_class(name).requires(parse_settings(name), teacher))
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What a person wants to know of method `name`, JSON types: {"name", "summary", "paper", "needs", "needs_labels", "constants"}.
+
+    needs: specs of targets; where they depend on the teacher, those of a plain ViT. constants: field → {"default", "help"}; a
+    sum's parts as `part.field`. Raises UsageError for an unknown method.
+    """
+    method = method_class(name)
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "paper": method.paper,
+        "needs": requirements(name),
+        "needs_labels": method.needs_labels,
+        "constants": dict(_constants(method.Settings)),
+    }
+
+
+def _constants(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in own_first(model):
+        field = model.model_fields[name]
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, MethodSettings):
+            own = {one: fact for one, fact in _constants(inner, f"{name}.") if not is_task_field(one.removeprefix(f"{name}."))}
+            if issubclass(inner, DistillationSettings):
+                own[f"{name}.distill_loss_weight"]["help"] = "Weight of this part. Default: 1."
+            yield from own.items()
+        else:
+            yield f"{prefix}{name}", {"default": field.get_default(call_default_factory=True), "help": " ".join((field.description or "").split())}
+
+
+def needed(name: str, settings: MethodSettings, cache: Cache, teacher: str | None = None) -> tuple[TeacherLayer | None, tuple[str, ...]]:
+    """The teacher of `cache` that method `name` learns from and the names of the targets it needs; (None, ()) for a method that needs none.
+
+    teacher: its name in the cache, or None for the only one. Raises UsageError for one that is not there, MissingError that names what
+    the cache lacks and the command that adds it.
+    """
+    method = method_class(name)
+    if not method.requires(settings, ANY_TEACHER):
+        return None, ()
+    layer = cache.layer(teacher)
+    card = card_of_layer(layer)
+    targets = required_targets(method, settings, card)
+    specs = [card.absolute(parse_target(text)) for text in method.requires(settings, card)]
+    missing = merge_wishes(spec for spec in specs if spec.name not in layer.targets)
+    if missing:
+        names = ", ".join(repr(spec.name) for spec in missing)
+        noun, them = ("target", "it") if len(missing) == 1 else ("targets", "them")
+        raise MissingError(
+            f"{cache.store.url}: teacher {layer.name!r} has no {noun} {names}, it has: {', '.join(sorted(layer.targets)) or 'none'}; method {name!r}"
+            f" needs {them}: run '{_extract_line(cache, layer, [spec.text for spec in missing])}' to add {them}"
+        )
+    return layer, targets
+
+
+def _extract_line(cache: Cache, layer: TeacherLayer, specs: Iterable[str]) -> str:
+    """The command that adds targets of a teacher, as far as the cache remembers how it was made."""
+    provenance = layer.document.provenance
+    folders = {str(PurePath(cache.source(shard).path).parent) for shard in cache.shards}
+    shards = shlex.quote(folders.pop()) if len(folders) == 1 else "SHARDS"
+    words = ["kdcache", "extract", shards, shlex.quote(cache.store.url), "--teacher", shlex.quote(str(provenance.get("source", "...")))]
+    for key, value in provenance.get("model_args", {}).items():
+        words += ["--model-kwargs", shlex.quote(f"{key}={value}")]
+    words += ["--name", layer.name]
+    for spec in specs:
+        words += ["--target", spec]
+    return " ".join(words)
 
 
 def build(name: str, *, student: nn.Module, cache: Cache, teacher: str | None = None, settings: Mapping[str, Any] | None = None) -> Method[Any]:
     """The method `name` around a student: an nn.Module that gives the loss parts of a batch.
 
     student: a timm model. teacher: its name in the cache, or None for the only one. settings: fields of the method to override.
-    Raises UsageError for an unknown method, field or teacher, MissingError for a target that the cache does not hold.
+    Raises UsageError for an unknown method, field or teacher, MissingError for a target that the cache does not hold, StudentError
+    for a student that does not have what the method looks at.
     """
-    method = method_class(name)
     parsed = parse_settings(name, settings)
-    layer = cache.layer(teacher) if method.requires(parsed) else None
-    built = method(student=student, cache=cache, teacher=layer, settings=parsed)
-    for target in built.target_names:
-        assert layer is not None
-        cache.target_views(layer.name, target)  # raises MissingError, saying how to add it
-    return built
+    layer, _ = needed(name, parsed, cache, teacher)
+    return method_class(name)(student=student, cache=cache, teacher=layer, settings=parsed)
 
 
-def _suggest(name: str, known: Mapping[str, Any]) -> str:
+def _suggest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-__all__ = ["METHODS", "DecodedTargets", "Method", "MethodSettings", "build", "method_class", "parse_settings", "requirements"]
+__all__ = [
+    "METHODS", "DecodedTargets", "DistillationSettings", "Method", "MethodSettings", "TeacherCard", "build", "describe", "method_class", "needed", "own_first",
+    "parse_settings", "requirements",
+]  # fmt: skip

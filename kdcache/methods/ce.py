@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from ..losses import cross_entropy
+from ..teacher_card import TeacherCard
 from .base import DecodedTargets, Method, MethodSettings
 
 
@@ -20,7 +20,7 @@ class CrossEntropySettings(MethodSettings):
 
 
 class CrossEntropy(Method[CrossEntropySettings]):
-    """Cross-entropy with smoothed labels."""
+    """Cross-entropy with smoothed labels: the part "task" that every method has, and no other."""
 
     name: ClassVar[str] = "ce"
     summary: ClassVar[str] = "labels only, no teacher: the baseline on the same views"
@@ -28,8 +28,12 @@ class CrossEntropy(Method[CrossEntropySettings]):
     Settings: ClassVar[type[MethodSettings]] = CrossEntropySettings
 
     @classmethod
-    def requires(cls, settings: CrossEntropySettings) -> list[str]:  # noqa: ARG003 - no setting changes it
-        return []
+    def requires(cls, settings: CrossEntropySettings, teacher: TeacherCard) -> Sequence[str]:
+        return ()
+
+    @classmethod
+    def weights(cls, settings: CrossEntropySettings) -> tuple[float, float]:
+        return 1.0, 1.0
 
     def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
-        return {"task": cross_entropy(outputs["logits"], labels, smoothing=self.settings.smoothing)}
+        return {}
