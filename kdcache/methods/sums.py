@@ -123,7 +123,7 @@ def place_settings(method: type[Sum], given: Mapping[str, Any]) -> dict[str, Any
         if is_task_field(field):
             raise UsageError(f"method {method.name!r}: {part}.{field}: the labels' cross-entropy counts once in a sum; set {field} without a part")
         fields = placed.setdefault(part, {})
-        if field in fields:
+        if not isinstance(fields, dict) or field in fields:
             raise UsageError(f"method {method.name!r}: field {part}.{field} is given twice; expected it once")
         fields[field] = value
 
@@ -133,7 +133,7 @@ def place_settings(method: type[Sum], given: Mapping[str, Any]) -> dict[str, Any
             put(part, field, value)
         elif key in method.parts and isinstance(value, Mapping):
             for name, item in value.items():
-                put(key, name, item)
+                put(key, str(name), item)
         elif key in WHOLE:
             placed[key] = value
         else:
