@@ -192,6 +192,14 @@ def test_a_sum_is_the_sum_of_its_parts_with_the_labels_once_in_one_pass(cache: C
     assert resumed == method.settings
 
 
+def test_a_sum_leaves_without_weight_decay_what_its_parts_do(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    mimic = methods.METHODS["mimic"]
+    monkeypatch.setattr(mimic, "no_weight_decay", lambda self: Method.no_weight_decay(self) | {"adapter.weight"})
+    method = build("kd+mimic", cache)
+    assert "terms.mimic.adapter.weight" in dict(method.named_parameters())
+    assert method.no_weight_decay() == {*Method.no_weight_decay(method), "terms.mimic.adapter.weight"}
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "text"),
     [

@@ -86,6 +86,14 @@ class Sum(Method[Any]):
             parts |= {f"{name}_{key}": weight * value for key, value in part.losses(outputs, labels, targets).items()}
         return parts
 
+    def no_weight_decay(self) -> set[str]:
+        """The student's, and what each part says of its own modules."""
+        named = super().no_weight_decay()
+        for name, part in self.terms.items():
+            assert isinstance(part, Method)
+            named |= {f"terms.{name}.{one}" for one in part.no_weight_decay() if not one.startswith("student.")}
+        return named
+
 
 def sum_of(methods: Sequence[type[Method[Any]]], *, name: str) -> type[Sum]:
     """The sum of these methods. Raises UsageError for two of one name, and for one that can't be part of a sum."""
