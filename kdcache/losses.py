@@ -1,7 +1,7 @@
 """Distillation losses as plain functions of logits. The methods of `kdcache.methods` add weights and modules to them.
 
 Every function upcasts to at least float32 and leaves any autocast region, so that a half-precision student gets the same loss;
-float64 stays float64. All work on log-probabilities, so that logits of any finite size, one-hot teachers and a teacher's -inf
+float64 stays float64. All work on log-probabilities, so that logits of up to 1e30, one-hot teachers and a teacher's -inf
 (a class that it rules out) give finite losses and gradients. No gradient reaches the teacher.
 
 Labels are int64 (B,), or, for mixed views, float (B, K): shares of the classes, whose rows sum to 1. `soft_labels` makes them.

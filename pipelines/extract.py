@@ -201,6 +201,7 @@ class _Run:
             "weight_files": weight_files(config.teacher, config.checkpoint),
             "nodes": list(self.teacher.card.nodes),
             "containers": dict(self.teacher.card.containers),
+            **({"checkpoint": config.checkpoint} if config.checkpoint else {}),
         }
         self.teacher_document = create_teacher(self.store, self.teacher_name, self.teacher.identity, provenance=provenance)
         self.cache.teachers.setdefault(self.teacher_name, TeacherLayer(self.teacher_name, self.teacher_document))  # to take records of others

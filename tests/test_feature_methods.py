@@ -292,9 +292,31 @@ def test_uskd_takes_the_two_largest_of_soft_labels() -> None:
     expected = -((first[0] + 0.7 - means[0]) * log_p[0, 0] + (first[1] + 0.3 - means[1]) * log_p[0, 2] + (second[0] + 1 - means[0]) * log_p[1, 1])
     torch.testing.assert_close(target, expected / 2)
     torch.testing.assert_close(weak, F.cross_entropy(w, soft, label_smoothing=0.1))
-    moved = s + torch.tensor([[9.0, 0, 9.0, 0, 0], [9.0, 9.0, 0, 0, 0]])  # the labels' logits
-    assert other.isfinite()
-    torch.testing.assert_close(uskd_parts(moved, w, soft)[1].isfinite(), torch.tensor(True))
+    q = w.softmax(1)
+    expected_other = []
+    for row, labels in enumerate(([0, 2], [1])):
+        score = q[row] / (1 - q[row, labels].sum() + 1e-6) + log_p[row] / (1 - log_p[row, labels].sum() + 1e-6)
+        order = score.argsort(descending=True).tolist()
+        beside = [c for c in range(5) if c not in labels]
+        zipf = torch.tensor([1 / (1 + order.index(c)) for c in beside], dtype=torch.float64)
+        expected_other.append(-(zipf / zipf.sum() * s[row, beside].log_softmax(0)).sum())
+    torch.testing.assert_close(other, torch.stack(expected_other).mean())
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 6])
+def test_uskd_of_a_one_hot_soft_label_is_that_of_the_hard_one(num_classes: int) -> None:
+    s, w = (torch.randn(4, num_classes, dtype=torch.float64) for _ in range(2))
+    labels = torch.arange(4) % num_classes
+    torch.testing.assert_close(uskd_parts(s, w, F.one_hot(labels, num_classes).double()), uskd_parts(s, w, labels))
+
+
+def test_uskd_is_finite_where_both_of_two_classes_are_labels() -> None:
+    s, w = (torch.randn(3, 2, requires_grad=True) for _ in range(2))
+    parts = torch.stack(uskd_parts(s, w, torch.tensor([[0.3, 0.7], [0.5, 0.5], [1.0, 0.0]])))
+    parts.sum().backward()
+    assert parts.isfinite().all()
+    assert s.grad is not None
+    assert s.grad.isfinite().all()
 
 
 # --- students ---

@@ -17,7 +17,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from helpers import TINY_VIT, TINY_VIT_ARGS, make_cache, tiny_model
+from helpers import TINY_VIT, TINY_VIT_ARGS, make_cache, make_shards, make_teacher_dir, tiny_model
 from safetensors import safe_open
 
 import pipelines.train
@@ -192,6 +192,14 @@ def test_a_sum_is_the_sum_of_its_parts_with_the_labels_once_in_one_pass(cache: C
     assert resumed == method.settings
 
 
+def test_a_sum_leaves_without_weight_decay_what_its_parts_do(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    mimic = methods.METHODS["mimic"]
+    monkeypatch.setattr(mimic, "no_weight_decay", lambda self: Method.no_weight_decay(self) | {"adapter.weight"})
+    method = build("kd+mimic", cache)
+    assert "terms.mimic.adapter.weight" in dict(method.named_parameters())
+    assert method.no_weight_decay() == {*Method.no_weight_decay(method), "terms.mimic.adapter.weight"}
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "text"),
     [
@@ -205,7 +213,10 @@ def test_a_sum_is_the_sum_of_its_parts_with_the_labels_once_in_one_pass(cache: C
         ("frequency", {"bands": ["bass"]}, r"bands.0: .*'dc', 'low', 'mid' or 'high'"),
         ("vitkd", {"mask_ratio": 0}, "mask_ratio: .*greater than 0"),
         ("nkd+vitkd", {"vitkd.alfa": 1}, r"no field 'vitkd.alfa'; did you mean 'alpha'\?; its fields: vitkd.alpha, vitkd.beta"),
+        ("nkd+vitkd", {"vitkd.alfa": 1}, "distill_loss_weight$"),  # no field of the whole is said to be the part's
         ("nkd+vitkd", {"alfa": 1}, "no field 'alfa'"),
+        ("nkd+vitkd", {"nkd": 3, "nkd.gamma": 1}, "nkd.gamma is given twice"),
+        ("nkd+vitkd", {"nkd": {1: 2}}, "no field 'nkd.1'"),
         ("nkd+vitkd", {"nkd.smoothing": 0.2}, "cross-entropy counts once in a sum; set smoothing without a part"),
         ("nkd+vitkd", {"vitkd.alpha": 1, "alpha": 2}, "vitkd.alpha is given twice"),
         ("nkd+vitkd", {"vitkd.beta": -1}, "vitkd.beta: .*greater than or equal to 0"),
@@ -228,6 +239,8 @@ def test_a_wrong_setting_is_a_usage_error_that_names_the_field(name: str, settin
         ("kdcache.methods.kd:Kd", "module kdcache.methods.kd has no class 'Kd' that derives from"),
         ("kdcache.methods.kd:KDSettings", "no class 'KDSettings' that derives from"),
         (":KD", "'' is no module name"),
+        (".kd:KD", "'.kd' is no module name"),
+        ("kdcache.methods:Method", "class Method does not say its Settings, losses, name, paper, requires, summary"),
     ],
 )
 def test_an_unknown_method_is_a_usage_error(name: str, text: str) -> None:
@@ -288,7 +301,15 @@ def test_extract_for_a_method_records_exactly_what_it_needs(tmp_path: Path, fold
 
 
 def test_train_names_what_the_cache_lacks_and_the_line_that_adds_it(tmp_path: Path) -> None:
-    path = make_cache(tmp_path, num_shards=1, num_samples=4, views=1, targets=["features@norm"])
+    make_shards(tmp_path / "shards", num_shards=1, num_samples=4)
+    teacher = make_teacher_dir(tmp_path / "teacher")
+    make_teacher_dir(tmp_path / "other", seed=1)
+    path, weights = tmp_path / "cache", str(tmp_path / "other" / "model.safetensors")
+    extract(
+        ExtractConfig(
+            shards=str(tmp_path / "shards"), cache=str(path), teacher=teacher, checkpoint=weights, targets=["features@norm"], views=1, workers=0
+        )
+    )
     with pytest.raises(MissingError, match=r"no targets 'logits', 'features@blocks.0', 'features@blocks.1', it has: features@norm") as caught:
         train(TrainConfig(cache=str(path), students=("resnet18",), method="nkd+vitkd"))
     line = re.search(r"run '(kdcache extract .*)' to add them", str(caught.value))

@@ -67,11 +67,18 @@ def _imported(name: str) -> type[Method[Any]]:
         raise UsageError(
             f"method {name!r}: no module {error.name!r} can be imported; expected package.module:Class, its folder on PYTHONPATH"
         ) from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
+        if module_name and not module_name.startswith("."):
+            raise  # of its own code
         raise UsageError(f"method {name!r}: {module_name!r} is no module name; expected package.module:Class") from error
     found = getattr(module, class_name, None)
     if not isinstance(found, type) or not issubclass(found, Method):
         raise UsageError(f"method {name!r}: module {module_name} has no class {class_name!r} that derives from kdcache.methods.Method")
+    lacks = sorted({one for one in ("name", "summary", "paper", "Settings") if not hasattr(found, one)} | found.__abstractmethods__)
+    if lacks:
+        raise UsageError(
+            f"method {name!r}: class {class_name} does not say its {', '.join(lacks)}; expected every one of them: docs/adding-a-method.md"
+        )
     return found
 
 
@@ -95,7 +102,7 @@ def parse_settings(name: str, settings: Mapping[str, Any] | None = None) -> Meth
 def _check_fields(name: str, model: type[BaseModel], given: Mapping[str, Any], prefix: str = "") -> None:
     for field, value in given.items():
         if field not in model.model_fields:
-            known = ", ".join(f"{prefix}{one}" for one in own_first(model)) or "none"
+            known = ", ".join(f"{prefix}{one}" for one in own_first(model) if not (prefix and is_task_field(one))) or "none"
             raise UsageError(f"method {name!r} has no field {prefix + field!r}{_suggest(field, model.model_fields)}; its fields: {known}")
         inner = model.model_fields[field].annotation
         if isinstance(inner, type) and issubclass(inner, MethodSettings) and isinstance(value, Mapping):
@@ -175,6 +182,8 @@ def _extract_line(cache: Cache, layer: TeacherLayer, specs: Iterable[str]) -> st
     words = ["kdcache", "extract", shards, shlex.quote(cache.store.url), "--teacher", shlex.quote(str(provenance.get("source", "...")))]
     for key, value in provenance.get("model_args", {}).items():
         words += ["--model-kwargs", shlex.quote(f"{key}={value}")]
+    if "checkpoint" in provenance:
+        words += ["--checkpoint", shlex.quote(str(provenance["checkpoint"]))]
     words += ["--name", layer.name]
     for spec in specs:
         words += ["--target", spec]

@@ -86,6 +86,14 @@ class Sum(Method[Any]):
             parts |= {f"{name}_{key}": weight * value for key, value in part.losses(outputs, labels, targets).items()}
         return parts
 
+    def no_weight_decay(self) -> set[str]:
+        """The student's, and what each part says of its own modules."""
+        named = super().no_weight_decay()
+        for name, part in self.terms.items():
+            assert isinstance(part, Method)
+            named |= {f"terms.{name}.{one}" for one in part.no_weight_decay() if not one.startswith("student.")}
+        return named
+
 
 def sum_of(methods: Sequence[type[Method[Any]]], *, name: str) -> type[Sum]:
     """The sum of these methods. Raises UsageError for two of one name, and for one that can't be part of a sum."""
@@ -123,7 +131,7 @@ def place_settings(method: type[Sum], given: Mapping[str, Any]) -> dict[str, Any
         if is_task_field(field):
             raise UsageError(f"method {method.name!r}: {part}.{field}: the labels' cross-entropy counts once in a sum; set {field} without a part")
         fields = placed.setdefault(part, {})
-        if field in fields:
+        if not isinstance(fields, dict) or field in fields:
             raise UsageError(f"method {method.name!r}: field {part}.{field} is given twice; expected it once")
         fields[field] = value
 
@@ -133,7 +141,7 @@ def place_settings(method: type[Sum], given: Mapping[str, Any]) -> dict[str, Any
             put(part, field, value)
         elif key in method.parts and isinstance(value, Mapping):
             for name, item in value.items():
-                put(key, name, item)
+                put(key, str(name), item)
         elif key in WHOLE:
             placed[key] = value
         else:

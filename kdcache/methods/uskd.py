@@ -75,8 +75,8 @@ def uskd_parts(logits: Tensor, weak_logits: Tensor, labels: Tensor) -> tuple[Ten
 
     target: -Σ (p_s[y]² + V - mean_B p_s[y]²) · log p_s[y], V the label's value, the factor without a gradient. other: cross-entropy between
     Zipf's 1/rank, normalised, and the student's softmax, both without the labels. weak: cross-entropy of the weak head with the label
-    smoothed by .1. The rank is that of p_w / (1 - p_w[y]) + log p_s / (1 - log p_s[y]), as the authors' code has it; their
-    formula has p_s in place of log p_s.
+    smoothed by .1. The labels are those with a value: one where a soft label is one-hot. The rank is that of
+    p_w / (1 - p_w[y]) + log p_s / (1 - log p_s[y]), as the authors' code has it; their formula has p_s in place of log p_s.
     """
     with torch.autocast(logits.device.type, enabled=False):
         dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -89,20 +89,23 @@ def uskd_parts(logits: Tensor, weak_logits: Tensor, labels: Tensor) -> tuple[Ten
             value_BL, label_BL = torch.ones(num_rows, 1, dtype=dtype, device=logits.device), labels.unsqueeze(1)
             soft_BK = F.one_hot(labels, num_classes).to(dtype)
 
+        has_value_BL = value_BL > 0
         log_target_BL = log_s_BK.gather(1, label_BL)
         confidence_BL = log_target_BL.detach().exp().square()
-        factor_BL = torch.where(value_BL == 0, 0.0, confidence_BL + value_BL - confidence_BL.mean(dim=0, keepdim=True))
+        factor_BL = torch.where(~has_value_BL, 0.0, confidence_BL + value_BL - confidence_BL.mean(dim=0, keepdim=True))
         target = -(factor_BL * log_target_BL).sum(dim=1).mean()
 
         smoothed_BK = (1 - _WEAK_SMOOTHING) * soft_BK + _WEAK_SMOOTHING / num_classes
         weak = -(smoothed_BK * log_w_BK).sum(dim=1).mean()
 
         weak_BK, strong_BK = log_w_BK.detach().exp(), log_s_BK.detach()
-        score_BK = sum(p_BK / (1 - p_BK.gather(1, label_BL).sum(dim=1, keepdim=True) + 1e-6) for p_BK in (weak_BK, strong_BK))
+        score_BK = sum(p_BK / (1 - (p_BK.gather(1, label_BL) * has_value_BL).sum(dim=1, keepdim=True) + 1e-6) for p_BK in (weak_BK, strong_BK))
         assert isinstance(score_BK, Tensor)
         rank_BK = score_BK.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        is_label_BK = torch.zeros_like(log_s_BK, dtype=torch.bool).scatter_(1, label_BL, True)
+        is_label_BK = torch.zeros_like(log_s_BK, dtype=torch.bool).scatter_(1, label_BL, has_value_BL)
         zipf_BK = (1.0 / (rank_BK + 1).to(dtype)).masked_fill(is_label_BK, 0.0)
         log_other_BK = logits.to(dtype).masked_fill(is_label_BK, -torch.inf).log_softmax(dim=1).masked_fill(is_label_BK, 0.0)
-        other = -(zipf_BK / zipf_BK.sum(dim=1, keepdim=True) * log_other_BK).sum(dim=1).mean()
+        zipf_B1 = zipf_BK.sum(dim=1, keepdim=True)
+        share_BK = zipf_BK / torch.where(zipf_B1 == 0, 1.0, zipf_B1)  # of two classes that are both labels no other is left
+        other = -(share_BK * log_other_BK).sum(dim=1).mean()
         return target, other, weak
