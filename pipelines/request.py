@@ -105,10 +105,11 @@ def resolve_sources(config: ExtractConfig, store: Store) -> list[ShardSource]:
 
 
 def requested_specs(config: ExtractConfig, card: TeacherCard, layer: TeacherLayer | None) -> list[TargetSpec]:
-    """The targets to record: what the user named, and what the methods need of this teacher; logits if that is nothing. Raises UsageError.
+    """The targets to record: what the user named, and what the methods need of this teacher; logits where neither is named.
 
     layer: what the cache has of the teacher. Nodes are absolute where the card knows them. A method's encoding is a wish, since any encoding
     serves any method: one that the user names, or that the cache has, wins, then the wish of the method that was named first.
+    Raises UsageError for specs that contradict each other, and for methods that need nothing when no target is named.
     """
     named = merge_targets(card.absolute(parse_target(text)) for text in config.targets)
     wishes: list[TargetSpec] = []
@@ -117,7 +118,12 @@ def requested_specs(config: ExtractConfig, card: TeacherCard, layer: TeacherLaye
 
         wishes = [card.absolute(parse_target(text)) for method in config.methods for text in requirements(method, card)]
     settled = [spec.name for spec in named if spec.encoding is not None] + list(layer.targets if layer is not None else ())
-    return merge_targets([*named, *merge_wishes(wishes, settled)]) or [parse_target("logits")]
+    specs = merge_targets([*named, *merge_wishes(wishes, settled)])
+    if config.methods and not specs:
+        raise UsageError(
+            f"--for {' --for '.join(config.methods)}: needs nothing of a teacher; train with it on any cache, or name a --target to record"
+        )
+    return specs or [parse_target("logits")]
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

@@ -298,6 +298,8 @@ def test_extract_for_a_method_records_exactly_what_it_needs(tmp_path: Path, fold
     assert targets["features@norm"].identity.encoding == "int8"
     with pytest.raises(UsageError, match="'vitdk' is not known; did you mean 'vitkd'"):
         run(methods=["vitdk"])
+    with pytest.raises(UsageError, match="--for ce --for uskd: needs nothing of a teacher"):
+        run(methods=["ce", "uskd"])
 
 
 def test_train_names_what_the_cache_lacks_and_the_line_that_adds_it(tmp_path: Path) -> None:
