@@ -23,7 +23,7 @@ from kdcache import methods
 from kdcache.cache import Cache, open_cache
 from kdcache.dual_view import frequency_loss, spatial_loss, without_mean
 from kdcache.encodings import TargetShape, build_encoding
-from kdcache.errors import MissingError, UsageError
+from kdcache.errors import MissingError, StudentError, UsageError
 from kdcache.feature_maps import dct2, map_to_tokens, tokens_to_map
 from kdcache.losses import soft_cross_entropy
 from kdcache.methods.scalekd import ScaleKD, ScaleKDSettings, split_tail, stage_3_of
@@ -377,3 +377,13 @@ def test_in_a_sum_the_tail_goes_along(cache: Cache) -> None:
     parts = method(*batch(torch.float64))
     assert {"scalekd_s3_spatial", "kd_distill", "task"} <= set(parts)
     assert next(method.terms["scalekd"].tail.parameters()).dtype == torch.float64
+
+
+def test_a_map_of_one_position_has_no_frequency_view(cache: Cache) -> None:
+    student = build_student("resnet10t", num_classes=10, view_size=64).model
+    pooled = nn.AdaptiveAvgPool2d(1)
+    student.layer4.append(pooled)
+    with pytest.raises(StudentError, match="map at 'norm' has one position, hence no frequency view"):
+        methods.build("scalekd", student=student, cache=cache)
+    method = methods.build("scalekd", student=student, cache=cache, settings={"alpha_s4": (0.08, 0.0)})
+    assert method(*batch())["s4_spatial"].isfinite()

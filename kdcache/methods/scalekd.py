@@ -184,6 +184,7 @@ class ScaleKD(Method[ScaleKDSettings]):
             )
         object.__setattr__(self, "tail", tail)  # no part of the state dict: it lies in the cache
         self.s3, self.s4 = self.student_nodes()
+        self._check_grids()
         self.projectors = nn.ModuleDict()
         for i, view in enumerate(VIEWS):
             alpha_s3, alpha_s4 = self.alphas[view]
@@ -199,6 +200,16 @@ class ScaleKD(Method[ScaleKDSettings]):
                 )  # fmt: skip
         if settings.logits == "head" and settings.logits_weight > 0:
             self._check_head(teacher)
+
+    def _check_grids(self) -> None:
+        """Raise StudentError for a frequency view of a map of one position: attention to one key answers every query alike, and nothing but the mean is left."""
+        assert self.features is not None
+        for node, alpha, field in ((self.s3, self.alphas["frequency"][0], "alpha_s3"), (self.s4, self.alphas["frequency"][1], "alpha_s4")):
+            if alpha > 0 and self.features.grids[node] == (1, 1):
+                raise StudentError(
+                    f"method 'scalekd': the student's map at {node!r} has one position, hence no frequency view; expected at least two: use larger views,"
+                    f" another node, or a second number of 0 in {field}"
+                )
 
     def _check_head(self, teacher: TeacherLayer) -> None:
         classes = teacher.document.identity.num_classes
