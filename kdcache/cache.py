@@ -7,6 +7,7 @@ when they are read. Nothing here needs the teacher.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from .format import (
     Digest,
     Document,
     Group,
+    TailIdentity,
     TargetIdentity,
     TargetsIdentity,
     TeacherIdentity,
@@ -32,6 +34,7 @@ from .format import (
     ViewsIdentity,
     calibration_path,
     digest_of_pixels,
+    tail_weights_path,
     views_record_path,
 )
 from .images import decode_image
@@ -64,6 +67,7 @@ INDEX_CACHE_BYTES = 128 << 20
 KEY_CACHE_BYTES = 64 << 20
 """Sample keys kept in memory, per process, counted at 150 bytes each."""
 _MAX_CALIBRATION_BYTES = 1 << 30
+_TAIL_READ_BYTES = 4 << 20
 
 RowNumbers: TypeAlias = Sequence[int] | np.ndarray[Any, Any]
 
@@ -106,12 +110,13 @@ class Replay:
 
 @dataclass
 class TeacherLayer:
-    """One teacher of a cache: its card, its targets' cards, its records by shard."""
+    """One teacher of a cache: its card, its targets' cards, its records by shard, its tail's card if it has one."""
 
     name: str
     document: Document[TeacherIdentity]
     targets: dict[str, Document[TargetIdentity]] = field(default_factory=dict)
     records: dict[str, list[Document[TargetsIdentity]]] = field(default_factory=dict)
+    tail: Document[TailIdentity] | None = None
 
     def segments(self, shard: str, target: str) -> list[Document[TargetsIdentity]]:
         """The records of this shard that hold the target."""
@@ -159,12 +164,14 @@ class Cache:
                 self.teachers[parts[1]] = TeacherLayer(parts[1], document)
         for path, document in sorted(self.documents.items()):
             parts = path.split("/")
-            if document.kind in ("target", "targets"):
+            if document.kind in ("target", "targets", "tail"):
                 layer = self.teachers.get(parts[1])
                 if layer is None:
                     raise CorruptError(f"{self.store.url}/{path} belongs to a teacher without a teacher.json; run 'kdcache verify' on the cache")
                 if document.kind == "target":
                     layer.targets[document.identity.name] = document
+                elif document.kind == "tail":
+                    layer.tail = document
                 else:
                     layer.records.setdefault(document.identity.shard, []).append(document)
         for records in self.views.values():
@@ -590,6 +597,14 @@ def document_problems(cache: Cache) -> list[tuple[str, str, str]]:
             if (record.member_table, record.samples, record.rows, record.skipped) != (first.member_table, first.samples, first.rows, first.skipped):
                 problems.append(("plan", f"shard {shard}: two views records are of different tars or skip different samples", shard))
     for name, layer in cache.teachers.items():
+        if layer.tail is not None and layer.tail.identity.teacher != layer.document.identity_digest:
+            problems.append(
+                (
+                    "teacher",
+                    f"teacher {name!r}: its tail is of a teacher with identity {layer.tail.identity.teacher}, expected {layer.document.identity_digest}",
+                    "",
+                )
+            )
         for shard, targets_records in layer.records.items():
             for targets_document in targets_records:
                 problems += [(kind, text, shard) for kind, text in _targets_problems(cache, name, layer, targets_document.identity)]
@@ -640,7 +655,27 @@ def open_cache(path: str | os.PathLike[str], *, data: str | os.PathLike[str] | S
                     raise MissingError(f"{store.url}/{calibration} is missing; {_CALIBRATION_REMEDY}")
                 if blake2b_128(store.get(calibration, max_size=_MAX_CALIBRATION_BYTES)) != document.identity.calibration.digest:
                     raise CorruptError(f"{store.url}/{calibration}: bytes were changed; delete the file, then {_CALIBRATION_REMEDY}")
+        if layer.tail is not None:
+            check_tail_weights(store, name, layer.tail.identity)
     return cache
+
+
+def check_tail_weights(store: Store, teacher: str, card: TailIdentity) -> None:
+    """Raise MissingError or CorruptError if a tail's file is not the one that its card names. Reads all of it, in pieces."""
+    path, expected = tail_weights_path(teacher), card.weights
+    size = store.size(path)
+    if size is None:
+        raise MissingError(f"{store.url}/{path} is missing; {_TAIL_REMEDY}")
+    digest = hashlib.blake2b(digest_size=16)
+    for offset in range(0, size, _TAIL_READ_BYTES):
+        digest.update(store.get_range(path, offset, min(_TAIL_READ_BYTES, size - offset)))
+    if (size, digest.hexdigest()) != (expected.size, expected.digest):
+        raise CorruptError(
+            f"{store.url}/{path}: bytes were changed: expected digest {expected.digest}, found {digest.hexdigest()}; delete the file, then {_TAIL_REMEDY}"
+        )
+
+
+_TAIL_REMEDY = "run 'kdcache extract' again with the same teacher and --for to write it again; it must come out the same"
 
 
 _CALIBRATION_REMEDY = "run 'kdcache extract' again with the same teacher, batch size and device to compute it again; it must come out the same"

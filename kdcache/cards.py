@@ -18,15 +18,31 @@ from torch import Tensor
 from .cache import TeacherLayer, read_calibration
 from .commit import create_document
 from .encodings import Encoding, build_encoding, default_encoding
-from .errors import CorruptError, MismatchError
-from .format import DigestField, Document, TargetIdentity, TeacherIdentity, calibration_path, target_path, teacher_path
+from .errors import CorruptError, MismatchError, TeacherError
+from .format import (
+    DigestField,
+    Document,
+    TailIdentity,
+    TargetIdentity,
+    TeacherIdentity,
+    calibration_path,
+    tail_path,
+    tail_weights_path,
+    target_path,
+    teacher_path,
+)
+from .index import read_document
 from .jobs import RecordedTarget
 from .plan import blake2b_128, require_same
 from .store import Store
+from .tail import MAX_TAIL_BYTES, build_tail, cut_tail, tail_distance
 from .targets import TargetSpec
-from .teacher import TeacherTarget
+from .teacher import Teacher, TeacherTarget
+from .timm_models import built_size_of
 
 _MAX_CALIBRATION_BYTES = 1 << 30
+_MAX_TAIL_DISTANCE = 1e-3
+"""Of a tail with its prefix from the teacher, relative L2 in float32: 0 on a CPU, some 1e-4 where a device multiplies in TF32; wrong wiring gives 0.1 and more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,3 +166,64 @@ def _is_near(encoding: Encoding, data: bytes, statistics: Mapping[str, Tensor]) 
     except (SafetensorError, ValueError):
         return False
     return encoding.is_near(found, statistics)
+
+
+# --- the tail --------------------------------------------------------------------------------------------------------
+
+
+def create_tail(
+    store: Store, teacher_name: str, teacher: Teacher, document: Document[TeacherIdentity], modules: Sequence[str], views_BHWC: Tensor
+) -> Document[TailIdentity]:
+    """The card of the teacher's tail as it is now, its file made before it. modules: timm names in order; a tail that is there and has these serves.
+
+    views_BHWC: uint8 views to try the tail on. Raises TeacherError for a teacher whose tail, built again, is not the teacher;
+    MismatchError if another one is recorded.
+    """
+    path, weights = tail_path(teacher_name), tail_weights_path(teacher_name)
+    known = read_document(store, path).identity if store.size(path) is not None else None
+    if known is not None and set(modules) <= set(known.modules):
+        modules = known.modules
+    identity, data, distance = _cut(teacher, document.identity_digest, modules, views_BHWC)
+    what = f"the tail of teacher {teacher_name!r}"
+    if known is not None:
+        require_same(what, known, identity, remedy="a teacher has one tail: record this one under another --name")
+    if not store.put_new(weights, data) and known is None and blake2b_128(store.get(weights, max_size=MAX_TAIL_BYTES)) != identity.weights.digest:
+        store.delete(weights)  # no card vouches for it
+        store.put_new(weights, data)
+    card, _ = create_document(store, path, identity, measured={"without_prefix": distance})
+    require_same(what, card.identity, identity, remedy="another run has just recorded it otherwise; pass another --name")
+    return card
+
+
+def _cut(teacher: Teacher, digest: str, modules: Sequence[str], views_BHWC: Tensor) -> tuple[TailIdentity, bytes, float]:
+    """The tail's identity, the bytes of its file, and how far it is from the teacher without prefix tokens. Proves that with them it is the teacher."""
+    model, images_BCHW = teacher.model, teacher.normalize(views_BHWC.to(teacher.device))
+    cut = cut_tail(model, images_BCHW, modules, model_name=teacher.source)
+    data = safetensors.torch.save(cut.tensors)
+    size = built_size_of(model)
+    identity = TailIdentity(
+        teacher=digest,
+        model=teacher.identity.model,
+        model_args={
+            **teacher.identity.model_args,
+            "num_classes": teacher.identity.num_classes,
+            **({"img_size": size[0]} if size is not None else {}),
+        },
+        modules=tuple(modules),
+        head=cut.head,
+        layout=cut.layout,
+        grid=cut.grid,
+        channels=cut.channels,
+        prefix_tokens=cut.prefix_tokens,
+        arguments=cut.arguments,
+        weights=DigestField(size=len(data), digest=blake2b_128(data)),
+    )
+    found = tail_distance(build_tail(identity, data, with_prefix=True).to(teacher.device), model, images_BCHW)
+    if not found <= _MAX_TAIL_DISTANCE:
+        raise TeacherError(
+            f"teacher {teacher.source}: its modules {', '.join(modules)}, built again, differ from it by {found:.2g} (relative L2), expected at most"
+            f" {_MAX_TAIL_DISTANCE}: its pass does more than go through them; choose another teacher, or a method that needs no tail"
+        )
+    if cut.prefix_tokens == 0:
+        return identity, data, found
+    return identity, data, tail_distance(build_tail(identity, data).to(teacher.device), model, images_BCHW)

@@ -165,6 +165,31 @@ class Component(FrozenModel):
         return self
 
 
+class TailIdentity(FrozenModel):
+    """Identity of a tail's card, `teachers/<name>/tail.json`: the teacher's last modules, and how to build them without the others."""
+
+    teacher: Digest = Field(pattern=_DIGEST_PATTERN)
+    """Identity digest of teacher.json."""
+    model: str
+    """timm architecture name."""
+    model_args: dict[str, Any]
+    """Constructor arguments that give these modules their shapes."""
+    modules: tuple[str, ...] = Field(min_length=1)
+    """The modules that a pass goes through, in this order, by their timm names, e.g. ``layers.3``, ``norm``."""
+    head: tuple[str, ...] = ()
+    """The modules of `forward_head`; none for a teacher without a classifier."""
+    layout: Literal["NLC", "NHWC", "NCHW"]
+    """What the first module takes: tokens, prefix first, or a map."""
+    grid: tuple[int, int]
+    """Rows and columns of what it takes."""
+    channels: int = Field(ge=1)
+    prefix_tokens: int = Field(ge=0)
+    arguments: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """Module → keyword → tensor of the file that it is given beside the tokens, such as ``rope``."""
+    weights: DigestField
+    """The safetensors file beside the card."""
+
+
 class TargetIdentity(FrozenModel):
     """Identity of a target card, `teachers/<name>/targets/<target>.json`."""
 
@@ -220,6 +245,7 @@ _KINDS: dict[str, type[FrozenModel]] = {
     "source": SourceIdentity,
     "views": ViewsIdentity,
     "teacher": TeacherIdentity,
+    "tail": TailIdentity,
     "target": TargetIdentity,
     "targets": TargetsIdentity,
 }
@@ -405,6 +431,14 @@ def teacher_path(teacher: str) -> str:
     return f"teachers/{teacher}/teacher.json"
 
 
+def tail_path(teacher: str) -> str:
+    return f"teachers/{teacher}/tail.json"
+
+
+def tail_weights_path(teacher: str) -> str:
+    return f"teachers/{teacher}/tail.safetensors"
+
+
 def target_path(teacher: str, target: str) -> str:
     return f"teachers/{teacher}/targets/{target}.json"
 
@@ -417,6 +451,6 @@ def root_digest(*, cache: Digest, views: Mapping[str, Digest], teachers: Mapping
     """The one digest that names a cache's whole content.
 
     cache: identity digest of cache.json. views: record path → identity digest. teachers: name → {"teacher": digest,
-    "targets": {target: digest}, "records": {record path: digest}}.
+    "targets": {target: digest}, "records": {record path: digest}[, "tail": digest]}.
     """
     return blake2b_128(canonical_json({"cache": cache, "views": dict(views), "teachers": {k: dict(v) for k, v in teachers.items()}}))

@@ -20,6 +20,7 @@ from .format import (
     CacheIdentity,
     Document,
     SourceIdentity,
+    TailIdentity,
     TargetIdentity,
     TargetsIdentity,
     TeacherIdentity,
@@ -53,7 +54,7 @@ def identity_type_of(path: str) -> type[FrozenModel] | None:
     if parts[0] == "views" and len(parts) == 2:
         return ViewsIdentity
     if parts[0] == "teachers" and len(parts) == 3:
-        return TeacherIdentity if parts[2] == "teacher.json" else TargetsIdentity
+        return TeacherIdentity if parts[2] == "teacher.json" else TailIdentity if parts[2] == "tail.json" else TargetsIdentity
     if parts[0] == "teachers" and len(parts) == 4 and parts[2] == "targets":
         return TargetIdentity
     return None
@@ -161,6 +162,8 @@ def root_of(documents: Mapping[str, Document[Any]]) -> str:
             entry["teacher"] = document.identity_digest
         elif document.kind == "target":
             entry["targets"][document.identity.name] = document.identity_digest
+        elif document.kind == "tail":
+            entry["tail"] = document.identity_digest
         else:
             entry["records"][path] = document.identity_digest
     return root_digest(cache=documents["cache.json"].identity_digest, views=views, teachers=teachers)

@@ -34,6 +34,15 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) ->
         return _divergence(log_teacher_BK, log_student_BK).mean() * temperature**2
 
 
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+    """-T² · Σ p_t log p_s, mean over the batch; a scalar: `kd` as cls_KD and ScaleKD write it (`kd.py`). Raises ValueError as `kd`."""
+    _check(student_logits, teacher_logits, temperature)
+    with torch.autocast(student_logits.device.type, enabled=False):
+        log_student_BK = F.log_softmax(_at_least_float32(student_logits) / temperature, dim=1)
+        log_teacher_BK = F.log_softmax(_as_teacher(teacher_logits) / temperature, dim=1)
+        return _cross_entropy_of(log_teacher_BK, log_student_BK).mean() * temperature**2
+
+
 def dkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, alpha: float, beta: float, temperature: float) -> Tensor:
     """Decoupled distillation: T² · (α · TCKD + β · NCKD), mean over the batch; a scalar (arXiv:2203.08679 eq. 7, mdistiller `DKD.py`).
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import CacheError, KDCacheError
-from .format import DigestField, Document, calibration_path
+from .format import DigestField, Document, calibration_path, tail_weights_path
 from .index import index_paths, read_index
 from .store import Store
 
@@ -29,6 +29,8 @@ def owned_files(documents: Mapping[str, Document[Any]]) -> dict[str, tuple[Diges
         elif document.kind == "target" and document.identity.calibration is not None:
             teacher = path.split("/")[1]
             owned[calibration_path(teacher, document.identity.name)] = (document.identity.calibration, "")
+        elif document.kind == "tail":
+            owned[tail_weights_path(path.split("/")[1])] = (document.identity.weights, "")
     return owned
 
 

@@ -39,6 +39,8 @@ class StudentFeatures:
         outputs = self._probe(student, input_size_for(student, view_size))
         self.channels = {node: outputs[f"features@{node}"].shape[1] for node in nodes}
         """Node, as it was asked for → channels of its map."""
+        self.grids = {node: (outputs[f"features@{node}"].shape[2], outputs[f"features@{node}"].shape[3]) for node in nodes}
+        """Likewise → rows and columns of its map."""
 
     def _resolve(self, student: nn.Module, nodes: Sequence[str]) -> dict[str, int | None]:
         """Node → its index in forward_intermediates, None for `norm`."""

@@ -22,7 +22,17 @@ from kdcache.cache import Cache, TeacherLayer, refresh_index
 from kdcache.commit import create_document
 from kdcache.console import human_bytes, human_seconds, say
 from kdcache.errors import StoreError, UsageError
-from kdcache.format import Document, SourceIdentity, calibration_path, source_path, target_path, teacher_path
+from kdcache.format import (
+    DigestField,
+    Document,
+    SourceIdentity,
+    calibration_path,
+    source_path,
+    tail_path,
+    tail_weights_path,
+    target_path,
+    teacher_path,
+)
 from kdcache.index import MAX_DOCUMENT_BYTES, drop_index, is_current, load_documents, read_document
 from kdcache.plan import require_same
 from kdcache.store import Store, open_store
@@ -155,7 +165,7 @@ def _check_destination(dest: Store, cache: Cache, selection: Selection, parts: S
     documents, _ = load_documents(dest, use_index=False)
     require_same(f"{dest.url}: view plan", documents["cache.json"].identity.plan, cache.plan, remedy=f"it holds another cache: {_OTHER}")
     expected = {part.new_path for part in parts} | {"cache.json"}
-    expected |= {path for name in selection.targets for path in _teacher_documents(name, selection)}
+    expected |= {path for name in selection.targets for path in _teacher_documents(cache, name, selection)}
     asked = {shard for source in _sources(cache, selection).values() for shard in source.shards}
     for path, document in documents.items():
         if path not in expected and not (document.kind == "source" and asked.issuperset(document.identity.shards)):
@@ -167,9 +177,10 @@ def _check_destination(dest: Store, cache: Cache, selection: Selection, parts: S
     return [part for part in parts if part.new_path not in documents]
 
 
-def _teacher_documents(name: str, selection: Selection) -> list[str]:
-    """The teacher's card, then its targets', in the order of creation."""
-    return [teacher_path(name), *(target_path(name, target) for target in sorted(selection.targets[name]))]
+def _teacher_documents(cache: Cache, name: str, selection: Selection) -> list[str]:
+    """The teacher's card, then its tail's and its targets', in the order of creation."""
+    tail = [tail_path(name)] if cache.teachers[name].tail is not None else []
+    return [teacher_path(name), *tail, *(target_path(name, target) for target in sorted(selection.targets[name]))]
 
 
 def _check_space(dest: str, missing: Sequence[Part]) -> None:
@@ -186,7 +197,7 @@ def _check_space(dest: str, missing: Sequence[Part]) -> None:
 
 
 def _copy_documents(cache: Cache, selection: Selection, dest: Store) -> None:
-    """What segments need to be there: the plan, what was asked for, and the cards, each calibration before its card."""
+    """What segments need to be there: the plan, what was asked for, and the cards, each calibration and tail before its card."""
     _copy_document(cache, "cache.json", dest)
     for path, source in _sources(cache, selection).items():
         if path in cache.documents:
@@ -194,10 +205,12 @@ def _copy_documents(cache: Cache, selection: Selection, dest: Store) -> None:
         else:
             create_document(dest, path, source)
     for name in sorted(selection.targets):
-        for path in _teacher_documents(name, selection):
+        for path in _teacher_documents(cache, name, selection):
             document = cache.documents[path]
             if document.kind == "target" and document.identity.calibration is not None:
-                _copy_calibration(cache, name, document, dest)
+                _copy_beside(cache, calibration_path(name, document.identity.name), document.identity.calibration, dest, card=path)
+            elif document.kind == "tail":
+                _copy_beside(cache, tail_weights_path(name), document.identity.weights, dest, card=path)
             _copy_document(cache, path, dest)
 
 
@@ -207,14 +220,14 @@ def _copy_document(cache: Cache, path: str, dest: Store) -> None:
         require_same(f"{dest.url}/{path}", found.identity, cache.documents[path].identity, remedy=f"it holds another cache: {_OTHER}")
 
 
-def _copy_calibration(cache: Cache, teacher: str, card: Document[Any], dest: Store) -> None:
-    path = calibration_path(teacher, card.identity.name)
+def _copy_beside(cache: Cache, path: str, expected: DigestField, dest: Store, *, card: str) -> None:
+    """A file that the document at `card` names."""
     spool = dest.new_spool()
     try:
-        copy_file(cache.store, path, card.identity.calibration, spool / "calibration")
-        if dest.size(path) is not None and dest.size(target_path(teacher, card.identity.name)) is None:
+        copy_file(cache.store, path, expected, spool / "file")
+        if dest.size(path) is not None and dest.size(card) is None:
             dest.delete(path)  # no card vouches for it
-        dest.put_new(path, spool / "calibration")
+        dest.put_new(path, spool / "file")
     finally:
         dest.drop_spool(spool)
 

@@ -55,6 +55,7 @@ from .request import (
     num_views,
     policy_of,
     requested_specs,
+    requested_tail,
     resolve_sources,
 )
 from .turns import Turns
@@ -70,6 +71,8 @@ if TYPE_CHECKING:  # these import torch, which a finished run does without
 
 CALIBRATION_VIEWS = 256
 ACCURACY_VIEWS = 64
+TAIL_VIEWS = 8
+"""That a tail is tried on."""
 WRITE_QUEUE_BYTES = 256 << 20
 TYPICAL_EPOCHS = 100
 """Of one student's training online, for the break-even line."""
@@ -205,8 +208,19 @@ class _Run:
         }
         self.teacher_document = create_teacher(self.store, self.teacher_name, self.teacher.identity, provenance=provenance)
         self.cache.teachers.setdefault(self.teacher_name, TeacherLayer(self.teacher_name, self.teacher_document))  # to take records of others
+        self._store_tail(self.cache)
         making = {"shards": self.calibrated_on, "batch_size": config.batch_size, "device": str(self.teacher.device)}
         self.recorded = create_cards(self.store, self.teacher_name, plans, statistics, making=making)
+
+    def _store_tail(self, cache: Cache) -> None:
+        """The teacher's last modules, if a method runs them."""
+        modules = requested_tail(self.config, self.teacher.card)
+        if modules:
+            from kdcache.cards import create_tail
+            from kdcache.preflight import first_views
+
+            views, _, _ = first_views(self.plan, self.sources, self._scan, TAIL_VIEWS, cache)
+            create_tail(self.store, self.teacher_name, self.teacher, self.teacher_document, modules, views)
 
     def _layer(self) -> TeacherLayer | None:
         return self.cache.teachers.get(self.teacher_name) if self.cache is not None else None

@@ -14,7 +14,7 @@ from kdcache.shards import ShardSource, scan_shard
 from kdcache.teacher_card import card_of_layer
 from kdcache.teacher_source import default_teacher_name, weight_files
 
-from .request import ExtractConfig, ExtractSummary, check_given_plan, num_views, requested_specs
+from .request import ExtractConfig, ExtractSummary, check_given_plan, num_views, requested_specs, requested_tail
 
 
 def finished_already(config: ExtractConfig, sources: Sequence[ShardSource], all_sources: Sequence[ShardSource]) -> ExtractSummary | None:
@@ -26,6 +26,9 @@ def finished_already(config: ExtractConfig, sources: Sequence[ShardSource], all_
     check_given_plan(config, cache, sources)
     layer = cache.teachers.get(config.name or default_teacher_name(config.teacher))
     if layer is None or not _same_teacher(config, layer.document.provenance) or config.precision not in (None, layer.document.identity.precision):
+        return None
+    tail = layer.tail.identity.modules if layer.tail is not None else ()
+    if not set(requested_tail(config, card_of_layer(layer))) <= set(tail):
         return None
     specs = requested_specs(config, card_of_layer(layer), layer)
     wanted_views = num_views(config, specs, cache.plan, cache)

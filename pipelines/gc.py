@@ -17,7 +17,7 @@ from tqdm import tqdm
 from kdcache.cache import Cache, document_problems, open_to_write, refresh_index
 from kdcache.console import human_bytes, say
 from kdcache.errors import CorruptError, StoreError, UsageError
-from kdcache.format import Document, calibration_path, target_path, teacher_path
+from kdcache.format import Document, calibration_path, tail_path, tail_weights_path, target_path, teacher_path
 from kdcache.index import drop_index
 from kdcache.ownership import Garbage, find_garbage, group_path
 from kdcache.store import Store, open_store
@@ -241,6 +241,8 @@ def _dropped_cards(cache: Cache, selection: Selection) -> list[str]:
             if document.identity.calibration is not None:
                 paths.append(calibration_path(name, target))
         if name not in selection.targets:
+            if layer.tail is not None:
+                paths += [tail_path(name), tail_weights_path(name)]
             paths.append(teacher_path(name))
     return paths
 

@@ -126,6 +126,15 @@ def requested_specs(config: ExtractConfig, card: TeacherCard, layer: TeacherLaye
     return specs or [parse_target("logits")]
 
 
+def requested_tail(config: ExtractConfig, card: TeacherCard) -> list[str]:
+    """Modules of the teacher that the methods run, in order; none for methods that need no tail. Raises UsageError."""
+    if not config.methods:
+        return []
+    from kdcache.methods import tail_of
+
+    return tail_of(config.methods, card)
+
+
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 

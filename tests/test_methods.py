@@ -56,7 +56,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Path(run["path"], "export").rename(folder / "teacher")
     (folder / "labels" / "shards").rename(folder / "shards")
     teacher = f"local-dir:{folder / 'teacher'}"
-    extract(ExtractConfig(shards=str(folder / "shards"), cache=str(folder / "cache"), teacher=teacher, targets=TARGETS, views=2, workers=0))
+    config = ExtractConfig(
+        shards=str(folder / "shards"), cache=str(folder / "cache"), teacher=teacher, targets=TARGETS, methods=("scalekd",), views=2, workers=0
+    )
+    extract(config)
     return folder
 
 

@@ -30,6 +30,7 @@ from .kd import KD
 from .mgd import MGD
 from .mimic import Mimic
 from .nkd import NKD
+from .scalekd import ScaleKD
 from .sums import Sum, is_task_field, place_settings, sum_of
 from .uskd import USKD
 from .vitkd import ViTKD
@@ -38,7 +39,9 @@ from .wsld import WSLD
 if TYPE_CHECKING:
     from ..cache import Cache, TeacherLayer
 
-METHODS: dict[str, type[Method[Any]]] = {method.name: method for method in (CrossEntropy, KD, DKD, NKD, WSLD, ViTKD, Mimic, MGD, Frequency, USKD)}
+METHODS: dict[str, type[Method[Any]]] = {
+    method.name: method for method in (CrossEntropy, KD, DKD, NKD, WSLD, ViTKD, ScaleKD, Mimic, MGD, Frequency, USKD)
+}
 
 
 @lru_cache(maxsize=64)
@@ -120,6 +123,12 @@ def requirements(name: str, teacher: TeacherCard = ANY_TEACHER) -> list[str]:
     return list(method_class(name).requires(parse_settings(name), teacher))
 
 
+def tail_of(names: Iterable[str], teacher: TeacherCard) -> list[str]:
+    """Modules of the teacher's tail that any of these methods runs with its default settings, in order. Raises UsageError."""
+    wanted = {module for name in names for module in method_class(name).tail_modules(parse_settings(name), teacher)}
+    return sorted(wanted, key=teacher.nodes.index)
+
+
 def describe(name: str) -> dict[str, Any]:
     """What a person wants to know of method `name`, JSON types: {"name", "summary", "paper", "needs", "needs_labels", "constants"}.
 
@@ -171,11 +180,17 @@ def needed(name: str, settings: MethodSettings, cache: Cache, teacher: str | Non
             f"{cache.store.url}: teacher {layer.name!r} has no {noun} {names}, it has: {', '.join(sorted(layer.targets)) or 'none'}; method {name!r}"
             f" needs {them}: run '{_extract_line(cache, layer, [spec.text for spec in missing])}' to add {them}"
         )
+    if not set(method.tail_modules(settings, card)) <= set(layer.tail.identity.modules if layer.tail is not None else ()):
+        found = f"has modules {', '.join(layer.tail.identity.modules)}" if layer.tail is not None else "is not there"
+        raise MissingError(
+            f"{cache.store.url}: method {name!r} runs {', '.join(method.tail_modules(settings, card))} of teacher {layer.name!r}, whose tail {found}:"
+            f" run '{_extract_line(cache, layer, [], method=name)}' to add it"
+        )
     return layer, targets
 
 
-def _extract_line(cache: Cache, layer: TeacherLayer, specs: Iterable[str]) -> str:
-    """The command that adds targets of a teacher, as far as the cache remembers how it was made."""
+def _extract_line(cache: Cache, layer: TeacherLayer, specs: Iterable[str], *, method: str | None = None) -> str:
+    """The command that adds targets of a teacher, or all that a method needs of it, as far as the cache remembers how it was made."""
     provenance = layer.document.provenance
     folders = {str(PurePath(cache.source(shard).path).parent) for shard in cache.shards}
     shards = shlex.quote(folders.pop()) if len(folders) == 1 else "SHARDS"
@@ -187,6 +202,8 @@ def _extract_line(cache: Cache, layer: TeacherLayer, specs: Iterable[str]) -> st
     words += ["--name", layer.name]
     for spec in specs:
         words += ["--target", spec]
+    if method is not None:
+        words += ["--for", shlex.quote(method)]
     return " ".join(words)
 
 
@@ -209,5 +226,5 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 
 __all__ = [
     "METHODS", "DecodedTargets", "DistillationSettings", "Method", "MethodSettings", "TeacherCard", "build", "describe", "method_class", "needed", "own_first",
-    "parse_settings", "requirements",
+    "parse_settings", "requirements", "tail_of",
 ]  # fmt: skip

@@ -107,6 +107,11 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         encoding serves as well. Raises UsageError for a teacher that the method can't use.
         """
 
+    @classmethod
+    def tail_modules(cls, settings: SettingsT, teacher: TeacherCard) -> Sequence[str]:
+        """Modules of the teacher that `losses` runs (`kdcache.tail`), by their timm names in order: `extract --for` stores them. Default: none."""
+        return ()
+
     def student_nodes(self) -> Sequence[str]:
         """Nodes of the student whose maps `losses` finds in `outputs`, e.g. ['blocks.0', 'norm']. Default: none, logits are enough."""
         return ()

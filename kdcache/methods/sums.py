@@ -78,6 +78,12 @@ class Sum(Method[Any]):
         texts = [text for name, method in cls.parts.items() for text in method.requires(getattr(settings, name), teacher)]
         return [spec.text for spec in merge_wishes(teacher.absolute(parse_target(text)) for text in texts)]
 
+    @classmethod
+    def tail_modules(cls, settings: Any, teacher: TeacherCard) -> Sequence[str]:
+        """What the parts run, in the teacher's order."""
+        wanted = {module for name, method in cls.parts.items() for module in method.tail_modules(getattr(settings, name), teacher)}
+        return sorted(wanted, key=teacher.nodes.index)
+
     def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
         for name, part in self.terms.items():
