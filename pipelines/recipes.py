@@ -20,8 +20,8 @@ def read_args(path: Path) -> dict[str, Any]:
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted field, their value, our value) of every leaf of a recipe that differs, in the recipe's order; None where there is none."""
-    extra = [name for name in theirs if name not in ours] if prefix else []  # args.yaml says more than the recipe
-    for name in [*ours, *extra]:
+    extra = [name for name in theirs if name not in ours and (prefix or name == "teachers")]  # args.yaml says more than the recipe
+    for name in [*ours, *extra] if prefix else [*extra, *ours]:
         a, b = theirs.get(name), ours.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             yield from differences(a, b, f"{prefix}{name}.")
@@ -35,6 +35,8 @@ def how_to_continue(field_name: str, value: Any) -> str:
         what = {"val": "--val", "teacher": "--teacher"}.get(field_name.split(".")[1], "CACHE and --limit-shards")
         return f"give {what} as that run was given to continue it"
     group, _, name = field_name.partition(".")
+    if group == "teachers":
+        return "give --teacher as that run was given to continue it"
     if not name:
         name = field_name
     if group in ("settings", "model_kwargs"):

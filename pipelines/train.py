@@ -39,9 +39,9 @@ from kdcache.console import say
 from kdcache.device import fitting_threads, resolve_device
 from kdcache.errors import KDCacheError, StudentError, UsageError
 from kdcache.evaluate import Evaluation, EvaluationSet, Evaluator
-from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches, to_device
+from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches, target_keys, to_device
 from kdcache.losses import soft_labels
-from kdcache.methods import build, method_class
+from kdcache.methods import TeacherChoice, build, method_class, uses_labels
 from kdcache.methods.base import Method
 from kdcache.plan import blake2b_128, canonical_json
 from kdcache.students import Student, build_student, export_student
@@ -65,8 +65,8 @@ class TrainConfig:
     method: str = "kd"
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the method."""
-    teacher: str | None = None
-    """Its name in the cache. Default: the only one."""
+    teacher: TeacherChoice = None
+    """Its name in the cache. Default: the only one. Several teach at once: their names, or name → weight in the loss."""
     data: str | None = None
     """SHARDS, where the tars lie now. Default: where they lay when the cache was made."""
     val: str | None = None
@@ -205,6 +205,7 @@ class _Run:
             "model_kwargs": dict(config.model_kwargs),
             "num_classes": data.num_classes,
             "method": config.method.replace(" ", ""),
+            **({"teachers": data.teachers} if len(data.teachers) > 1 else {}),
             "settings": data.settings.to_json(),
             "epochs": config.epochs,
             "batch_size": config.batch_size,
@@ -261,7 +262,7 @@ class _Run:
         """Raise whatever building this student, its method, its optimizer and its evaluation raises, before any other student is trained."""
         if self.is_finished:
             return
-        if method_class(self.config.method).needs_labels_with(self.data.settings):
+        if uses_labels(self.config.method, self.data.settings):
             check_labels(self.data, self.config)
         resolve_device(self.config.device)
         student, method = self._build()
@@ -303,7 +304,7 @@ class _Run:
             model_args=config.model_kwargs,
             seed=config.seed,
         )
-        method = build(config.method, student=student.model, cache=data.cache, teacher=data.teacher, settings=data.settings.to_json())
+        method = build(config.method, student=student.model, cache=data.cache, teacher=data.teachers, settings=data.settings.to_json())
         return student, method
 
     def _evaluator(self, student: Student, workers: int) -> Evaluator | None:
@@ -325,11 +326,12 @@ class _Run:
         final = history[_best_epoch(history)] if self.data.val else history[-1]
         if self.data.val:
             method.load_state_dict(load_checkpoint(self.best, fingerprint=cache.fingerprint)["method"])
-        layer = cache.layer(self.data.teacher) if self.data.teacher is not None else None
+        identities = {name: cache.layer(name).document.identity for name in self.data.teachers}
+        teachers = [{"name": name, "model": one.model, "weights": one.weights} for name, one in identities.items()]
         record = {
             "fingerprint": cache.fingerprint,
             "root": cache.root,
-            "teacher": {"name": layer.name, "model": layer.document.identity.model, "weights": layer.document.identity.weights} if layer else None,
+            **({"teachers": teachers} if len(teachers) > 1 else {"teacher": next(iter(teachers), None)}),
             "method": self.config.method,
             "recipe": {key: value for key, value in self.recipe.items() if key != "data"},
         }
@@ -374,7 +376,7 @@ class _Loop:
         self.normalize = student.normalize().to(device)
         data = self.data
         self.batches = EpochBatches(data.row_numbers, batch_size=self.config.batch_size, num_views=data.num_views, seed=self.config.seed)
-        self.encodings = {target: data.cache.encoding(data.teacher or "", target) for target in data.targets}
+        self.encodings = {key: data.cache.encoding(*one) for key, one in target_keys(data.targets).items()}
         self.optimizer = _optimizer(self.method, self.config)
         self.scheduler = self._scheduler()
         self.epoch = 0
@@ -404,7 +406,8 @@ class _Loop:
         if self.epoch >= total:
             return
         parts = self.method.target_parts()
-        dataset = CachedViews(self.data.cache, teacher=self.data.teacher, targets=self.data.targets, parts=parts, check_views=self.config.check_views)
+        teacher = next(iter(self.data.teachers), None)  # of several each target says whose it is
+        dataset = CachedViews(self.data.cache, teacher=teacher, targets=tuple(self.encodings), parts=parts, check_views=self.config.check_views)
         loader = BatchLoader(dataset, self.batches, num_workers=workers, pin_memory=self.device.type == "cuda")
         images = len(self.batches) * self.batches.batch_size
         bar = tqdm(total=total * images, initial=self.epoch * images, unit="img", unit_scale=True, desc=run.id, disable=not progress)

@@ -1,8 +1,8 @@
-"""What a training run is trained on: the cache, its teacher's targets, the rows and views of every epoch, the validation tars. First step of train."""
+"""What a training run is trained on: the cache, its teachers' targets, the rows and views of every epoch, the validation tars. First step of train."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import MissingError, ShardError, UsageError
-from kdcache.join import usable_views
-from kdcache.methods import MethodSettings, method_class, needed, parse_settings
+from kdcache.join import target_keys, usable_views
+from kdcache.methods import MethodSettings, method_class, needed_targets, parse_settings, teacher_weights
 from kdcache.shards import NO_LABEL, ShardIndex, scan_shard
 from kdcache.sources import resolve_shards
 
@@ -33,9 +33,10 @@ class TrainingData:
 
     cache: Cache
     settings: MethodSettings
-    teacher: str | None
-    """None for a method that needs no target."""
-    targets: tuple[str, ...]
+    teachers: dict[str, float]
+    """Name → weight in the loss, 1 of one alone; empty for a method that needs no target."""
+    targets: dict[str, tuple[str, ...]]
+    """Teacher → what is read of it."""
     shards: tuple[str, ...]
     row_numbers: np.ndarray[Any, np.dtype[np.int64]]
     num_views: int
@@ -45,27 +46,26 @@ class TrainingData:
 
     def describe(self) -> dict[str, Any]:
         """All that decides what is read, JSON types: growth of the cache by what this run does not read changes nothing here."""
-        layer = self.cache.layer(self.teacher) if self.teacher is not None else None
+        teachers = {name: self.cache.layer(name).document.identity_digest for name in self.teachers}
+        keys = target_keys(self.targets).items()
         return {
             "fingerprint": self.cache.fingerprint,
             "views": self.num_views,
             "shards": {shard: self.cache.views_record(shard, 0).member_table for shard in self.shards},
-            "teacher": layer.document.identity_digest if layer else None,
-            "targets": {target: layer.targets[target].identity_digest for target in self.targets} if layer else {},
+            "teacher": teachers if len(teachers) > 1 else next(iter(teachers.values()), None),
+            "targets": {key: self.cache.layer(teacher).targets[target].identity_digest for key, (teacher, target) in keys},
             "val": {index.source.name: index.member_table for index in self.val},
         }
 
 
 def open_data(config: TrainConfig) -> TrainingData:
     """Open the cache and settle what is trained on. Raises KDCacheError for whatever would fail an hour later."""
-    settings = parse_settings(config.method, _method_settings(config))
+    settings = parse_settings(config.method, _method_settings(config), config.teacher)
     cache = open_cache(config.cache, data=config.data)
     shards = _choose_shards(cache, config.limit_shards)
-    layer, targets = needed(config.method, settings, cache, config.teacher)
-    if config.teacher is not None:
-        layer = cache.layer(config.teacher)  # raises UsageError, also for a method that needs none
-    teacher = layer.name if layer is not None else None
-    num_views = _choose_views(cache, teacher, targets, shards, config.views)
+    targets = needed_targets(config.method, settings, cache, config.teacher)
+    weights = teacher_weights(config.teacher)
+    num_views = _choose_views(cache, targets, shards, config.views)
     rows = cache.rows
     wanted = set(shards)
     chosen = np.array([shard in wanted for shard in rows.shards], dtype=bool)
@@ -74,12 +74,12 @@ def open_data(config: TrainConfig) -> TrainingData:
         raise MissingError(f"{cache.store.url}: its {len(shards)} shards have no rows; every sample was skipped when the cache was made")
     for shard in shards if cache.plan.stored_views is None else ():
         cache.check_source(shard)  # raises for a shard that --data lacks, a tar that is gone or one of another size and other members
-    num_classes = _num_classes(config, cache, teacher, targets)
+    num_classes = _num_classes(config, cache, targets)
     label_key = config.label_key if config.label_key is not None else cache.label_key
     return TrainingData(
         cache=cache,
         settings=settings,
-        teacher=teacher if targets else None,
+        teachers={name: weights.get(name, 1.0) for name in targets},
         targets=targets,
         shards=tuple(shards),
         row_numbers=row_numbers,
@@ -122,9 +122,11 @@ def _choose_shards(cache: Cache, limit: int | None) -> list[str]:
     return shards
 
 
-def _choose_views(cache: Cache, teacher: str | None, targets: Sequence[str], shards: Sequence[str], wanted: int | None) -> int:
+def _choose_views(cache: Cache, targets: Mapping[str, Sequence[str]], shards: Sequence[str], wanted: int | None) -> int:
     """How many views to train on: as many as there are of everything, or as asked. Raises MissingError for more than there are."""
-    usable = usable_views(cache, teacher, targets, shards)
+    usable = (
+        min(usable_views(cache, teacher, names, shards) for teacher, names in targets.items()) if targets else usable_views(cache, None, (), shards)
+    )
     if wanted is None:
         return usable
     if wanted > usable:
@@ -135,10 +137,10 @@ def _choose_views(cache: Cache, teacher: str | None, targets: Sequence[str], sha
     return wanted
 
 
-def _num_classes(config: TrainConfig, cache: Cache, teacher: str | None, targets: Sequence[str]) -> int:
+def _num_classes(config: TrainConfig, cache: Cache, targets: Mapping[str, Sequence[str]]) -> int:
     """The student's classes: the teacher's if its logits are matched, else what was asked for, else the largest label + 1."""
-    if "logits" in targets:
-        assert teacher is not None
+    teacher = next((name for name, names in targets.items() if "logits" in names), None)
+    if teacher is not None:
         of_teacher = cache.layer(teacher).document.identity.num_classes
         if config.num_classes not in (None, of_teacher):
             raise UsageError(
@@ -174,5 +176,9 @@ def check_labels(data: TrainingData, config: TrainConfig) -> None:
         )
     raise ShardError(
         f"{where} has label {labels[bad[0]]}, the student has {data.num_classes} classes (0 to {data.num_classes - 1});"
-        + (f" the teacher's classes are not the dataset's: {without_labels}" if "logits" in data.targets else " pass a larger --num-classes")
+        + (
+            f" the teacher's classes are not the dataset's: {without_labels}"
+            if any("logits" in names for names in data.targets.values())
+            else " pass a larger --num-classes"
+        )
     )

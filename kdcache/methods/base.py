@@ -142,6 +142,12 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
             return {"logits": self.student(images_BCHW)}
         return self.features(self.student, images_BCHW)
 
+    def give_up_student(self) -> None:
+        """Become part of a whole that owns the student: its parameters count once, in the optimizer and in checkpoints."""
+        student = self.student
+        del self.student
+        object.__setattr__(self, "student", student)
+
     @abstractmethod
     def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
         """Named, weighted scalar parts of the method's own loss; the same names in every step.
