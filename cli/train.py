@@ -45,7 +45,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     help="A field of the method, e.g. temperature=2; of a sum's part, vitkd.alpha=3e-5; of one of several teachers, N/temperature=2. Repeatable.",
 )
 @click.option(
-    "--teacher", "teachers", multiple=True, metavar="N[=W]",
+    "--teacher", multiple=True, metavar="N[=W]",
     help="The teacher's name in the cache. Default: the only one. Repeatable: several teach at once, with equal weights or with weight W each.",
 )  # fmt: skip
 @click.option("--kd-temperature", type=_POSITIVE, metavar="T", help="Softmax temperature of student and teacher. Default: 4.")
@@ -97,8 +97,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--log-interval", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="Steps between lines in metrics.jsonl.")
 @json_option
 def command(
-    cache: str, *, students: tuple[str, ...], model_kwargs: tuple[str, ...], settings: tuple[str, ...], teachers: tuple[str, ...], as_json: bool,
-    **options: object,
+    cache: str, *, students: tuple[str, ...], model_kwargs: tuple[str, ...], settings: tuple[str, ...], as_json: bool, **options: object
 ) -> None:  # fmt: skip
     """Train students against CACHE, with no teacher in memory.
 
@@ -120,7 +119,7 @@ def command(
 
         config = TrainConfig(
             cache=cache, students=students, model_kwargs=parse_settings(model_kwargs, option="--model-kwargs"),
-            settings=parse_settings(settings, option="--set"), teacher=_choice(teachers), **options,  # type: ignore[arg-type]  # names and types are click's above
+            settings=parse_settings(settings, option="--set"), **options,  # type: ignore[arg-type]  # names and types are click's above
         )  # fmt: skip
         runs: list[dict[str, Any]] = []  # reported whatever ends the command
         try:
@@ -133,21 +132,6 @@ def command(
                     print_json({"runs": runs})
 
     run_command(action, resume="the checkpoint of the last whole epoch is kept: run the same command again with --resume to go on")
-
-
-def _choice(teachers: tuple[str, ...]) -> str | tuple[str, ...] | dict[str, float] | None:
-    """--teacher as it was given, N or N=W each time, for TrainConfig."""
-    split = [teacher.partition("=") for teacher in teachers]
-    names = tuple(name for name, _, _ in split)
-    with_weight = [name for name, equals, _ in split if equals]
-    if not with_weight:
-        return names[0] if len(names) == 1 else names or None
-    if len(with_weight) < len(names) or len({*names}) < len(names):
-        raise click.UsageError(f"--teacher {' --teacher '.join(teachers)}: expected each name once, and all of them with a weight or none")
-    try:
-        return {name: float(weight) for name, _, weight in split}
-    except ValueError as error:
-        raise click.UsageError(f"--teacher {' --teacher '.join(teachers)}: expected a number behind the '=' ({error})") from error
 
 
 def _table(runs: Sequence[Mapping[str, Any]]) -> str:

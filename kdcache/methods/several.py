@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..cache import Cache, TeacherLayer
 
 TeacherChoice: TypeAlias = "str | Sequence[str] | Mapping[str, float] | None"
-"""A teacher's name in the cache, several of equal weight, several with their weights, or None: the only one."""
+"""A teacher's name in the cache, several names, each as `name` or as `name=weight`, name → weight, or None: the only teacher."""
 
 
 def teacher_weights(teacher: TeacherChoice) -> dict[str, float]:
@@ -32,17 +32,28 @@ def teacher_weights(teacher: TeacherChoice) -> dict[str, float]:
 
     Raises UsageError for a name that is given twice, a weight that is no number above 0, and one of a single teacher that is not 1.
     """
-    if teacher is None or isinstance(teacher, str):
-        return {teacher: 1.0} if teacher is not None else {}
-    given = dict(teacher) if isinstance(teacher, Mapping) else {name: 1 / len(teacher) for name in teacher}
-    if len(given) < len(teacher):
-        raise UsageError(f"--teacher {' --teacher '.join(teacher)}: a name is given twice; expected each teacher once")
+    if teacher is None:
+        return {}
+    given = dict(teacher) if isinstance(teacher, Mapping) else _read([teacher] if isinstance(teacher, str) else teacher)
     for name, weight in given.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
             raise UsageError(f"--teacher {name}={weight}: expected a weight above 0; leave out a teacher that is not to count")
         if len(given) == 1 and weight != 1:
             raise UsageError(f"--teacher {name}={weight}: one teacher alone has weight 1; expected several, or distill_loss_weight={weight}")
     return {name: float(given[name]) for name in sorted(given)}
+
+
+def _read(texts: Sequence[str]) -> dict[str, float]:
+    """`name` each, or `name=weight` each."""
+    split = [text.partition("=") for text in texts]
+    weighted = [equals != "" for _, equals, _ in split]
+    shown = f"--teacher {' --teacher '.join(texts)}"
+    if len({name for name, _, _ in split}) < len(split) or any(weighted) != all(weighted):
+        raise UsageError(f"{shown}: expected each name once, and all of them with a weight or none")
+    try:
+        return {name: float(weight) if equals else 1 / len(split) for name, equals, weight in split}
+    except ValueError as error:
+        raise UsageError(f"{shown}: expected a number behind the '=' ({error})") from error
 
 
 def split_settings(settings: Mapping[str, Any], teachers: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
