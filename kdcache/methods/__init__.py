@@ -1,6 +1,7 @@
 """Distillation methods: one a file, under the interface of `base`. Chosen by name in train, built around a student.
 
 method = kdcache.methods.build("kd", student=model, cache=cache, settings={"temperature": 2.0})
+method = kdcache.methods.build("kd", student=model, cache=cache, teacher={"swin": 0.7, "vit": 0.3}, settings={"vit/temperature": 2.0})
 
 A name is one of METHODS, `package.module:Class` for a method of one's own (docs/adding-a-method.md), or a sum of these, `nkd+vitkd`.
 """
