@@ -28,11 +28,11 @@ TeacherChoice: TypeAlias = "str | Sequence[str] | Mapping[str, float] | None"
 
 
 def teacher_weights(teacher: TeacherChoice) -> dict[str, float]:
-    """Name → weight in the loss, in name order; empty for None. Without weights they are equal and add up to 1, what one teacher has.
+    """Name → weight in the loss, in name order; empty for None or no name. Without weights they are equal and add up to 1, what one teacher has.
 
     Raises UsageError for a name that is given twice, a weight that is no number above 0, and one of a single teacher that is not 1.
     """
-    if teacher is None:
+    if not teacher:
         return {}
     given = dict(teacher) if isinstance(teacher, Mapping) else _read([teacher] if isinstance(teacher, str) else teacher)
     for name, weight in given.items():
