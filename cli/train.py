@@ -42,9 +42,12 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     "settings",
     multiple=True,
     metavar="FIELD=VALUE",
-    help="A field of the method, e.g. temperature=2; of a sum's part, vitkd.alpha=3e-5. Repeatable.",
+    help="A field of the method, e.g. temperature=2; of a sum's part, vitkd.alpha=3e-5; of one of several teachers, N/temperature=2. Repeatable.",
 )
-@click.option("--teacher", metavar="N", help="The teacher's name in the cache. Default: the only one.")
+@click.option(
+    "--teacher", multiple=True, metavar="N[=W]",
+    help="The teacher's name in the cache. Default: the only one. Repeatable: several teach at once, with equal weights or with weight W each.",
+)  # fmt: skip
 @click.option("--kd-temperature", type=_POSITIVE, metavar="T", help="Softmax temperature of student and teacher. Default: 4.")
 @click.option(
     "--distill-loss-weight", type=click.FloatRange(0), metavar="W",
@@ -108,6 +111,7 @@ def command(
       kdcache train cache --student vit_tiny_patch16_224 --student resnet18 --kd-temperature 2 --resume
       kdcache train cache --student resnet18 --task-loss-weight 0      (no labels needed)
       kdcache train cache --student resnet18 --method ce               (the baseline)
+      kdcache train cache --student resnet50 --teacher swin=0.7 --teacher vit=0.3 --set vit/temperature=2
     """
 
     def action() -> None:

@@ -58,7 +58,7 @@ class Batch(TypedDict):
     label_weights: NotRequired[Tensor]
     """float32 (B,), likewise: the weight of the row's own label, in [0, 1]; its partner's label has the rest"""
     targets: dict[str, dict[str, Tensor]]
-    """target → component → (B, …), still encoded; uint16 as its int16 bits"""
+    """target (of several teachers: teacher/target) → component → (B, …), still encoded; uint16 as its int16 bits"""
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -146,6 +146,11 @@ class _Group:
     """(n,) the epoch that each row was asked for in."""
 
 
+def target_keys(targets: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, str]]:
+    """What `CachedViews` and its batches call the targets of each teacher → (teacher, target): `target` of one, `teacher/target` of several."""
+    return {target if len(targets) == 1 else f"{teacher}/{target}": (teacher, target) for teacher, names in targets.items() for target in names}
+
+
 class CachedViews(Dataset[Batch]):
     """A map-style dataset over items, (row number of `Cache.rows`, view) and the epoch. Pickles cheaply; each process opens files of its own."""
 
@@ -158,25 +163,27 @@ class CachedViews(Dataset[Batch]):
         parts: Mapping[str, Sequence[str]] | None = None,
         check_views: float = 1.0,
     ) -> None:
-        """targets: names of the targets to read from `teacher` (None: the only one). check_views: fraction of an epoch's rows whose pixel digest is checked.
+        """targets: what to read, as a batch then names it: targets of `teacher` (None: the only one), or `TEACHER/TARGET` of any. check_views:
+        fraction of an epoch's rows whose pixel digest is checked.
 
-        parts: target → the parts of it to read, as its encoding names them: the bands `dc`, `low`, `mid`, `high` of `dct`, or `grid` without
+        parts: one of these → the parts of it to read, as its encoding names them: the bands `dc`, `low`, `mid`, `high` of `dct`, or `grid` without
         `prefix`. Of the others no byte is read. Default: all. Raises MissingError for a target, UsageError for a part that is not there.
         """
         self.cache = cache
-        self.teacher = cache.layer(teacher).name if targets else None
-        self.targets = tuple(targets)
+        named = {key: key.rpartition("/")[::2] for key in targets}
+        self.targets = {key: (of or cache.layer(teacher).name, target) for key, (of, target) in named.items()}
+        """Name in a batch → (teacher, target)."""
         self.check_views = check_views
         self._files = ShardFiles()
-        for target in self.targets:
-            cache.target_views(cache.layer(self.teacher).name, target)  # raises MissingError
+        for one in self.targets.values():
+            cache.target_views(*one)  # raises MissingError
         self.components: dict[str, tuple[str, ...]] = {}
         for target, chosen in (parts or {}).items():
             if target not in self.targets:
                 raise UsageError(
                     f"parts {', '.join(chosen)} of {target!r}: expected one of the targets that are read: {', '.join(self.targets) or 'none'}"
                 )
-            self.components[target] = cache.encoding(cache.layer(self.teacher).name, target).components_of(chosen)
+            self.components[target] = cache.encoding(*self.targets[target]).components_of(chosen)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": None}
@@ -214,15 +221,12 @@ class CachedViews(Dataset[Batch]):
                 if replay.partner is not None and replay.params.mix is not None:
                     partners[place] += replay.partner.row - replay.row
                     weights[place] = replay.params.mix.lambda_q16 / Q16
-            for target in self.targets:
-                assert self.teacher is not None
-                components = self.cache.read_components(
-                    self.teacher, target, group.shard, group.view, shard_rows, components=self.components.get(target)
-                )
+            for key, (teacher, target) in self.targets.items():
+                components = self.cache.read_components(teacher, target, group.shard, group.view, shard_rows, components=self.components.get(key))
                 for name, values in components.items():
-                    if name not in arrays[target]:
-                        arrays[target][name] = np.empty((len(items), *values.shape[1:]), values.dtype)
-                    arrays[target][name][group.places] = values
+                    if name not in arrays[key]:
+                        arrays[key][name] = np.empty((len(items), *values.shape[1:]), values.dtype)
+                    arrays[key][name][group.places] = values
         batch = Batch(
             views=torch.from_numpy(views_BHWC),
             labels=torch.from_numpy(rows.label[row_numbers]),

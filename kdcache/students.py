@@ -139,8 +139,9 @@ def export_student(student: Student, folder: Path, *, record: Mapping[str, Any],
 
 
 def _card(student: Student, record: Mapping[str, Any], figures: Mapping[str, float]) -> str:
-    teacher = record.get("teacher")
-    taught = f"distilled from a cached `{teacher['model']}` (weights {teacher['weights']})" if teacher else "trained on labels, with no teacher"
+    teachers = record.get("teachers") or [teacher for teacher in (record.get("teacher"),) if teacher]
+    named = " and a cached ".join(f"`{teacher['model']}` (weights {teacher['weights']})" for teacher in teachers)
+    taught = f"distilled from a cached {named}" if teachers else "trained on labels, with no teacher"
     recipe = "\n".join(f"| {name} | `{value}` |" for name, value in record.get("recipe", {}).items())
     measured = "\n".join(f"| {name} | {value:.6g} |" for name, value in figures.items())
     return f"""---

@@ -29,38 +29,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import nn
 from tqdm import tqdm
 
-from kdcache.cache import Cache, open_cache
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.console import say
 from kdcache.device import fitting_threads, resolve_device
-from kdcache.errors import KDCacheError, MissingError, ShardError, StudentError, UsageError
+from kdcache.errors import KDCacheError, StudentError, UsageError
 from kdcache.evaluate import Evaluation, EvaluationSet, Evaluator
-from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches, to_device, usable_views
+from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches, target_keys, to_device
 from kdcache.losses import soft_labels
-from kdcache.methods import MethodSettings, build, method_class, needed, parse_settings
+from kdcache.methods import TeacherChoice, build, method_class, uses_labels
 from kdcache.methods.base import Method
 from kdcache.plan import blake2b_128, canonical_json
-from kdcache.shards import NO_LABEL, ShardIndex, scan_shard
-from kdcache.sources import resolve_shards
 from kdcache.students import Student, build_student, export_student
 from kdcache.workers import naming_killed_workers
 
+from .recipes import differences, how_to_continue, read_args
+from .training_data import TrainingData, check_labels, open_data
+
 SCHEDULES = ("cosine", "tanh", "constant", "none")
 """timm's schedules that need no options beyond ours."""
-
-_METHOD_OPTIONS = {
-    "kd_temperature": "temperature",
-    "distill_loss_weight": "distill_loss_weight",
-    "task_loss_weight": "task_loss_weight",
-    "smoothing": "smoothing",
-}
-"""Options that stand for a field of the method."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +65,8 @@ class TrainConfig:
     method: str = "kd"
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the method."""
-    teacher: str | None = None
-    """Its name in the cache. Default: the only one."""
+    teacher: TeacherChoice = None
+    """Its name in the cache. Default: the only one. Several teach at once: their names, or name → weight in the loss."""
     data: str | None = None
     """SHARDS, where the tars lie now. Default: where they lay when the cache was made."""
     val: str | None = None
@@ -174,7 +165,7 @@ def train_each(config: TrainConfig, *, progress: bool = False) -> Iterator[dict[
     All students are built once before the first is trained. Of a run that fails the entry has status "failed", and the epochs that are kept;
     then its error is raised.
     """
-    data = _open_data(config)
+    data = open_data(config)
     runs = [_Run(config, data, name) for name in config.students]
     for run in runs:
         run.check_folder()
@@ -189,167 +180,13 @@ def train_each(config: TrainConfig, *, progress: bool = False) -> Iterator[dict[
         yield entry
 
 
-# --- the data --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Data:
-    """What all students of a command have in common: the cache, the rows, the method's settings, the validation tars."""
-
-    cache: Cache
-    settings: MethodSettings
-    teacher: str | None
-    """None for a method that needs no target."""
-    targets: tuple[str, ...]
-    shards: tuple[str, ...]
-    row_numbers: np.ndarray[Any, np.dtype[np.int64]]
-    num_views: int
-    """Epoch e trains on view e mod this."""
-    num_classes: int
-    val: tuple[ShardIndex, ...]
-
-    def describe(self) -> dict[str, Any]:
-        """All that decides what is read, JSON types: growth of the cache by what this run does not read changes nothing here."""
-        layer = self.cache.layer(self.teacher) if self.teacher is not None else None
-        return {
-            "fingerprint": self.cache.fingerprint,
-            "views": self.num_views,
-            "shards": {shard: self.cache.views_record(shard, 0).member_table for shard in self.shards},
-            "teacher": layer.document.identity_digest if layer else None,
-            "targets": {target: layer.targets[target].identity_digest for target in self.targets} if layer else {},
-            "val": {index.source.name: index.member_table for index in self.val},
-        }
-
-
-def _open_data(config: TrainConfig) -> _Data:
-    """Open the cache and settle what is trained on. Raises KDCacheError for whatever would fail an hour later."""
-    settings = parse_settings(config.method, _method_settings(config))
-    cache = open_cache(config.cache, data=config.data)
-    shards = _choose_shards(cache, config.limit_shards)
-    layer, targets = needed(config.method, settings, cache, config.teacher)
-    if config.teacher is not None:
-        layer = cache.layer(config.teacher)  # raises UsageError, also for a method that needs none
-    teacher = layer.name if layer is not None else None
-    num_views = _choose_views(cache, teacher, targets, shards, config.views)
-    rows = cache.rows
-    wanted = set(shards)
-    chosen = np.array([shard in wanted for shard in rows.shards], dtype=bool)
-    row_numbers = np.nonzero(chosen[rows.shard])[0].astype(np.int64)
-    if len(row_numbers) == 0:
-        raise MissingError(f"{cache.store.url}: its {len(shards)} shards have no rows; every sample was skipped when the cache was made")
-    for shard in shards if cache.plan.stored_views is None else ():
-        cache.check_source(shard)  # raises for a shard that --data lacks, a tar that is gone or one of another size and other members
-    num_classes = _num_classes(config, cache, teacher, targets)
-    label_key = config.label_key if config.label_key is not None else cache.label_key
-    return _Data(
-        cache=cache,
-        settings=settings,
-        teacher=teacher if targets else None,
-        targets=targets,
-        shards=tuple(shards),
-        row_numbers=row_numbers,
-        num_views=num_views,
-        num_classes=num_classes,
-        val=tuple(scan_shard(source) for source in resolve_shards(config.val, label_key=label_key)) if config.val is not None else (),
-    )
-
-
-def _method_settings(config: TrainConfig) -> dict[str, Any]:
-    """--set fields, and the options that stand for one. Raises UsageError for a field that is given twice."""
-    settings = dict(config.settings)
-    for option, name in _METHOD_OPTIONS.items():
-        value = getattr(config, option)
-        if value is not None:
-            if name in settings:
-                raise UsageError(f"--set {name}={settings[name]} and --{option.replace('_', '-')} {value} are the same field; give one of them")
-            settings[name] = value
-    return settings
-
-
-def _choose_shards(cache: Cache, limit: int | None) -> list[str]:
-    """The shards to train on, in name order. Raises MissingError for a cache that is not finished, unless a limit leaves that out."""
-    shards, wanted = cache.shards, cache.all_shards
-    if not shards:
-        raise MissingError(
-            f"{cache.store.url}: the cache is empty: none of its {len(wanted)} shards is done; run 'kdcache extract' again with the same arguments"
-            f" to fill it"
-        )
-    if limit is not None:
-        if limit > len(shards):
-            raise UsageError(f"--limit-shards {limit}: the cache has {len(shards)} shards; expected at most that")
-        return shards[:limit]
-    if len(shards) < len(wanted):
-        first = next(shard for shard in wanted if shard not in set(shards))
-        raise MissingError(
-            f"{cache.store.url}: {len(shards)} of {len(wanted)} shards are done, {first!r} is not; run 'kdcache extract' again with the same"
-            f" arguments to finish the cache, or train on what is there with --limit-shards {len(shards)}"
-        )
-    return shards
-
-
-def _choose_views(cache: Cache, teacher: str | None, targets: Sequence[str], shards: Sequence[str], wanted: int | None) -> int:
-    """How many views to train on: as many as there are of everything, or as asked. Raises MissingError for more than there are."""
-    usable = usable_views(cache, teacher, targets, shards)
-    if wanted is None:
-        return usable
-    if wanted > usable:
-        raise MissingError(
-            f"--views {wanted}: the cache has {usable} views of all that is trained on; expected at most that, or run 'kdcache extract' again with"
-            f" --views {wanted} to add them"
-        )
-    return wanted
-
-
-def _num_classes(config: TrainConfig, cache: Cache, teacher: str | None, targets: Sequence[str]) -> int:
-    """The student's classes: the teacher's if its logits are matched, else what was asked for, else the largest label + 1."""
-    if "logits" in targets:
-        assert teacher is not None
-        of_teacher = cache.layer(teacher).document.identity.num_classes
-        if config.num_classes not in (None, of_teacher):
-            raise UsageError(
-                f"--num-classes {config.num_classes}: teacher {teacher!r} has {of_teacher} classes and method {config.method!r} matches its logits;"
-                f" leave the option out"
-            )
-        return of_teacher
-    if config.num_classes is not None:
-        return config.num_classes
-    largest = int(cache.rows.label.max())
-    if largest == NO_LABEL:
-        raise UsageError(f"{cache.store.url}: its images have no labels, so the number of classes is not known; pass --num-classes")
-    return largest + 1
-
-
-def _check_labels(data: _Data, config: TrainConfig) -> None:
-    """Raise ShardError naming the first row whose label the student can't be trained on."""
-    rows = data.cache.rows
-    labels = rows.label[data.row_numbers]
-    bad = np.nonzero((labels < 0) | (labels >= data.num_classes))[0]
-    if len(bad) == 0:
-        return
-    number = data.row_numbers[bad[0]]
-    shard = rows.shards[rows.shard[number]]
-    where = f"shard {shard}: key {data.cache.keys(shard)[rows.row[number]]!r}"
-    is_needed = not data.targets or method_class(config.method).needs_labels
-    without_labels = "choose a method that needs none, such as kd, with --task-loss-weight 0" if is_needed else "pass --task-loss-weight 0"
-    if labels[bad[0]] == NO_LABEL:
-        without = int((labels == NO_LABEL).sum())
-        remedy = f"{without_labels} to train without labels"
-        raise ShardError(
-            f"{where} has no label ({without} of {len(labels)} rows have none), and method {config.method!r} learns from labels; {remedy}"
-        )
-    raise ShardError(
-        f"{where} has label {labels[bad[0]]}, the student has {data.num_classes} classes (0 to {data.num_classes - 1});"
-        + (f" the teacher's classes are not the dataset's: {without_labels}" if "logits" in data.targets else " pass a larger --num-classes")
-    )
-
-
 # --- one student -----------------------------------------------------------------------------------------------------
 
 
 class _Run:
     """One student's training, from its folder to its export."""
 
-    def __init__(self, config: TrainConfig, data: _Data, student_name: str) -> None:
+    def __init__(self, config: TrainConfig, data: TrainingData, student_name: str) -> None:
         self.config, self.data, self.student_name = config, data, student_name
         self.recipe = self._resolve()
         self.id = f"{_folder_name(student_name)}-{_folder_name(method_class(config.method).name)}-{blake2b_128(canonical_json(self.recipe))[:8]}"
@@ -368,6 +205,7 @@ class _Run:
             "model_kwargs": dict(config.model_kwargs),
             "num_classes": data.num_classes,
             "method": config.method.replace(" ", ""),
+            **({"teachers": data.teachers} if len(data.teachers) > 1 else {}),
             "settings": data.settings.to_json(),
             "epochs": config.epochs,
             "batch_size": config.batch_size,
@@ -407,25 +245,25 @@ class _Run:
         ours = json.loads(canonical_json(self.recipe))
         differing: list[tuple[int, str, tuple[str, Any, Any]]] = []
         for path in sorted(self.folder.parent.glob(f"{glob.escape(self.id.rpartition('-')[0])}-*/args.yaml")):
-            theirs = _read_args(path)
+            theirs = read_args(path)
             same = all(theirs.get(name) == ours[name] for name in ("student", "method"))
             unfinished = (path.parent / "last" / "checkpoint.pt").is_file() and not (path.parent / "export").is_dir()
-            if same and unfinished and (differences := list(_differences(theirs, ours))):
-                differing.append((len(differences), str(path.parent), differences[0]))
+            if same and unfinished and (differing_fields := list(differences(theirs, ours))):
+                differing.append((len(differing_fields), str(path.parent), differing_fields[0]))
         if differing:
             count, folder, (field_name, theirs_value, ours_value) = min(differing)
             more = f" (and {count - 1} more)" if count > 1 else ""
             raise StudentError(
                 f"--resume: no run {self.folder}, but {folder} of the same student and method is unfinished: field {field_name!r}{more} differs: that run"
-                f" has {theirs_value!r}, this command {ours_value!r}; {_how_to_continue(field_name, theirs_value)}, or drop --resume to begin a new run"
+                f" has {theirs_value!r}, this command {ours_value!r}; {how_to_continue(field_name, theirs_value)}, or drop --resume to begin a new run"
             )
 
     def check_build(self) -> None:
         """Raise whatever building this student, its method, its optimizer and its evaluation raises, before any other student is trained."""
         if self.is_finished:
             return
-        if method_class(self.config.method).needs_labels_with(self.data.settings):
-            _check_labels(self.data, self.config)
+        if uses_labels(self.config.method, self.data.settings):
+            check_labels(self.data, self.config)
         resolve_device(self.config.device)
         student, method = self._build()
         _optimizer(method, self.config)
@@ -466,7 +304,7 @@ class _Run:
             model_args=config.model_kwargs,
             seed=config.seed,
         )
-        method = build(config.method, student=student.model, cache=data.cache, teacher=data.teacher, settings=data.settings.to_json())
+        method = build(config.method, student=student.model, cache=data.cache, teacher=data.teachers, settings=data.settings.to_json())
         return student, method
 
     def _evaluator(self, student: Student, workers: int) -> Evaluator | None:
@@ -488,11 +326,12 @@ class _Run:
         final = history[_best_epoch(history)] if self.data.val else history[-1]
         if self.data.val:
             method.load_state_dict(load_checkpoint(self.best, fingerprint=cache.fingerprint)["method"])
-        layer = cache.layer(self.data.teacher) if self.data.teacher is not None else None
+        identities = {name: cache.layer(name).document.identity for name in self.data.teachers}
+        teachers = [{"name": name, "model": one.model, "weights": one.weights} for name, one in identities.items()]
         record = {
             "fingerprint": cache.fingerprint,
             "root": cache.root,
-            "teacher": {"name": layer.name, "model": layer.document.identity.model, "weights": layer.document.identity.weights} if layer else None,
+            **({"teachers": teachers} if len(teachers) > 1 else {"teacher": next(iter(teachers), None)}),
             "method": self.config.method,
             "recipe": {key: value for key, value in self.recipe.items() if key != "data"},
         }
@@ -518,42 +357,6 @@ def _folder_name(student_name: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "._+-") else "-" for c in base).lstrip("._-")[:80] or "student"
 
 
-def _read_args(path: Path) -> dict[str, Any]:
-    """What an args.yaml says, or nothing if it can't be read: it serves a hint only."""
-    try:
-        args = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return args if isinstance(args, dict) else {}
-
-
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted field, their value, our value) of every leaf of a recipe that differs, in the recipe's order; None where there is none."""
-    extra = [name for name in theirs if name not in ours] if prefix else []  # args.yaml says more than the recipe
-    for name in [*ours, *extra]:
-        a, b = theirs.get(name), ours.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            yield f"{prefix}{name}", a, b
-
-
-def _how_to_continue(field_name: str, value: Any) -> str:
-    """What to add to the command so that a field of its recipe is `value`."""
-    if field_name.startswith("data.") and field_name != "data.views":
-        what = {"val": "--val", "teacher": "--teacher"}.get(field_name.split(".")[1], "CACHE and --limit-shards")
-        return f"give {what} as that run was given to continue it"
-    group, _, name = field_name.partition(".")
-    if not name:
-        name = field_name
-    if group in ("settings", "model_kwargs"):
-        option, shown = "--set" if group == "settings" else "--model-kwargs", f" {name}={value}"
-    else:
-        option = f"--{name.replace('_', '-')}"
-        shown = "" if isinstance(value, bool) else " " + (" ".join(map(str, value)) if isinstance(value, list) else str(value))
-    return f"leave {option} out to continue it" if value is None or value is False else f"pass {option}{shown} to continue it"
-
-
 def _best_epoch(history: Sequence[Mapping[str, Any]]) -> int:
     """The first epoch with the highest eval_top1, of those that were measured."""
     measured = [epoch for epoch, row in enumerate(history) if "eval_top1" in row]
@@ -573,7 +376,7 @@ class _Loop:
         self.normalize = student.normalize().to(device)
         data = self.data
         self.batches = EpochBatches(data.row_numbers, batch_size=self.config.batch_size, num_views=data.num_views, seed=self.config.seed)
-        self.encodings = {target: data.cache.encoding(data.teacher or "", target) for target in data.targets}
+        self.encodings = {key: data.cache.encoding(*one) for key, one in target_keys(data.targets).items()}
         self.optimizer = _optimizer(self.method, self.config)
         self.scheduler = self._scheduler()
         self.epoch = 0
@@ -603,7 +406,8 @@ class _Loop:
         if self.epoch >= total:
             return
         parts = self.method.target_parts()
-        dataset = CachedViews(self.data.cache, teacher=self.data.teacher, targets=self.data.targets, parts=parts, check_views=self.config.check_views)
+        teacher = next(iter(self.data.teachers), None)  # of several each target says whose it is
+        dataset = CachedViews(self.data.cache, teacher=teacher, targets=tuple(self.encodings), parts=parts, check_views=self.config.check_views)
         loader = BatchLoader(dataset, self.batches, num_workers=workers, pin_memory=self.device.type == "cuda")
         images = len(self.batches) * self.batches.batch_size
         bar = tqdm(total=total * images, initial=self.epoch * images, unit="img", unit_scale=True, desc=run.id, disable=not progress)

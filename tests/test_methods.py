@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from helpers import TINY_VIT, TINY_VIT_ARGS, make_cache, make_shards, make_teacher_dir, tiny_model
 from safetensors import safe_open
 
-import pipelines.train
+import pipelines.recipes
 from cli.main import main
 from kdcache import methods
 from kdcache.cache import Cache, open_cache
@@ -253,8 +253,8 @@ def test_an_unknown_method_is_a_usage_error(name: str, text: str) -> None:
 
 def test_the_hint_for_a_run_to_be_resumed_names_the_part(cache: Cache) -> None:
     ours, theirs = ({"settings": methods.parse_settings("nkd+vitkd", {"gamma": gamma}).to_json()} for gamma in (1.0, 2.0))
-    ((field, value, _),) = pipelines.train._differences(theirs, ours)
-    assert pipelines.train._how_to_continue(field, value) == "pass --set nkd.gamma=2.0 to continue it"
+    ((field, value, _),) = pipelines.recipes.differences(theirs, ours)
+    assert pipelines.recipes.how_to_continue(field, value) == "pass --set nkd.gamma=2.0 to continue it"
 
 
 # --- what they ask of the cache ---

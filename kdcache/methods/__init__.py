@@ -1,6 +1,7 @@
 """Distillation methods: one a file, under the interface of `base`. Chosen by name in train, built around a student.
 
 method = kdcache.methods.build("kd", student=model, cache=cache, settings={"temperature": 2.0})
+method = kdcache.methods.build("kd", student=model, cache=cache, teacher={"swin": 0.7, "vit": 0.3}, settings={"vit/temperature": 2.0})
 
 A name is one of METHODS, `package.module:Class` for a method of one's own (docs/adding-a-method.md), or a sum of these, `nkd+vitkd`.
 """
@@ -31,6 +32,7 @@ from .mgd import MGD
 from .mimic import Mimic
 from .nkd import NKD
 from .scalekd import ScaleKD
+from .several import SeveralSettings, TeacherChoice, override, several_of, split_settings, teacher_weights
 from .sums import Sum, is_task_field, place_settings, sum_of
 from .uskd import USKD
 from .vitkd import ViTKD
@@ -85,15 +87,32 @@ def _imported(name: str) -> type[Method[Any]]:
     return found
 
 
-def parse_settings(name: str, settings: Mapping[str, Any] | None = None) -> MethodSettings:
+def parse_settings(name: str, settings: Mapping[str, Any] | None = None, teacher: TeacherChoice = None) -> MethodSettings:
     """The settings of method `name`, its defaults overridden by `settings`. Raises UsageError for an unknown field or a bad value.
 
-    A sum's are named `part.field`, or `field` where one part only has it; {"part": {"field": value}} is the same.
+    A sum's are named `part.field`, or `field` where one part only has it; {"part": {"field": value}} is the same. teacher: whom the method
+    learns from; `teacher/field` is a field of one of them, before what is said of all. Of several they are SeveralSettings, unless the
+    method needs none.
     """
     method = method_class(name)
-    given = dict(settings or {})
-    if issubclass(method, Sum):
-        given = place_settings(method, given)
+    weights = teacher_weights(teacher)
+    common, own = split_settings(settings or {}, list(weights))
+
+    def place(given: Mapping[str, Any]) -> dict[str, Any]:
+        return place_settings(method, given) if issubclass(method, Sum) else dict(given)
+
+    if len(weights) < 2:
+        return _parse(name, override(place(common), place(next(iter(own.values()), {}))))
+    teachers = {one: _parse(name, override(place(common), place(fields))) for one, fields in own.items()}
+    if any(method.requires(one, ANY_TEACHER) for one in teachers.values()):
+        return SeveralSettings(teacher_weights=weights, teachers=teachers)
+    if set_for := [one for one, fields in own.items() if fields]:
+        raise UsageError(f"method {name!r} needs nothing of a teacher; expected its settings without {set_for[0]}/")
+    return _parse(name, place(common))
+
+
+def _parse(name: str, given: Mapping[str, Any]) -> MethodSettings:
+    method = method_class(name)
     _check_fields(name, method.Settings, given)
     try:
         parsed = method.Settings.model_validate(given)
@@ -168,6 +187,12 @@ def needed(name: str, settings: MethodSettings, cache: Cache, teacher: str | Non
     method = method_class(name)
     if not method.requires(settings, ANY_TEACHER):
         return None, ()
+    if teacher is None and len(cache.teachers) > 1:
+        one, other, *_ = sorted(cache.teachers)
+        raise UsageError(
+            f"{cache.store.url}: the cache has {len(cache.teachers)} teachers ({', '.join(sorted(cache.teachers))}); pass --teacher NAME, or several that"
+            f" teach at once: --teacher {one} --teacher {other}"
+        )
     layer = cache.layer(teacher)
     card = card_of_layer(layer)
     targets = required_targets(method, settings, card)
@@ -189,6 +214,35 @@ def needed(name: str, settings: MethodSettings, cache: Cache, teacher: str | Non
     return layer, targets
 
 
+def needed_targets(name: str, settings: MethodSettings, cache: Cache, teacher: TeacherChoice = None) -> dict[str, tuple[str, ...]]:
+    """Each teacher that method `name` learns from → the names of the targets that it needs of that one; empty for a method that needs none.
+
+    settings, teacher: as `parse_settings` gave and took them. Raises as `needed`, and UsageError for logits of teachers that differ in
+    their number of classes.
+    """
+    if isinstance(settings, SeveralSettings):
+        targets = {one: needed(name, own, cache, one)[1] for one, own in settings.teachers.items()}
+        classes = {one: cache.layer(one).document.identity.num_classes for one, names in targets.items() if "logits" in names}
+        if len({*classes.values()}) > 1:
+            counts = ", ".join(f"{one!r} has {count}" for one, count in classes.items())
+            raise UsageError(
+                f"{cache.store.url}: method {name!r} matches the logits of teachers that differ in their number of classes: {counts}; expected one"
+                f" number; train from one of them, or by a method on features, such as mimic"
+            )
+        return targets
+    chosen = list(teacher_weights(teacher))
+    for one in chosen:
+        cache.layer(one)  # raises UsageError, also for a method that needs none
+    layer, names = needed(name, settings, cache, chosen[0] if chosen else None)
+    return {layer.name: names} if layer is not None else {}
+
+
+def uses_labels(name: str, settings: MethodSettings) -> bool:
+    """Whether method `name` looks at any label, with settings as `parse_settings` gave them."""
+    method = method_class(name)
+    return several_of(method).needs_labels_with(settings) if isinstance(settings, SeveralSettings) else method.needs_labels_with(settings)
+
+
 def _extract_line(cache: Cache, layer: TeacherLayer, specs: Iterable[str], *, method: str | None = None) -> str:
     """The command that adds targets of a teacher, or all that a method needs of it, as far as the cache remembers how it was made."""
     provenance = layer.document.provenance
@@ -207,16 +261,20 @@ def _extract_line(cache: Cache, layer: TeacherLayer, specs: Iterable[str], *, me
     return " ".join(words)
 
 
-def build(name: str, *, student: nn.Module, cache: Cache, teacher: str | None = None, settings: Mapping[str, Any] | None = None) -> Method[Any]:
+def build(name: str, *, student: nn.Module, cache: Cache, teacher: TeacherChoice = None, settings: Mapping[str, Any] | None = None) -> Method[Any]:
     """The method `name` around a student: an nn.Module that gives the loss parts of a batch.
 
-    student: a timm model. teacher: its name in the cache, or None for the only one. settings: fields of the method to override.
+    student: a timm model. teacher: its name in the cache, or None for the only one; several as ["a", "b"], of equal weights, or {"a": 0.7,
+    "b": 0.3}: targets and loss parts are then named `a/logits`, `a/distill`. settings: fields of the method to override, `a/field` of one teacher.
     Raises UsageError for an unknown method, field or teacher, MissingError for a target that the cache does not hold, StudentError
     for a student that does not have what the method looks at.
     """
-    parsed = parse_settings(name, settings)
-    layer, _ = needed(name, parsed, cache, teacher)
-    return method_class(name)(student=student, cache=cache, teacher=layer, settings=parsed)
+    parsed = parse_settings(name, settings, teacher)
+    layers = {one: cache.layer(one) for one in needed_targets(name, parsed, cache, teacher)}
+    method = method_class(name)
+    if isinstance(parsed, SeveralSettings):
+        return several_of(method)(student=student, cache=cache, teachers=layers, settings=parsed)
+    return method(student=student, cache=cache, teacher=next(iter(layers.values()), None), settings=parsed)
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
@@ -225,6 +283,6 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 
 
 __all__ = [
-    "METHODS", "DecodedTargets", "DistillationSettings", "Method", "MethodSettings", "TeacherCard", "build", "describe", "method_class", "needed", "own_first",
-    "parse_settings", "requirements", "tail_of",
+    "METHODS", "DecodedTargets", "DistillationSettings", "Method", "MethodSettings", "SeveralSettings", "TeacherCard", "TeacherChoice", "build", "describe",
+    "method_class", "needed", "needed_targets", "own_first", "parse_settings", "requirements", "tail_of", "teacher_weights", "uses_labels",
 ]  # fmt: skip

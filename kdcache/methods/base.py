@@ -12,6 +12,7 @@ trains whatever parameters of it want a gradient. Its state dict is what a check
 * `Settings` holds every constant of the method; `--set FIELD=VALUE` fills it.
 
 The labels' cross-entropy is not a method's business: `forward` adds it as the part "task", once, so that `a+b` counts it once too.
+Of several teachers each has an instance of the method (`several`), which knows of no other.
 docs/adding-a-method.md is a worked example.
 
 Legend: B batch, C H W channels, height and width, T grid tokens, K classes.
@@ -141,6 +142,12 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         if self.features is None:
             return {"logits": self.student(images_BCHW)}
         return self.features(self.student, images_BCHW)
+
+    def give_up_student(self) -> None:
+        """Become part of a whole that owns the student: its parameters count once, in the optimizer and in checkpoints."""
+        student = self.student
+        del self.student
+        object.__setattr__(self, "student", student)
 
     @abstractmethod
     def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:

@@ -56,8 +56,7 @@ class Sum(Method[Any]):
         for name, method in self.parts.items():
             part = method(student=student, cache=cache, teacher=teacher, settings=getattr(settings, name))
             nodes += [node for node in part.student_nodes() if node not in nodes]
-            del part.student  # the sum owns it: its parameters count once, in the optimizer and in checkpoints
-            object.__setattr__(part, "student", student)
+            part.give_up_student()
             self.terms[name] = part
         self.features = StudentFeatures(student, nodes, view_size=cache.plan.size) if nodes else None
 
