@@ -10,23 +10,29 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import log
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kdcache.cache import Cache, TeacherLayer
+from kdcache.distance import log_softmax
 from kdcache.fidelity import combine_fidelity
 from kdcache.format import Document, TargetIdentity
 from kdcache.layout import STORED_FOLDER, target_specs
 from kdcache.store import LocalStore
 
+if TYPE_CHECKING:
+    from kdcache.encodings import Encoding
+
 SAMPLE_ROWS = 4096
 SAMPLE_BYTES = 4 << 20
 """Of chunks, before compression, that a sample of one target reads at most."""
+_BLOCK_ROWS = 512
+"""Decoded at once."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -224,22 +230,22 @@ def sample_rows(
         return []
     chunk_rows, chunk_bytes = _chunk_of(layer.targets[target].identity, max(cache.views_record(shard, view).samples for shard in shards))
     num_chunks = max(1, min(max_rows, max_bytes // chunk_bytes))
-    chosen = [shards[i] for i in _spread(len(shards), num_chunks)]
+    chosen = [shards[i] for i in spread(len(shards), num_chunks)]
     rows_a_shard, chunks_a_shard = -(-max_rows // len(chosen)), max(1, num_chunks // len(chosen))
     sample: list[tuple[str, np.ndarray[Any, np.dtype[np.int64]]]] = []
     left = max_rows
     for shard in chosen:
-        chunks = _spread(-(-counts[shard] // chunk_rows), min(chunks_a_shard, rows_a_shard))
+        chunks = spread(-(-counts[shard] // chunk_rows), min(chunks_a_shard, rows_a_shard))
         inside = [np.arange(chunk * chunk_rows, min((chunk + 1) * chunk_rows, counts[shard])) for chunk in chunks]
         near = np.concatenate(inside)
-        rows = near[_spread(len(near), min(rows_a_shard, left))]
+        rows = near[spread(len(near), min(rows_a_shard, left))]
         left -= len(rows)
         if len(rows):
             sample.append((shard, rows))
     return sample
 
 
-def _spread(length: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def spread(length: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """`count` of 0 … length - 1, all if there are no more: the middles of as many equal parts."""
     count = min(count, length)
     return (2 * np.arange(count, dtype=np.int64) + 1) * length // max(2 * count, 1)
@@ -253,29 +259,18 @@ def _chunk_of(card: TargetIdentity, samples: int) -> tuple[int, int]:
     return rows, max(1, rows * sum(row_bytes))
 
 
-def decoded_blocks(
-    cache: Cache, teacher: str, target: str, sample: Sequence[tuple[str, np.ndarray[Any, Any]]], *, view: int = 0, block_rows: int = 512
-) -> Iterator[tuple[str, np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]]:
-    """(shard, rows, {part: float32 (rows, …)}) of a sample, decoded as a student would read it, at most `block_rows` at a time."""
+def decode_rows(
+    cache: Cache, teacher: str, target: str, encoding: Encoding, shard: str, view: int, rows: np.ndarray[Any, Any]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """part → float32 (len(rows), …), as a student reads it. encoding: `cache.encoding` of the target, which is costly to make for each block."""
     import torch
 
-    encoding = cache.encoding(teacher, target)
-    for shard, rows in sample:
-        for start in range(0, len(rows), block_rows):
-            chosen = rows[start : start + block_rows]
-            components = cache.read_components(teacher, target, shard, view, chosen)
-            value = encoding.decode({name: torch.from_numpy(array) for name, array in components.items()})
-            yield shard, chosen, {part: tensor.numpy() for part, tensor in value.items()}
+    components = cache.read_components(teacher, target, shard, view, rows)
+    value = encoding.decode({name: torch.from_numpy(array) for name, array in components.items()})
+    return {part: tensor.numpy() for part, tensor in value.items()}
 
 
 # --- logits ----------------------------------------------------------------------------------------------------------
-
-
-def log_softmax(logits_NK: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Natural logarithms of the softmax at T = 1, float64 (N, K)."""
-    shifted = logits_NK.astype(np.float64) - logits_NK.max(axis=1, keepdims=True)
-    result: np.ndarray[Any, np.dtype[np.float64]] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
 
 
 @dataclass(frozen=True)
@@ -313,11 +308,13 @@ def sample_logits(cache: Cache, teacher: str, *, view: int = 0, max_rows: int | 
     sample = sample_rows(cache, teacher, "logits", view=view, max_rows=max_rows, max_bytes=max_bytes)
     entropies: list[np.ndarray[Any, Any]] = [np.zeros(0)]
     confidences: list[np.ndarray[Any, Any]] = [np.zeros(0)]
-    for _, _, value in decoded_blocks(cache, teacher, "logits", sample, view=view):
-        log_p = log_softmax(value["logits"])
-        p = np.exp(log_p)
-        entropies.append(-(p * log_p).sum(axis=1))
-        confidences.append(p.max(axis=1))
+    encoding = cache.encoding(teacher, "logits")
+    for shard, rows in sample:
+        for start in range(0, len(rows), _BLOCK_ROWS):
+            log_p = log_softmax(decode_rows(cache, teacher, "logits", encoding, shard, view, rows[start : start + _BLOCK_ROWS])["logits"])
+            p = np.exp(log_p)
+            entropies.append(-(p * log_p).sum(axis=1))
+            confidences.append(p.max(axis=1))
     of_rows = sum(record.identity.rows for shard in cache.shards for record in layer.segments(shard, "logits") if view in record.identity.views)
     classes = layer.targets["logits"].identity.num_classes or 1
     return LogitSample(view, len(sample), of_rows, np.concatenate(entropies), np.concatenate(confidences), classes)

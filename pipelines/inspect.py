@@ -17,6 +17,7 @@ from kdcache.augment import OPS
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.class_names import ClassNames, teacher_class_names
 from kdcache.console import human_bytes
+from kdcache.distance import log_softmax
 from kdcache.errors import UsageError
 from kdcache.fidelity import combine_fidelity
 from kdcache.layout import STORED_FOLDER
@@ -29,7 +30,6 @@ from .facts import (
     find_lacks,
     group_bytes,
     label_histogram,
-    log_softmax,
     made_with,
     sample_logits,
     sizes,
