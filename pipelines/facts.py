@@ -110,7 +110,7 @@ class Lack:
     """A part of a cache that some shards have, or were asked for, and others lack."""
 
     what: str
-    """'views', or 'TEACHER: TARGET'."""
+    """'shards' (that were asked for and have nothing yet), 'views', or 'TEACHER: TARGET'."""
     views: int
     """How many views from 0 on the fullest shard has."""
     shards: tuple[str, ...]
@@ -118,12 +118,10 @@ class Lack:
 
 
 def find_lacks(cache: Cache) -> list[Lack]:
-    """What an interrupted extraction left undone; empty for a finished cache.
-
-    A shard that was asked for and has no views lacks them, and not each target too.
-    """
-    lacks: list[Lack] = []
-    have = {shard: _views_from_zero(cache.views.get(shard, [])) for shard in cache.all_shards}
+    """What an interrupted extraction left undone; empty for a finished cache. A shard that was not begun is named as such alone."""
+    waiting = tuple(shard for shard in cache.all_shards if shard not in cache.views)
+    have = {shard: _views_from_zero(records) for shard, records in cache.views.items()}
+    lacks = [Lack("shards", max(have.values(), default=0), waiting)] if waiting else []
     lacks += _lack("views", have)
     for name, layer in sorted(cache.teachers.items()):
         for target in sorted(layer.targets):
@@ -185,22 +183,25 @@ class Part:
     name: str
     """'views', 'stored views', 'TEACHER: TARGET', or 'TEACHER: tail'."""
     views: int | None
-    """Views that every shard has of it; None for what has none."""
+    """Views of it, from 0 on, in the shard that has most; None for what has none."""
     bytes: int
 
 
 def sizes(cache: Cache) -> list[Part]:
     """Where the bytes are, the largest part first. Documents, index and the groups' own metadata are the small rest."""
     records = [document for documents in cache.views.values() for document in documents]
+    views = max((_views_from_zero(documents) for documents in cache.views.values()), default=0)
     stored = sum(group_bytes(record, f"{STORED_FOLDER}/") for record in records)
-    parts = [Part("views", cache.num_views, sum(group_bytes(record) for record in records) - stored)]
+    parts = [Part("views", views, sum(group_bytes(record) for record in records) - stored)]
     if cache.plan.stored_views is not None:
-        parts.append(Part("stored views", cache.num_views, stored))
+        parts.append(Part("stored views", views, stored))
     for name, layer in cache.teachers.items():
         segments = [record for by_shard in layer.records.values() for record in by_shard]
         for target in layer.targets:
             size = sum(group_bytes(record, f"{target}/") for record in segments if target in record.identity.targets)
-            parts.append(Part(f"{name}: {target}", cache.target_views(name, target), size))
+            parts.append(
+                Part(f"{name}: {target}", max((_views_from_zero(layer.segments(shard, target)) for shard in layer.records), default=0), size)
+            )
         if layer.tail is not None:
             parts.append(Part(f"{name}: tail", None, layer.tail.identity.weights.size))
     return sorted(parts, key=lambda part: -part.bytes)

@@ -359,13 +359,18 @@ def _unfinished_in_words(unfinished: Sequence[Mapping[str, Any]]) -> list[str]:
     lines: list[str] = []
     for lack in unfinished:
         named = ", ".join(lack["shards"][:LISTED_SHARDS])
-        more = f" and {len(lack['shards']) - LISTED_SHARDS} more" if len(lack["shards"]) > LISTED_SHARDS else ""
-        count = f"{len(lack['shards'])} {'shards lack' if len(lack['shards']) > 1 else 'shard lacks'}"
-        lines.append(f"{count} some of the {lack['views']} views: {named}{more}" if lack["what"] == "views" and lack["views"] else "")
-        if not lines[-1]:
-            of = "views" if lack["what"] == "views" else f"{lack['what']}" + (f" in some of {lack['views']} views" if lack["views"] else "")
-            lines[-1] = f"{count} {of}: {named}{more}"
+        more = f" and {len(lack['shards']) - LISTED_SHARDS:,} more" if len(lack["shards"]) > LISTED_SHARDS else ""
+        what = (
+            "not begun"
+            if lack["what"] == "shards"
+            else f"with fewer than {_count(lack['views'], 'view')}" + ("" if lack["what"] == "views" else f" of {lack['what']}")
+        )
+        lines.append(f"{_count(len(lack['shards']), 'shard')} {what}: {named}{more}")
     return lines + ["run 'kdcache extract' again with the same arguments to finish it"] * bool(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
 
 
 def _labels_in_words(facts: Mapping[str, Any]) -> list[str]:
@@ -433,9 +438,9 @@ def _teacher_in_words(name: str, teacher: Mapping[str, Any], *, mixes: bool) -> 
     if (logits := teacher["logits"]) is not None and logits["rows"]:
         e, c = logits["entropy"], logits["confidence"]
         lines += [
-            f"  entropy      mean {e['mean']:.3g} nats of at most {e['most']:.3g}; 5 % below {e['q05']:.2g}, half below {e['q50']:.2g}, 95 % below {e['q95']:.2g}",
+            f"  entropy      mean {e['mean']:.3g} nats of at most {e['most']:.3g}; 5 % below {e['q05']:.3g}, half below {e['q50']:.3g}, 95 % below {e['q95']:.3g}",
             f"  confidence   mean {100 * c['mean']:.1f} % for the likeliest class; 5 % below {100 * c['q05']:.1f}, half below {100 * c['q50']:.1f} %",
-            f"               (softmax of {logits['rows']:,} of {logits['of_rows']:,} rows, view {logits['view']}, from {logits['shards']} shards)",
+            f"               (softmax of {logits['rows']:,} of {logits['of_rows']:,} rows, view {logits['view']}, from {_count(logits['shards'], 'shard')})",
         ]
     if (tail := teacher["tail"]) is not None:
         through = " → ".join([*tail["modules"], *([f"head ({', '.join(tail['head'])})"] if tail["head"] else [])])

@@ -91,13 +91,13 @@ def test_what_is_unfinished_is_named_and_nothing_else(tmp_path: Path) -> None:
     make_teacher_dir(tmp_path / "teacher")
     run(tmp_path, targets=("logits",), limit_shards=2)
     cache = open_cache(tmp_path / "cache")
-    assert [(lack.what, lack.shards) for lack in find_lacks(cache)] == [("views", ("train-0002",))]
-    assert "1 shard lacks some of the 2 views: train-0002" in cache_as_text(inspect_cache(cache), "cache")
+    assert [(lack.what, lack.shards) for lack in find_lacks(cache)] == [("shards", ("train-0002",))]
+    assert "1 shard not begun: train-0002" in cache_as_text(inspect_cache(cache), "cache")
     run(tmp_path, targets=("logits", "features@norm"), views=3, limit_shards=1)
     cache = open_cache(tmp_path / "cache")
     found = {lack.what: (lack.views, lack.shards) for lack in find_lacks(cache)}
     assert found == {
-        "views": (3, ("train-0001", "train-0002")), "teacher: features@norm": (3, ("train-0001",)), "teacher: logits": (3, ("train-0001",)),
+        "shards": (3, ("train-0002",)), "views": (3, ("train-0001",)), "teacher: features@norm": (3, ("train-0001",)), "teacher: logits": (3, ("train-0001",)),
     }  # fmt: skip
     facts = json.loads(shown(tmp_path / "cache", "--json").stdout)
     assert (facts["complete"], facts["shards"]) == (False, {"done": 2, "total": 3})
