@@ -40,13 +40,14 @@ def command(a: str, b: str, rows: int | str | None, teachers: tuple[str, ...], a
     """
 
     def action() -> int:
+        from kdcache.console import visible
         from pipelines.diff import DIFF_ROWS, diff, diff_as_text
 
         facts = diff(a, b, rows=as_rows(rows, DIFF_ROWS), teachers=teachers, progress=True)
         if as_json:
             print_json(facts)
         else:
-            click.echo(diff_as_text(facts))
+            click.echo(visible(diff_as_text(facts)))
         return 0 if facts["identical"] else 1
 
     raise SystemExit(run_command(action))

@@ -36,6 +36,7 @@ def command(cache: str, shard: str | None, key: str | None, view: int | None, ro
     def action() -> None:
         from kdcache.cache import open_cache
         from kdcache.class_names import read_class_names
+        from kdcache.console import visible
         from pipelines import inspect
         from pipelines.facts import SAMPLE_ROWS
 
@@ -54,6 +55,6 @@ def command(cache: str, shard: str | None, key: str | None, view: int | None, ro
         if as_json:
             print_json(facts)
         else:
-            click.echo(text)
+            click.echo(visible(text))
 
     run_command(action)

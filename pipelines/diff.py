@@ -18,13 +18,14 @@ from kdcache.cache import Cache, TeacherLayer, open_cache
 from kdcache.distance import Distance
 from kdcache.fidelity import combine_fidelity
 from kdcache.format import Document, TargetIdentity
+from kdcache.shards import printable
 
 from .facts import decode_rows, fidelity_sums, made_with, spread
 
 DIFF_ROWS = 256
 """Shared rows that are compared by default, each in one of its views."""
 SAMPLE_SHARDS = 32
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 """Of decoded float32 values of one cache, held at once."""
 MAX_EXAMPLES = 5
 
@@ -139,14 +140,14 @@ def _compare_rows(a: Cache, b: Cache, shared: Sequence[str]) -> dict[str, Any]:
         for side, keys, others in (("a", keys_a, set(keys_b)), ("b", keys_b, set(keys_a))):
             only = [key for key in keys if key not in others]
             rows[f"only_{side}"] += len(only)
-            rows["examples"] += [{"shard": shard, "key": _printable(key), "in": side} for key in only[:MAX_EXAMPLES]]
+            rows["examples"] += [{"shard": shard, "key": printable(key), "in": side} for key in only[:MAX_EXAMPLES]]
         labels_a, labels_b = _labels(a, shard)[rows_a], _labels(b, shard)[rows_b]
         for place in np.flatnonzero(labels_a != labels_b):
-            labels.add(shard=shard, key=_printable(keys_a[rows_a[place]]), a=int(labels_a[place]), b=int(labels_b[place]))
+            labels.add(shard=shard, key=printable(keys_a[rows_a[place]]), a=int(labels_a[place]), b=int(labels_b[place]))
         reasons_a, reasons_b = ({skip.key: skip.reason for skip in record.skipped} for record in (one, other))
         for key in sorted(reasons_a.keys() | reasons_b.keys()):
             if reasons_a.get(key) != reasons_b.get(key):
-                skipped.add(shard=shard, key=_printable(key), a=reasons_a.get(key), b=reasons_b.get(key))
+                skipped.add(shard=shard, key=printable(key), a=reasons_a.get(key), b=reasons_b.get(key))
     rows["examples"] = rows["examples"][:MAX_EXAMPLES]
     for side, cache, other_cache in (("a", a, b), ("b", b, a)):
         rows[f"only_{side}"] += sum(cache.views[shard][0].identity.rows for shard in cache.views if shard not in other_cache.views)
@@ -174,10 +175,6 @@ def _labels(cache: Cache, shard: str) -> np.ndarray[Any, Any]:
     table = cache.tables[shard]
     labels: np.ndarray[Any, Any] = table[table[:, 3] == 0, 2]
     return labels
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _views_of(records: Sequence[Document[Any]]) -> set[int]:
@@ -258,7 +255,7 @@ def _compare_pixels(a: Cache, b: Cache, shared: Sequence[str], sample: Sequence[
             wrong = np.flatnonzero(a.read_pixel_digests(one.shard, view, rows_a) != b.read_pixel_digests(one.shard, view, rows_b))
             compared += len(rows_a)
             for place in wrong:
-                found.add(shard=one.shard, key=_printable(a.keys(one.shard)[rows_a[place]]), view=view)
+                found.add(shard=one.shard, key=printable(a.keys(one.shard)[rows_a[place]]), view=view)
     return {"columns": columns, "columns_equal": equal, "rows": compared, **found.to_json()}
 
 
@@ -320,13 +317,13 @@ def _compare_target(pair: _Pair, target: str, sample: Sequence[_SampledShard] | 
     block = max(1, BLOCK_BYTES // (4 * max(1, int(np.prod([side for side in _shape(one) if side], dtype=np.int64)))))
     for shard in tqdm(sample, unit="shard", desc=f"diff {target}", disable=not progress or not all_views):
         views = _views_of(pair.one.segments(shard.shard, target)) & _views_of(pair.other.segments(shard.shard, target))
+        keys = pair.a.keys(shard.shard)
         for view, rows_a, rows_b in shard.by_view(views, all_views=all_views):
             for start in range(0, len(rows_a), block):
                 part = slice(start, start + block)
                 value_a = decode_rows(pair.a, pair.one.name, target, encodings[0], shard.shard, view, rows_a[part])
                 value_b = decode_rows(pair.b, pair.other.name, target, encodings[1], shard.shard, view, rows_b[part])
-                keys = pair.a.keys(shard.shard)
-                distance.update(value_a, value_b, [(shard.shard, _printable(keys[row]), view) for row in rows_a[part]])
+                distance.update(value_a, value_b, [(shard.shard, printable(keys[row]), view) for row in rows_a[part]])
     return {**body, **distance.result()}
 
 

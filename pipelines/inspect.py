@@ -21,6 +21,7 @@ from kdcache.distance import log_softmax
 from kdcache.errors import UsageError
 from kdcache.fidelity import combine_fidelity
 from kdcache.layout import STORED_FOLDER
+from kdcache.shards import printable
 from kdcache.views import ViewParams
 
 from .facts import (
@@ -237,7 +238,7 @@ def inspect_shard(cache: Cache, shard: str) -> dict[str, Any]:
         "cut": first.cut,
         "views": [[r.identity.views.start, r.identity.views.stop] for r in cache.views[shard]],
         "segments": targets,
-        "keys": [_printable(key) for key in keys[:5]],
+        "keys": [printable(key) for key in keys[:5]],
     }
 
 
@@ -250,7 +251,7 @@ def inspect_row(cache: Cache, shard: str, key: str, view: int | None = None, *, 
     row, shown = cache.row_of(shard, key), view or 0
     drawn = [_drawn(cache, shard, row, number) for number in ([shown] if view is not None else _views_of(cache, shard))]
     first = next((one for one in drawn if one["view"] == shown), None) or _drawn(cache, shard, row, shown)
-    result: dict[str, Any] = {"shard": shard, "key": _printable(key), "row": row, "view": shown, "teachers": {}}
+    result: dict[str, Any] = {"shard": shard, "key": printable(key), "row": row, "view": shown, "teachers": {}}
     label_names = names or _label_names(cache)
     if not cache.teachers:
         result["label"] = cache.read(shard, key, shown)["label"]
@@ -293,7 +294,7 @@ def _partner(cache: Cache, shard: str, params: ViewParams) -> str | None:
         return None
     row = cache.row_at(shard, params.mix.partner)
     label = int(cache.tables[shard][params.mix.partner, 2])
-    return f"{_printable(cache.keys(shard)[row])!r}" + (f" (label {label})" if label >= 0 else "")
+    return f"{printable(cache.keys(shard)[row])!r}" + (f" (label {label})" if label >= 0 else "")
 
 
 def _statistics(value: np.ndarray[Any, Any]) -> dict[str, Any]:
@@ -306,11 +307,6 @@ def _top5(logits: np.ndarray[Any, Any], names: ClassNames | None) -> dict[str, A
     order = np.argsort(-log_p, kind="stable")[:5]
     top5 = [{"class": int(i), "probability": float(np.exp(log_p[i])), **_named(names, int(i))} for i in order]
     return {"entropy": float(-(np.exp(log_p) * log_p).sum()), "top5": top5}
-
-
-def _printable(text: str) -> str:
-    """A key that JSON can carry: undecodable bytes of a tar's names shown as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
