@@ -40,7 +40,7 @@ def command(cache: str, shard: str | None, key: str | None, view: int | None, ro
         from pipelines import inspect
         from pipelines.facts import SAMPLE_ROWS
 
-        inspect.check_selection(shard, key, view)
+        inspect.check_selection(shard, key, view, sampled=rows is not None)
         names = read_class_names(class_names) if class_names is not None else None
         opened = open_cache(cache)
         if shard is not None and key is not None:

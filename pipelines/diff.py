@@ -307,6 +307,11 @@ def _compare_target(pair: _Pair, target: str, sample: Sequence[_SampledShard] | 
         "encoding": {"a": one.encoding, "b": other.encoding},
         "views": {"a": pair.a.target_views(pair.one.name, target), "b": pair.b.target_views(pair.other.name, target)},
         "shards": {side: sum(bool(layer.segments(shard, target)) for shard in layer.records) for side, layer in (("a", pair.one), ("b", pair.other))},
+        "shards_differ": sorted(
+            shard
+            for shard in pair.a.views.keys() & pair.b.views.keys()
+            if _views_of(pair.one.segments(shard, target)) != _views_of(pair.other.segments(shard, target))
+        ),
         "stored_rel_l2": {"a": _stored_rel_l2(pair.one, target), "b": _stored_rel_l2(pair.other, target)},
         "comparable": _shape(one) == _shape(other),
     }
@@ -446,6 +451,9 @@ def _pair_in_words(pair: Mapping[str, Any]) -> list[str]:
             lines += _section("targets", [f"only in {side.upper()}: {', '.join(pair[f'only_{side}'])}"])
     targets = pair["targets"]
     for name, target in targets.items():
+        if target["shards_differ"]:
+            where = f"{len(target['shards_differ']):,} of the shared shards: {_listed(target['shards_differ'])}"
+            lines += _section("views", [f"{name}: other ones in {where}"])
         if cards := [one for one in target["card"] if one["field"] not in ("encoding", "name") and not one["field"].startswith("components.")]:
             lines += _section("card", [f"{name}: {text}" for text in _fields(cards)])
     return lines + (_targets_in_words(targets) if targets else [])

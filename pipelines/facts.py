@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 SAMPLE_ROWS = 4096
 SAMPLE_BYTES = 4 << 20
 """Of chunks, before compression, that a sample of one target reads at most."""
+SAMPLE_CHUNKS = 64
+"""That it reads at most, hence also shards: on an object store each costs two requests."""
 _BLOCK_ROWS = 512
 """Decoded at once."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -230,7 +232,7 @@ def sample_rows(
     if not max_rows or not shards:
         return []
     chunk_rows, chunk_bytes = _chunk_of(layer.targets[target].identity, max(cache.views_record(shard, view).samples for shard in shards))
-    num_chunks = max(1, min(max_rows, max_bytes // chunk_bytes))
+    num_chunks = max(1, min(max_rows, SAMPLE_CHUNKS, max_bytes // chunk_bytes))
     chosen = [shards[i] for i in spread(len(shards), num_chunks)]
     rows_a_shard, chunks_a_shard = -(-max_rows // len(chosen)), max(1, num_chunks // len(chosen))
     sample: list[tuple[str, np.ndarray[Any, np.dtype[np.int64]]]] = []
@@ -309,8 +311,9 @@ def sample_logits(cache: Cache, teacher: str, *, view: int = 0, max_rows: int | 
     sample = sample_rows(cache, teacher, "logits", view=view, max_rows=max_rows, max_bytes=max_bytes)
     entropies: list[np.ndarray[Any, Any]] = [np.zeros(0)]
     confidences: list[np.ndarray[Any, Any]] = [np.zeros(0)]
-    encoding = cache.encoding(teacher, "logits")
+    encoding = cache.encoding(teacher, "logits") if sample else None  # imports torch
     for shard, rows in sample:
+        assert encoding is not None
         for start in range(0, len(rows), _BLOCK_ROWS):
             log_p = log_softmax(decode_rows(cache, teacher, "logits", encoding, shard, view, rows[start : start + _BLOCK_ROWS])["logits"])
             p = np.exp(log_p)

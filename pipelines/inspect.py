@@ -43,6 +43,8 @@ NUM_EXTREMES = 3
 """Rarest and commonest classes that are named."""
 NUM_BINS = 50
 """Bars of the label histogram."""
+MAX_LABEL = 1 << 20
+"""From which on labels have no bars: they may be any numbers, such as those of persons."""
 LISTED_SHARDS = 3
 """Unfinished shards that the text names; `--json` names all."""
 MIN_AGREEMENT = 50.0
@@ -108,10 +110,11 @@ def _labels(cache: Cache, names: ClassNames | None) -> dict[str, Any]:
     names = names or _label_names(cache)
     rarest, commonest = found.extremes(NUM_EXTREMES)
     highest = int(found.classes[-1]) if len(found.classes) else -1
-    counts = np.zeros(highest + 1, np.int64)
-    if highest < 1 << 20:  # a label may be any number, such as a person's: those have no histogram
+    bins: list[float] = []
+    if 0 <= highest < MAX_LABEL:
+        counts = np.zeros(highest + 1, np.int64)
         counts[found.classes] = found.counts
-    bins = [float(part.mean()) for part in np.array_split(counts, min(NUM_BINS, len(counts)))] if len(counts) else []
+        bins = [float(part.mean()) for part in np.array_split(counts, min(NUM_BINS, len(counts)))]
 
     def named(pairs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         return [{"class": number, "rows": count, **_named(names, number)} for number, count in pairs]
@@ -380,7 +383,7 @@ def _labels_in_words(facts: Mapping[str, Any]) -> list[str]:
         f"{some} labelled, {classes}, labels up to {labels['highest']}" + (f" ({unused:,} of them on no row)" if unused else ""),
         f"{spread['min']:,} to {spread['max']:,} rows a class, median {spread['median']:,.0f}",
     ]
-    if labels["classes"] > 1:
+    if labels["classes"] > 1 and labels["bins"]:
         top = max(labels["bins"])
         bars = "".join(_BARS[round(7 * count / top)] if count else " " for count in labels["bins"])
         lines.append(f"0 {bars} {labels['highest']}")
@@ -523,8 +526,10 @@ def row_as_text(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def check_selection(shard: str | None, key: str | None, view: int | None) -> None:
-    """Raise UsageError for a key without a shard, or a view without a key."""
+def check_selection(shard: str | None, key: str | None, view: int | None, *, sampled: bool = False) -> None:
+    """Raise UsageError for a key without a shard, a view without a key, or, with `sampled`, a sample of the rows of one shard."""
+    if sampled and shard is not None:
+        raise UsageError("--rows is of the whole cache: leave out --shard")
     if key is not None and shard is None:
         raise UsageError("--key needs --shard: a key is known within its shard only")
     if view is not None and key is None:

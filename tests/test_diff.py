@@ -118,6 +118,8 @@ def test_each_difference_is_told_and_only_it(made: Path) -> None:
     two = compare(made, "two")
     assert (two["teachers"]["only_a"], two["teachers"]["only_b"]) == ([], ["other"])
     assert two["teachers"]["pairs"][0]["targets"]["logits"]["equal_rows"] == 20
+    partly = compare(made, "stored")["teachers"]["pairs"][0]["targets"][NORM]
+    assert partly["shards_differ"] == ["train-0000", "train-0001"] and two["teachers"]["pairs"][0]["targets"][NORM]["shards_differ"] == []
     for facts, text in ((seed, "seed: A 0, B 1"), (teacher, "weights: A "), (two, "only in B: other")):
         assert text in diff_as_text(facts) and "they differ" in diff_as_text(facts)
 

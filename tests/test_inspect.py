@@ -106,12 +106,15 @@ def test_what_is_unfinished_is_named_and_nothing_else(tmp_path: Path) -> None:
     assert inspect_cache(open_cache(tmp_path / "cache"))["complete"]
 
 
-def test_caches_without_rows_labels_or_logits_are_shown(tmp_path: Path) -> None:
+def test_caches_without_rows_labels_or_logits_and_with_huge_labels_are_shown(tmp_path: Path) -> None:
     make_shard(tmp_path / "shards" / "a.tar", num_samples=2, corrupt=(0, 1))
-    make_shard(tmp_path / "shards" / "b.tar", num_samples=2)
+    make_shard(tmp_path / "shards" / "b.tar", num_samples=2, seed=10**9, num_classes=10**10)
     make_teacher_dir(tmp_path / "teacher")
     run(tmp_path, "full")
     copy(CopyConfig(cache=str(tmp_path / "full"), dest=str(tmp_path / "cache"), limit_shards=1))
+    facts = inspect_cache(open_cache(tmp_path / "full"))
+    assert (facts["labels"]["highest"], facts["labels"]["bins"]) == (10**9 + 1, [])
+    assert "labels up to 1000000001" in cache_as_text(facts, "full")
     facts = inspect_cache(open_cache(tmp_path / "cache"))
     assert (facts["rows"], facts["teachers"]["teacher"]["logits"]["rows"], facts["teachers"]["teacher"]["targets"]["logits"]["worst"]) == (0, 0, None)
     assert "labels       none" in cache_as_text(facts, "cache")
@@ -245,6 +248,7 @@ def test_inspect_reads_a_bounded_part_of_the_chunks_and_says_so(made: Path, monk
     assert "softmax of 2 of 12 rows, view 0, from 2 shards" in cache_as_text(facts, "cache")
     digests = tree(made / "cache")
     assert shown(made / "cache", "--rows", "all").exit_code == 0 and shown(made / "cache", "--rows", "-3").exit_code == 2
+    assert shown(made / "cache", "--shard", "train-0000", "--rows", "3").exit_code == 2
     assert tree(made / "cache") == digests
 
 
