@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import log
@@ -33,8 +33,6 @@ SAMPLE_BYTES = 4 << 20
 """Of chunks, before compression, that a sample of one target reads at most."""
 SAMPLE_CHUNKS = 64
 """That it reads at most, hence also shards: on an object store each costs two requests."""
-_BLOCK_ROWS = 512
-"""Decoded at once."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -273,6 +271,19 @@ def decode_rows(
     return {part: tensor.numpy() for part, tensor in value.items()}
 
 
+def decoded_blocks(
+    cache: Cache, teacher: str, target: str, sample: Sequence[tuple[str, np.ndarray[Any, Any]]], *, view: int = 0, block_rows: int = 512
+) -> Iterator[tuple[str, np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]]:
+    """(shard, rows, {part: float32 (rows, …)}) of a sample, decoded, at most `block_rows` at a time. An empty sample imports no torch."""
+    if not sample:
+        return
+    encoding = cache.encoding(teacher, target)
+    for shard, rows in sample:
+        for start in range(0, len(rows), block_rows):
+            chosen = rows[start : start + block_rows]
+            yield shard, chosen, decode_rows(cache, teacher, target, encoding, shard, view, chosen)
+
+
 # --- logits ----------------------------------------------------------------------------------------------------------
 
 
@@ -311,14 +322,11 @@ def sample_logits(cache: Cache, teacher: str, *, view: int = 0, max_rows: int | 
     sample = sample_rows(cache, teacher, "logits", view=view, max_rows=max_rows, max_bytes=max_bytes)
     entropies: list[np.ndarray[Any, Any]] = [np.zeros(0)]
     confidences: list[np.ndarray[Any, Any]] = [np.zeros(0)]
-    encoding = cache.encoding(teacher, "logits") if sample else None  # imports torch
-    for shard, rows in sample:
-        assert encoding is not None
-        for start in range(0, len(rows), _BLOCK_ROWS):
-            log_p = log_softmax(decode_rows(cache, teacher, "logits", encoding, shard, view, rows[start : start + _BLOCK_ROWS])["logits"])
-            p = np.exp(log_p)
-            entropies.append(-(p * log_p).sum(axis=1))
-            confidences.append(p.max(axis=1))
+    for _, _, value in decoded_blocks(cache, teacher, "logits", sample, view=view):
+        log_p = log_softmax(value["logits"])
+        p = np.exp(log_p)
+        entropies.append(-(p * log_p).sum(axis=1))
+        confidences.append(p.max(axis=1))
     of_rows = sum(record.identity.rows for shard in cache.shards for record in layer.segments(shard, "logits") if view in record.identity.views)
     classes = layer.targets["logits"].identity.num_classes or 1
     return LogitSample(view, len(sample), of_rows, np.concatenate(entropies), np.concatenate(confidences), classes)
