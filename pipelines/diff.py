@@ -357,8 +357,8 @@ def diff_as_text(facts: Mapping[str, Any]) -> str:
     lines += _section("shards", _shards_in_words(facts))
     lines += _section("rows", _rows_in_words(facts["rows"]))
     lines += _section("views", _views_in_words(facts))
-    lines += _section("labels", _examples_in_words(facts["labels"], "labels of shared rows differ"))
-    lines += _section("skipped", _examples_in_words(facts["skipped"], "samples are skipped in one only, or for another reason"))
+    lines += _section("labels", _examples_in_words(facts["labels"], "shared rows have other labels"))
+    lines += _section("skipped", _examples_in_words(facts["skipped"], "skipped in one only, or for another reason"))
     lines += _section("pixels", _pixels_in_words(facts))
     lines += _section("made with", _provenance_in_words(facts["provenance"]) or ["equal"])
     teachers = facts["teachers"]
@@ -397,7 +397,7 @@ def _shards_in_words(facts: Mapping[str, Any]) -> list[str]:
     lines = [f"{shards['shared']:,} in both"]
     lines += [f"{len(shards[f'only_{side}']):,} only in {side.upper()}: {_listed(shards[f'only_{side}'])}" for side in "ab" if shards[f"only_{side}"]]
     if facts["tars"]:
-        lines.append(f"{len(facts['tars']):,} were made from other tars (members or labels differ): {_listed(facts['tars'])}")
+        lines.append(f"{len(facts['tars']):,} made from other tars (members or labels differ): {_listed(facts['tars'])}")
     return lines
 
 
@@ -445,7 +445,9 @@ def _pair_in_words(pair: Mapping[str, Any]) -> list[str]:
     name = pair["a"] if pair["a"] == pair["b"] else f"{pair['a']} in A, {pair['b']} in B"
     lines = ["", f"  teacher     {name}", *_section("identity", _fields(pair["identity"]) or ["equal"])]
     if pair["tail"]:
-        lines += _section("tail", _fields(pair["tail"]))
+        whole = pair["tail"][0]
+        only = next((side for side, other in (("a", "b"), ("b", "a")) if whole["field"] == "tail" and whole[other] is None), None)
+        lines += _section("tail", [f"only in {only.upper()}: {' → '.join(whole[only]['modules'])}"] if only else _fields(pair["tail"]))
     for side in ("a", "b"):
         if pair[f"only_{side}"]:
             lines += _section("targets", [f"only in {side.upper()}: {', '.join(pair[f'only_{side}'])}"])
