@@ -149,6 +149,8 @@ def test_decoding_and_normalising_in_the_worker_give_what_the_device_gives(cache
     torch.testing.assert_close(images, fast.normalize_for(student)(views))
     decoded = fast.decoder()(targets)
     assert all(torch.equal(values[key][part], tensor) for key, value in decoded.items() for part, tensor in value.items())
+    elsewhere = fast.decoder().to("meta")(targets)  # a module like any other: it goes where it is sent, and takes the batch along
+    assert all(elsewhere[key][part].is_meta for key, value in decoded.items() for part in value)
     with torch.no_grad():
         method = methods.build("kd+mimic", student=student, cache=cache)
         assert sum(method(images, torch.zeros(7, dtype=torch.int64), values).values()) > 0
@@ -418,7 +420,7 @@ def test_pooled_features_are_those_of_the_teacher_or_refused(
     args = {**args, "num_classes": 10}
     model = tiny_model(name, **args)
     teacher = save_local_dir(model, tmp_path / "teacher", args)
-    options: dict[str, Any] = {"targets": ("features@norm:fp16",), "views": 1, "workers": 0, "size": 64}
+    options: dict[str, Any] = {"targets": ("features@norm:bf16",), "views": 1, "workers": 0, "size": 64}
     extract(ExtractConfig(shards=urls_of(folder)[0], cache=str(tmp_path / "cache"), teacher=teacher, **options))
     dataset = CachedDataset(tmp_path / "cache", "features@norm")
     cached = CachedTeacher(dataset.cache)
@@ -432,7 +434,7 @@ def test_pooled_features_are_those_of_the_teacher_or_refused(
         seen = dataset.cache.layer(None).document.identity.preprocessing
         images = Normalize(seen.mean, seen.std, seen.input_size)(views)
         found: Tensor = cached(images, return_features=True)
-        torch.testing.assert_close(found, model.forward_head(model.forward_features(images), pre_logits=True), rtol=5e-3, atol=5e-3)  # type: ignore[operator]
+        torch.testing.assert_close(found, model.forward_head(model.forward_features(images), pre_logits=True), rtol=1e-2, atol=1e-2)  # type: ignore[operator]
     assert found.shape[1] == cached.model.head_hidden_size
 
 
