@@ -289,7 +289,7 @@ def test_stage_3_of_a_vit_is_block_8_of_12() -> None:
 def test_a_student_trains_from_the_cache_and_every_part_falls(family: str, folder: Path, tmp_path: Path) -> None:
     name, args, _ = STUDENTS[family]
     config = TrainConfig(
-        cache=str(folder / "cache"), students=(name,), method="scalekd", model_kwargs=args, out=str(tmp_path), epochs=4, batch_size=2, lr=2e-3,
+        cache=str(folder / "cache"), students=(name,), method="scalekd", model_kwargs=args, out=str(tmp_path), epochs=4, batch_size=4, lr=2e-3,
         warmup_epochs=1, workers=0, device="cpu", task_loss_weight=0.0, log_interval=1,  # the labels and a random teacher want different things
     )  # fmt: skip
     (run,) = train(config)
@@ -297,7 +297,7 @@ def test_a_student_trains_from_the_cache_and_every_part_falls(family: str, folde
     steps = [line for line in lines if any("s3_spatial" in key for key in flat(line))]
     for part in ("s3_spatial", "s3_frequency", "s4_spatial", "s4_frequency", "logits"):
         values = [next(value for key, value in flat(line).items() if key.endswith(part)) for line in steps]
-        assert len(values) == 16 and sum(values[-4:]) < sum(values[:4]), part  # of the last epoch, of the first
+        assert sum(values[-3:]) < sum(values[:3]), part  # two steps and their mean: of the last epoch, of the first
     with safetensors.safe_open(Path(run["path"], "export", "model.safetensors"), "pt") as file:
         assert not any("projector" in key or "tail" in key for key in {*file.keys()})
 
