@@ -302,7 +302,7 @@ class _Run:
         identity, distance = tail.identity, tail.measured.get("without_prefix")
         prefix = ""
         if identity.prefix_tokens and distance is not None:
-            prefix = f"; without the {identity.prefix_tokens} prefix tokens, as scalekd runs it, {distance:.2g} away from the teacher (relative L2)"
+            prefix = f"; without prefix tokens, as scalekd runs it, {distance:.2g} away from the teacher (relative L2)"
         say(f"tail: {', '.join(identity.modules)}{' and the head' if identity.head else ''}, {human_bytes(identity.weights.size)}{prefix}")
 
     def _say_estimate(self, plans: Sequence[TargetPlan], seconds_per_view: float) -> None:

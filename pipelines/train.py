@@ -239,7 +239,7 @@ def _open_data(config: TrainConfig) -> _Data:
         raise MissingError(f"{cache.store.url}: its {len(shards)} shards have no rows; every sample was skipped when the cache was made")
     for shard in shards if cache.plan.stored_views is None else ():
         cache.check_source(shard)  # raises for a shard that --data lacks, a tar that is gone or one of another size and other members
-    num_classes = _num_classes(config, cache, teacher, targets)
+    num_classes = _num_classes(config, cache, teacher, targets, settings)
     label_key = config.label_key if config.label_key is not None else cache.label_key
     return _Data(
         cache=cache,
@@ -300,9 +300,9 @@ def _choose_views(cache: Cache, teacher: str | None, targets: Sequence[str], sha
     return wanted
 
 
-def _num_classes(config: TrainConfig, cache: Cache, teacher: str | None, targets: Sequence[str]) -> int:
+def _num_classes(config: TrainConfig, cache: Cache, teacher: str | None, targets: Sequence[str], settings: MethodSettings) -> int:
     """The student's classes: the teacher's if its logits are matched, else what was asked for, else the largest label + 1."""
-    if "logits" in targets:
+    if "logits" in targets or method_class(config.method).computes_logits(settings):
         assert teacher is not None
         of_teacher = cache.layer(teacher).document.identity.num_classes
         if config.num_classes not in (None, of_teacher):

@@ -323,6 +323,23 @@ def test_logits_may_come_from_the_head_in_the_tail(cache: Cache) -> None:
         methods.build("scalekd", student=other, cache=cache, settings={"logits": "head"})
 
 
+def test_with_the_teachers_head_the_student_has_the_teachers_classes(folder: Path, tmp_path: Path) -> None:
+    """Ten, though the labels of the eight images reach seven."""
+    name, args, _ = STUDENTS["vit"]
+    options: dict[str, Any] = {
+        "students": (name,),
+        "model_kwargs": args,
+        "out": str(tmp_path),
+        "epochs": 1,
+        "batch_size": 8,
+        "workers": 0,
+        "device": "cpu",
+    }
+    for method in ("scalekd", "mimic+scalekd"):
+        (run,) = train(TrainConfig(cache=str(folder / "cache"), method=method, settings={"logits": "head"}, **options))
+        assert json.loads(Path(run["path"], "export", "config.json").read_text())["num_classes"] == 10
+
+
 def test_losses_without_weight_cost_nothing(cache: Cache) -> None:
     method = build(cache, alpha_s4=(0.5, 0.0), kd_alpha=0)
     assert list(method.projectors) == ["s3_spatial", "s4_spatial", "s3_frequency"] and method.target_names == ("features@norm",)

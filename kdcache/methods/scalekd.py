@@ -198,7 +198,7 @@ class ScaleKD(Method[ScaleKDSettings]):
                     self.student_channels[self.s4], self.teacher_shapes[TARGET].channels, grid=self.features.grids[self.s4], num_queries=None,
                     num_heads=settings.heads_s4, softmax_scale=settings.softmax_scale[i], norm=settings.projector_norm,
                 )  # fmt: skip
-        if settings.logits == "head" and settings.logits_weight > 0:
+        if self.computes_logits(settings):
             self._check_head(teacher)
 
     def _check_grids(self) -> None:
@@ -229,6 +229,10 @@ class ScaleKD(Method[ScaleKDSettings]):
             return ()
         s3, s4 = split_tail(settings, teacher)
         return [*s3, *(module for module in s4 if module not in s3)]
+
+    @classmethod
+    def computes_logits(cls, settings: ScaleKDSettings) -> bool:
+        return settings.logits == "head" and settings.logits_weight > 0
 
     def student_nodes(self) -> Sequence[str]:
         return (self.settings.student_s3 or stage_3_of(self.student), self.settings.student_s4)
