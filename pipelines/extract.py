@@ -29,6 +29,7 @@ from kdcache.format import (
     CacheIdentity,
     Document,
     SourceIdentity,
+    TailIdentity,
     ViewsIdentity,
     check_teacher_name,
     source_path,
@@ -220,7 +221,9 @@ class _Run:
             from kdcache.preflight import first_views
 
             views, _, _ = first_views(self.plan, self.sources, self._scan, TAIL_VIEWS, cache)
-            create_tail(self.store, self.teacher_name, self.teacher, self.teacher_document, modules, views)
+            tail = create_tail(self.store, self.teacher_name, self.teacher, self.teacher_document, modules, views)
+            if self.progress:
+                self._say_tail(tail)
 
     def _layer(self) -> TeacherLayer | None:
         return self.cache.teachers.get(self.teacher_name) if self.cache is not None else None
@@ -294,6 +297,13 @@ class _Run:
                 f"teacher {self.config.teacher}: {top1:.1f} % top-1 on the first {found.labelled} labelled views, expected at least"
                 f" {wanted:g} %; check its normalisation, its class order and the labels; nothing was extracted"
             )
+
+    def _say_tail(self, tail: Document[TailIdentity]) -> None:
+        identity, distance = tail.identity, tail.measured.get("without_prefix")
+        prefix = ""
+        if identity.prefix_tokens and distance is not None:
+            prefix = f"; without prefix tokens, as scalekd runs it, {distance:.2g} away from the teacher (relative L2)"
+        say(f"tail: {', '.join(identity.modules)}{' and the head' if identity.head else ''}, {human_bytes(identity.weights.size)}{prefix}")
 
     def _say_estimate(self, plans: Sequence[TargetPlan], seconds_per_view: float) -> None:
         samples, ranks = self._estimated_samples(self.pending), self.launch.world_size
