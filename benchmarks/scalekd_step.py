@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdcache.cache import open_cache
@@ -56,7 +56,15 @@ from kdcache.targets import parse_target
 from kdcache.teacher import load_teacher
 from pipelines.extract import ExtractConfig, extract
 
-SMALL_TEACHER = {"img_size": 64, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (1, 1, 1, 2), "num_heads": (1, 1, 2, 2), "num_classes": 10}
+SMALL_TEACHER = {
+    "img_size": 64,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": (1, 1, 1, 2),
+    "num_heads": (1, 1, 2, 2),
+    "num_classes": 10,
+}
 
 # --- the straightforward version -------------------------------------------------------------------------------------
 
@@ -205,7 +213,9 @@ def make_shard(path: Path, *, num_samples: int, size: int) -> None:
     random = np.random.default_rng(0)
     with tarfile.open(path, "w") as tar:
         for i in range(num_samples):
-            image = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((size * 8 // 7, size * 8 // 7), Image.Resampling.BICUBIC)
+            image = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+                (size * 8 // 7, size * 8 // 7), Image.Resampling.BICUBIC
+            )
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=90)
             for extension, data in (("jpg", buffer.getvalue()), ("cls", str(i % 10).encode())):
