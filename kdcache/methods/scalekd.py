@@ -17,7 +17,7 @@ import torch
 from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor, nn
 
-from ..dual_view import frequency_loss, spatial_loss
+from ..dual_view import View, directions, in_view, mimicking_loss
 from ..encodings.dct import BANDS
 from ..errors import StudentError, UsageError
 from ..losses import soft_cross_entropy
@@ -32,7 +32,7 @@ from .base import DecodedTargets, DistillationSettings, Method, MethodSettings
 if TYPE_CHECKING:
     from ..cache import Cache, TeacherLayer
 
-VIEWS = ("spatial", "frequency")
+VIEWS: tuple[View, ...] = ("spatial", "frequency")
 TARGET = f"features@{NORM}"
 
 Pair = tuple[float, float]
@@ -249,25 +249,28 @@ class ScaleKD(Method[ScaleKDSettings]):
         return self
 
     def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
-        teacher_BTC = targets[TARGET]["grid"]
         s3_BCHW, s4_BCHW = (outputs[f"features@{node}"] for node in (self.s3, self.s4))
+        views = [view for view in VIEWS if any(self.alphas[view])]
+        passed = self._through_tail({view: self.projectors[f"s3_{view}"](s3_BCHW) for view in views}, self.s3_modules)
+        queries = {view: tokens_BTC for view, tokens_BTC in passed.items() if self.alphas[view][1] > 0}
+        asked = self._through_tail({view: self.projectors[f"s4_{view}"](s4_BCHW, queries[view]) for view in queries}, self.s4_modules)
         parts: dict[str, Tensor] = {}
-        for view, mimicking in zip(VIEWS, (spatial_loss, frequency_loss), strict=True):
-            alpha_s3, alpha_s4 = self.alphas[view]
-            if alpha_s3 == alpha_s4 == 0:
-                continue
-            passed_BTC = self.tail(self.projectors[f"s3_{view}"](s3_BCHW), modules=self.s3_modules)["grid"]
-            if alpha_s3 > 0:
-                parts[f"s3_{view}"] = alpha_s3 * mimicking(passed_BTC, teacher_BTC)
-            if alpha_s4 > 0:
-                asked_BTC = self.projectors[f"s4_{view}"](s4_BCHW, passed_BTC)
-                if self.s4_modules:
-                    asked_BTC = self.tail(asked_BTC, modules=self.s4_modules)["grid"]
-                parts[f"s4_{view}"] = alpha_s4 * mimicking(asked_BTC, teacher_BTC)
+        for view in views:
+            wanted_BTC = directions(in_view(targets[TARGET]["grid"], view))  # the same for both stages
+            for stage, alpha, found in zip(("s3", "s4"), self.alphas[view], (passed, asked), strict=True):
+                if alpha > 0:
+                    parts[f"{stage}_{view}"] = alpha * mimicking_loss(in_view(found[view], view), wanted_BTC)
         weight = self.settings.logits_weight
         if weight > 0:
             parts["logits"] = weight * soft_cross_entropy(outputs["logits"], self._teacher_logits(targets), temperature=self.settings.temperature)
         return parts
+
+    def _through_tail(self, tokens: Mapping[View, Tensor], modules: Sequence[str]) -> dict[View, Tensor]:
+        """View → its tokens behind these modules of the tail, in one pass: nothing in there looks beyond an image, and its weights are read once."""
+        if not tokens or not modules:
+            return dict(tokens)
+        passed_NTC = self.tail(torch.cat([*tokens.values()]), modules=modules)["grid"]
+        return dict(zip(tokens, passed_NTC.chunk(len(tokens)), strict=True))
 
     def _teacher_logits(self, targets: DecodedTargets) -> Tensor:
         if self.settings.logits == "cache":
