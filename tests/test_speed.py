@@ -192,7 +192,7 @@ def test_a_faster_run_is_near_the_plain_one_and_resumes_to_the_same_bits(
             train(config(folder, tmp_path / "cut", method, **options))
     if amp:
         with pytest.raises(
-            StudentError, match=r"field 'amp' \(and 1 more\) differs: that run has True, this command False; pass --amp to continue it"
+            StudentError, match=r"field 'amp' \(and 1 more\) differs: that run has True, this command None; pass --amp to continue it"
         ):
             train(config(folder, tmp_path / "cut", method, resume=True))
     (cut,) = train(config(folder, tmp_path / "cut", method, resume=True, **options))
@@ -210,7 +210,7 @@ def test_a_faster_run_is_near_the_plain_one_and_resumes_to_the_same_bits(
     weights, reference = load_file(Path(whole["path"], export)), load_file(Path(plain_run["path"], export))
     assert {name: weight.dtype for name, weight in weights.items()} == {name: weight.dtype for name, weight in reference.items()}
     args = yaml.safe_load(Path(whole["path"], "args.yaml").read_text())
-    assert (args["amp"], args["session"]["channels_last"]) == (amp, options.get("channels_last", False))
+    assert (args.get("amp", False), args["session"]["channels_last"]) == (amp, options.get("channels_last", False))
 
 
 def test_amp_dtype_is_one_of_timms(folder: Path, tmp_path: Path) -> None:
