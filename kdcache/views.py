@@ -471,8 +471,8 @@ def render(image: Image.Image, params: ViewParams, partner: Pixels | None = None
     """The view: uint8 (size, size, 3), before any normalisation. Draws nothing.
 
     image: RGB, as `kdcache.images.decode_image` gives it. partner: of a mixed view the partner's own view of the same number, unmixed:
-    uint8 (size, size, 3). resizer: another than the plan's, to find out which one a view was made with. Raises CorruptError for params that this version can't render or that do not fit the image, UsageError for
-    a mixed view without its partner.
+    uint8 (size, size, 3). resizer: another than the plan's, to find out which one a view was made with. Raises CorruptError for params that
+    this version can't render or that do not fit the image, UsageError for a mixed view without its partner.
     """
     if (partner is None) != (params.mix is None):
         found = "none was given" if partner is None else "one was given"

@@ -141,7 +141,7 @@ def _shard_in(path: str) -> str:
     """The shard that a record's or group's path speaks of, as far as its name tells."""
     parts = path.split("/")
     name = parts[1] if parts[0] == "views" and len(parts) > 1 else parts[2] if parts[0] == "teachers" and len(parts) > 2 else ""
-    if name in ("", "teacher.json", "targets"):
+    if name == "teacher.json" or not name.endswith((".json", ".zarr")):
         return ""
     stem = name.removesuffix(".json").removesuffix(".zarr")
     return stem.rsplit(".", 1)[0] if name.endswith(".json") else stem.rsplit(".", 2)[0]
