@@ -217,7 +217,9 @@ class _Recomputation:
 
     def _words(self) -> str:
         precision = self.teacher.identity.precision
-        return f"what its encoding loses, and {TOLERANCE[precision]:g} for {precision} ({OTHER_DEVICE_TOLERANCE:g} at least on another kind of device)"
+        return (
+            f"what its encoding loses, and {TOLERANCE[precision]:g} for {precision} ({OTHER_DEVICE_TOLERANCE:g} at least on another kind of device)"
+        )
 
 
 def _relative(value: Mapping[str, Tensor], truth: Mapping[str, Tensor], place: int) -> float:

@@ -165,7 +165,7 @@ class _Planner:
         self.lost: list[str] = []
         """Paths of documents that are there, are no good, and are not in the index."""
         self._read_documents()
-        if "cache.json" in self.documents and not self._lost_parents():
+        if not self._lost_parents():
             self._plan_files()
         self._plan_extras()
         self.plan.index = self._index_is_stale()
