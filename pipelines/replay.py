@@ -218,8 +218,10 @@ class _Replay:
     def explain(self) -> None:
         """Name the cause of what differs, shard by shard, and how far the pixels are where that can be known."""
         kind: Kind = "source" if self.cache.plan.stored_views is not None else "pixels"
+        counts: dict[drift.Cause, int] = {}
         for shard, differing in self._differing.items():
             cause, why = self._cause(differing.source)
+            counts[cause] = counts.get(cause, 0) + differing.count
             for number, (row, sample, view, expected, found) in enumerate(differing.listed):
                 text = f"{cause}: view {view}: rendered again: expected pixel digest {expected:016x}, found {found:016x}; {why}"
                 if cause == "decoder drift":
@@ -230,6 +232,8 @@ class _Replay:
                 self._problem(shard, sample, text, kind=kind)
             if differing.count > len(differing.listed):
                 self._unlisted[shard] = self._unlisted.get(shard, 0) + differing.count - len(differing.listed)
+        for cause, count in counts.items():
+            self.verdict.notes.append(f"{cause}: {count} of {self.verdict.views_replayed} compared views differ")
         for shard, more in self._unlisted.items():
             self.verdict.problems.append(Problem(kind, shard, "", f"{more} more views of this shard differ"))
 

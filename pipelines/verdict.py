@@ -14,18 +14,24 @@ Kind = Literal["missing", "corrupt", "plan", "index", "pixels", "source", "teach
 MAX_LISTED = 20
 """Problems of one shard, and lines of one kind, that are listed; the rest are counted."""
 
-NEXT_STEPS: dict[Kind, str] = {
-    "missing": "'kdcache verify CACHE --repair' shows what it would make again",
-    "corrupt": "'kdcache verify CACHE --repair' shows what it would make again; look at the disk",
-    "plan": "'kdcache verify CACHE --repair'; if records of another cache were copied in, it puts back or makes again what they replaced",
-    "index": "'kdcache verify CACHE --repair' rebuilds the index; nothing else is lost",
-    "pixels": "install the Pillow that is named, or restore the tars; students can't train on these views until then",
-    "source": "restore the tars or pass --data; cached targets are sound, views can't be rendered from what lies there now",
-    "teacher": "find the weights that the cache was made with (--model, --checkpoint), or record the new ones under another --name",
-    "quarantined": "look at the shards that were given up, then run 'kdcache extract' again",
-    "extra": "'kdcache gc CACHE' shows what no record owns; run an extraction that was cut off again first",
+NEXT_STEPS: dict[tuple[Kind, str], str] = {
+    ("missing", ""): "'kdcache verify CACHE --repair' shows what it would make again",
+    ("corrupt", ""): "'kdcache verify CACHE --repair' shows what it would make again; look at the disk",
+    ("plan", ""): "'kdcache verify CACHE --repair' puts back, or makes again, what records of another cache or place have replaced",
+    ("index", ""): "'kdcache verify CACHE --repair' rebuilds the index; nothing else is lost",
+    ("pixels", ""): "install the versions of then, or restore the tars: students can't train on these views as they are",
+    ("pixels", "decoder drift"): "install the versions of then: students can't train on these views with those of now",
+    ("pixels", "source drift"): "restore the tars: students can't train on these views as they are",
+    ("source", ""): "restore the tars, or pass --data with SHARDS where they lie now",
+    ("source", "decoder drift"): "nothing, to train on what is stored; to add views install the versions of then",
+    ("teacher", ""): "'kdcache verify CACHE --repair' if records are of another cache; if the teacher can't be had pass --model or --checkpoint",
+    ("teacher", "teacher drift"): "find the weights and the versions of then (--model, --checkpoint), or record the new teacher under another --name",
+    ("quarantined", ""): "look at the shards that were given up, then run 'kdcache extract' again",
+    ("extra", ""): "run the extraction that was cut off again, or remove them: 'kdcache gc CACHE' shows them",
 }
-"""Kind of problem → what to do next."""
+"""Kind of problem and its cause ('' where there is none of its own) → what to do next."""
+
+CAUSES = ("decoder drift", "source drift", "teacher drift")
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,12 @@ class Problem:
     detail: str
     path: str = ""
     """The file of the cache that it is about, if it is one."""
+
+    @property
+    def cause(self) -> str:
+        """The drift that the detail begins with, or ''."""
+        start = self.detail.partition(":")[0]
+        return start if start in CAUSES else ""
 
     def to_json(self) -> dict[str, str]:
         return {"kind": self.kind, "shard": self.shard, "key": self.key, "detail": self.detail}
@@ -104,9 +116,10 @@ def as_lines(verdict: Verdict, path: str) -> Iterator[str]:
         yield f"{'note':>11}  {note}"
     if counts:
         yield ""
-        yield f"{'what':>11}  {'count':>5}  what to do next"
-        for kind, count in counts.items():
-            yield f"{kind:>11}  {count:>5}  {NEXT_STEPS[kind]}"
+        yield f"{'what':>11}  {'cause':<13}  {'count':>5}  what to do next"
+        for (kind, cause), count in Counter((problem.kind, problem.cause) for problem in verdict.problems).items():
+            step = NEXT_STEPS.get((kind, cause)) or NEXT_STEPS[kind, ""]
+            yield f"{kind:>11}  {cause:<13}  {count:>5}  {step}"
         yield ""
     read = f"{path}: {verdict.files} files, {human_bytes(verdict.bytes)}, {verdict.shards} shards, {verdict.rows:,} rows"
     if verdict.views_replayed:

@@ -7,8 +7,10 @@ changed; the verdict is a list of problems, empty for a sound cache. `pipelines.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -209,27 +211,37 @@ def _belongs_to_damaged(path: str, details: Iterable[str]) -> bool:
 
 
 def digest_all(store: Store, files: Sequence[tuple[str, DigestField]], advance: Callable[[int], Any]) -> Iterator[tuple[str, str]]:
-    """(path, what is wrong) of each file that is not as recorded; a few threads, since hashing leaves the GIL."""
+    """(path, what is wrong) of each file that is not as recorded; a few threads, since reading and hashing leave the GIL.
+
+    Each thread has a store of its own: one store reads under a lock, and cold files would be read one after another.
+    """
+    own, stores = threading.local(), list[Store]()
+
+    def begin() -> None:
+        own.store = copy.copy(store)
+        stores.append(own.store)
 
     def check(item: tuple[str, DigestField]) -> tuple[str, str | None, int]:
         path, expected = item
-        size = store.size(path)
+        size = own.store.size(path)
         if size != expected.size:
             return path, f"{path} has {size} bytes, expected {expected.size}", expected.size
         digest = hashlib.blake2b(digest_size=16)
         try:
             for offset in range(0, expected.size, READ_BYTES):
-                digest.update(store.get_range(path, offset, min(READ_BYTES, expected.size - offset)))
+                digest.update(own.store.get_range(path, offset, min(READ_BYTES, expected.size - offset)))
         except KDCacheError as error:
             return path, str(error), expected.size
         wrong = digest.hexdigest() != expected.digest
         return path, f"{path}: bytes were changed: expected digest {expected.digest}, found {digest.hexdigest()}" if wrong else None, expected.size
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), initializer=begin) as pool:
         for path, detail, size in pool.map(check, files):
             advance(size)
             if detail is not None:
                 yield path, detail
+    for one in stores:
+        one.close()
 
 
 # --- index, pixels ---------------------------------------------------------------------------------------------------
