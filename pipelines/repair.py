@@ -404,7 +404,11 @@ def carry_out(path: str, plan: RepairPlan, config: RepairConfig) -> list[str]:
     """Do what the plan says; what could not be done, in words. Raises StoreError while another process writes to the cache."""
     store = open_store(path)
     with store.hold(alone=True):
-        return _Repair(store, plan, config).run()
+        try:
+            return _Repair(store, plan, config).run()
+        finally:
+            store.drop_spools()
+            store.sweep_spools()  # of a repair or an extraction that was killed
 
 
 class _Repair:
@@ -436,8 +440,6 @@ class _Repair:
             self._try(f"the tail of teacher {teacher}", self._make_tail, teacher)
         for segment in self.plan.targets:
             self._try(segment.words, self._make_targets, segment)
-        self.store.drop_spools()
-        self.store.sweep_spools()
         self._finish_index()
         return self.failures
 

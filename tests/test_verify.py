@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import TINY_VIT_ARGS, make_shard, make_shards, make_teacher_dir, save_local_dir, tiny_model
+from helpers import TINY_VIT_ARGS, make_shard, make_shards, make_teacher_dir, run_python, save_local_dir, tiny_model
 from PIL import Image
 from test_extract import groups, run, tree
 from test_repair import flip, one, read_everything
@@ -25,7 +25,7 @@ from cli.main import main
 from kdcache import open_cache
 from kdcache.errors import KDCacheError, NotACacheError
 from kdcache.index import load_documents, write_index
-from kdcache.store import open_store
+from kdcache.store import LocalStore, open_store
 from pipelines.repair import RepairConfig, carry_out, plan_repair
 from pipelines.verdict import Verdict
 from pipelines.verify import Recompute, verify
@@ -272,6 +272,56 @@ def test_the_command_shows_first_and_does_it_when_told(setup: Path) -> None:
     assert f"root {root} fingerprint {fingerprint}: sound\n" in done.stderr
     assert "nothing to repair" in invoke("verify", cache, "--repair").stderr
     assert invoke("verify", cache, "--yes").exit_code == 2
+
+
+def test_a_repair_that_is_cut_off_anywhere_is_finished_by_the_next(setup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = setup / "cache"
+    before = tree(cache)
+    (cache / "cache.json").unlink()
+    flip(one(setup, TARGET), 20)
+    one(setup, RECORD).unlink()
+    one(setup, "cache/index/table.*.bin").unlink()
+    left = 0
+
+    def dying(method: Any) -> Any:
+        def change(store: LocalStore, *arguments: Any) -> Any:
+            nonlocal left
+            is_there = store.size(arguments[0]) is not None
+            if store.root == cache and is_there == (method.__name__ == "delete"):
+                left -= 1
+                if left < 0:
+                    raise InterruptedError
+            return method(store, *arguments)
+
+        return change
+
+    for method in ("put_new", "delete"):
+        monkeypatch.setattr(LocalStore, method, dying(getattr(LocalStore, method)))
+    moments = 0
+    while True:
+        left = 1  # one change of the cache a run, and each must be a step forward
+        moments += 1
+        assert moments < 30
+        with contextlib.suppress(InterruptedError):
+            assert repair(cache) == []
+            break
+    left = 1000
+    verdict = verify(str(cache), views="all", workers=0)
+    assert verdict.ok, verdict.problems
+    assert tree(cache) == before
+    assert moments > 3
+
+
+def test_only_recompute_and_repair_load_a_teacher(setup: Path) -> None:
+    code = """
+import sys
+from pipelines.verify import verify
+assert verify(sys.argv[1]).ok
+assert 'torch' not in sys.modules
+assert verify(sys.argv[1], views=2, workers=0).ok
+assert 'kdcache.teacher' not in sys.modules and 'timm' not in sys.modules
+"""
+    run_python(code, setup / "cache")
 
 
 def test_what_is_lost_for_good_is_said_and_nothing_is_changed(setup: Path) -> None:
