@@ -24,6 +24,7 @@ from .errors import CacheError, CorruptError, DriftError, MissingError, ShardErr
 from .format import (
     CacheIdentity,
     Digest,
+    DigestField,
     Document,
     Group,
     TailIdentity,
@@ -57,13 +58,16 @@ from .shards import ShardFiles, ShardSource, check_same_tar, scan_shard
 from .sources import locate_shards
 from .store import Store, open_store
 from .stored_views import decode_view
-from .views import ViewParams, pixel_digest, render
+from .views import Resizer, ViewParams, pixel_digest, render
 
 if TYPE_CHECKING:
     from .encodings import Encoding
 
 INDEX_CACHE_BYTES = 128 << 20
 """Shard indexes kept in memory, per process."""
+WHOLE_FILE_BYTES = 1 << 20
+"""An array's file of at most this size is compared with its record's digest when it is first read, in 1 ms: two such files may well have the same size,
+and each would pass for the other. The chunks of larger ones compress to sizes of their own, so that their index is not found where the record says."""
 KEY_CACHE_BYTES = 64 << 20
 """Sample keys kept in memory, per process, counted at 150 bytes each."""
 _MAX_CALIBRATION_BYTES = 1 << 30
@@ -102,10 +106,10 @@ class Replay:
     partner: Replay | None = None
     """Of a mixed view: its partner's view of the same number, unmixed."""
 
-    def render(self, image_of: Callable[[int], Image.Image]) -> Pixels:
-        """The view: uint8 (size, size, 3), unchecked. image_of: row → its decoded image."""
-        partner = self.partner.render(image_of) if self.partner is not None else None
-        return render(image_of(self.row), self.params, partner)
+    def render(self, image_of: Callable[[int], Image.Image], resizer: Resizer | None = None) -> Pixels:
+        """The view: uint8 (size, size, 3), unchecked. image_of: row → its decoded image. resizer: as `views.render` takes it."""
+        partner = self.partner.render(image_of, resizer) if self.partner is not None else None
+        return render(image_of(self.row), self.params, partner, resizer=resizer)
 
 
 @dataclass
@@ -352,9 +356,20 @@ class Cache:
 
         def make() -> ArrayReader:
             shard_file = group.files.get(spec.shard_path)
+            if shard_file is not None and shard_file.size <= WHOLE_FILE_BYTES:
+                self._check_whole_file(f"{path}/{spec.shard_path}", shard_file)
             return ArrayReader(self.store, path, spec, rows, shard_size=shard_file.size if shard_file else 0)
 
         return self._readers.get_or((path, spec.name), make, lambda reader: reader.index_bytes)
+
+    def _check_whole_file(self, path: str, expected: DigestField) -> None:
+        """Raise CorruptError for a file that is sound in itself, as its crc32c tell, and is not the one that its record names."""
+        found = blake2b_128(self.store.get_range(path, 0, expected.size))
+        if found != expected.digest:
+            raise CorruptError(
+                f"{self.store.url}/{path}: not the bytes that its record names: expected digest {expected.digest}, found {found}: changed since"
+                f" its crc32c were written, or another file's; run 'kdcache verify CACHE --repair'"
+            )
 
     def _views_reader(self, record: ViewsIdentity, name: str) -> ArrayReader:
         views = len(record.views)

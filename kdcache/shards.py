@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
+import numpy as np
+
 from .errors import ShardError
 from .format import ViewsIdentity
 from .images import IMAGE_EXTENSIONS
@@ -73,6 +75,14 @@ class ShardIndex:
     """How the tar ends too early, or None: ASCII, in words of ours alone, since it is part of an identity.
 
     Whole samples before the cut are here; one that may have lost a member to it is not."""
+
+
+def digest_of_images(crcs: Sequence[np.ndarray[Any, np.dtype[np.uint32]]]) -> str:
+    """BLAKE2b-128 of the rows' image bytes, each by its crc32c as little-endian uint32, in row order: provenance of a views record.
+
+    With it verify tells an image that was changed under an unchanged member table from a decoder that was. crc32c costs a fiftieth of decoding.
+    """
+    return blake2b_128(b"".join(np.ascontiguousarray(block, dtype="<u4").tobytes() for block in crcs))
 
 
 def printable(text: str) -> str:

@@ -210,8 +210,14 @@ class _Run:
         self.teacher_document = create_teacher(self.store, self.teacher_name, self.teacher.identity, provenance=provenance)
         self.cache.teachers.setdefault(self.teacher_name, TeacherLayer(self.teacher_name, self.teacher_document))  # to take records of others
         self._store_tail(self.cache)
-        making = {"shards": self.calibrated_on, "batch_size": config.batch_size, "device": str(self.teacher.device)}
+        making = {"shards": self.calibrated_on, **self._making()}
         self.recorded = create_cards(self.store, self.teacher_name, plans, statistics, making=making)
+
+    def _making(self) -> dict[str, Any]:
+        """Provenance: with these the same bytes come out again, as `verify --repair` wants them."""
+        import torch
+
+        return {"device": str(self.teacher.device), "batch_size": self.config.batch_size, "threads": torch.get_num_threads()}
 
     def _store_tail(self, cache: Cache) -> None:
         """The teacher's last modules, if a method runs them."""
@@ -389,6 +395,7 @@ class _Run:
         from kdcache.rendering import FailedTask, rendered_blocks
 
         committing: tuple[int, Future[JobResult]] | None = None
+        making = self._making()
         blocks = rendered_blocks(self.plan, self._tasks(insist), num_workers=self.num_workers, cache=self.cache)
         with contextlib.closing(blocks), ThreadPoolExecutor(1, thread_name_prefix="kdcache-commit") as committer:
             for block in blocks:
@@ -411,7 +418,7 @@ class _Run:
                             job.commit,
                             teacher_name=self.teacher_name,
                             teacher_digest=self.teacher_document.identity_digest,
-                            provenance={"device": str(self.teacher.device), "batch_size": self.config.batch_size},
+                            provenance=making,
                         ),
                     )
                     self.summary.teacher_seconds += job.teacher_seconds

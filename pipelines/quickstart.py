@@ -25,7 +25,8 @@ from kdcache.plan import Policy, RandomResizedCrop, ViewPlan
 from .extract import ExtractConfig, extract
 from .pack import PackConfig, pack
 from .train import TrainConfig, train
-from .verify import Verdict, verify
+from .verdict import Verdict
+from .verify import verify
 
 SIZE = 32
 VIEWS = 8
