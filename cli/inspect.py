@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from .main import run_command
@@ -13,8 +15,22 @@ from .options import json_option, print_json
 @click.option("--shard", metavar="S", help="Show one shard.")
 @click.option("--key", metavar="K", help="Show one sample of the shard.")
 @click.option("--view", type=click.IntRange(0), metavar="V", help="Which view of the sample. Default: 0.")
+@click.option("--html", metavar="FILE", help="Write a page with pictures to FILE, which loads nothing else; with --shard or --key, of these samples.")
+@click.option("--samples", type=click.IntRange(0, 200), default=12, show_default=True, metavar="N", help="Samples on the page.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="S", help="Chooses the page's samples.")
+@click.option("--data", metavar="SHARDS", help="Where the tars lie now, for the page's originals. Default: where they lay.")
 @json_option
-def command(cache: str, shard: str | None, key: str | None, view: int | None, as_json: bool) -> None:
+def command(
+    cache: str,
+    shard: str | None,
+    key: str | None,
+    view: int | None,
+    html: str | None,
+    samples: int,
+    seed: int,
+    data: str | None,
+    as_json: bool,
+) -> None:
     """Show what is in CACHE: identity, completeness, size and fidelity by target, skipped samples.
 
     \b
@@ -22,6 +38,7 @@ def command(cache: str, shard: str | None, key: str | None, view: int | None, as
       kdcache inspect cache
       kdcache inspect cache --shard imagenet1k-train-0000
       kdcache inspect cache --shard imagenet1k-train-0000 --key n01440764/n01440764_10026 --view 3
+      kdcache inspect cache --html cache.html
     """
 
     def action() -> None:
@@ -29,6 +46,14 @@ def command(cache: str, shard: str | None, key: str | None, view: int | None, as
         from pipelines import inspect
 
         inspect.check_selection(shard, key, view)
+        if html is not None:
+            from pipelines.page import PageConfig, write_page
+
+            page = write_page(cache, html, PageConfig(samples=samples, seed=seed, shard=shard, key=key, data=data))
+            if as_json:
+                print_json(page.to_json())
+            click.echo(page.as_text(), err=True)
+            sys.exit(1 if page.problems else 0)
         opened = open_cache(cache)
         if shard is not None and key is not None:
             facts = inspect.inspect_row(opened, shard, key, view or 0)

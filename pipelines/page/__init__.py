@@ -80,6 +80,17 @@ class PageSummary:
     def to_json(self) -> dict[str, Any]:
         return {"html": self.path, "bytes": self.bytes, "samples": self.samples, "problems": list(self.problems)}
 
+    def as_text(self) -> str:
+        """A line for people, and one more for a cache that is not sound."""
+        text = f"{self.path}: {human_bytes(self.bytes)}, {_count(self.samples, 'sample')}"
+        if not self.problems:
+            return text
+        return f"{text}\n{_count(len(self.problems), 'problem')}, the first: {visible(self.problems[0])}; run 'kdcache verify'"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
 
 def write_page(path: str, file: str, config: PageConfig) -> PageSummary:
     """Write the page of the cache at `path` to `file`, whole or not at all.
@@ -111,17 +122,20 @@ def build_page(path: str, config: PageConfig) -> tuple[bytes, PageSummary]:
     opened = open_for_page(path, config.data)
     cache = opened.cache
     names = {name: config.class_names or teacher_class_names(layer) for name, layer in cache.teachers.items()}
-    samples = gather_samples(opened, choose_rows(cache, config.samples, config.seed, config.shard, config.key), names, all_views=config.key is not None)
-    features = describe_features(cache, samples)
+    samples = gather_samples(
+        opened, choose_rows(cache, config.samples, config.seed, config.shard, config.key), names, all_views=config.key is not None
+    )
+    features = describe_features(opened, samples)
+    logits = [facts for name in sorted(cache.teachers) if (facts := describe_logits(opened, name)) is not None]
     encode_pictures(samples, PICTURE_BYTES * max(1.0, len(samples) / DEFAULT_SAMPLES))
-    problems = tuple(opened.problems)
+    problems = tuple(opened.problems)  # by now with what was found in reading
     page = _render(
         name=Path(path).resolve().name,
         opened=opened,
         config=config,
         samples=samples,
         features=features,
-        logits=[facts for name in sorted(cache.teachers) if (facts := describe_logits(cache, name)) is not None],
+        logits=logits,
         overview=_overview(opened),
         teachers=[_teacher(cache, layer, names[name]) for name, layer in sorted(cache.teachers.items())],
         labels=_labels(cache, names),
@@ -139,19 +153,21 @@ def _overview(opened: PageCache) -> dict[str, Any]:
     cache = opened.cache
     skipped = Counter(skip.reason for records in cache.views.values() for skip in records[0].identity.skipped)
     made = made_with(cache.documents.values())
-    states = Counter(shard.state for shard in opened.shards)
+    shards = opened.states()
+    states = Counter(shard.state for shard in shards)
     return {
         "plan": cache.plan,
         "policy": policy_in_words(cache.plan.policy),
         "policy_name": policy_name(cache.plan.policy),
         "skipped": skipped.most_common(),
         "made_with": {name: values for name, values in sorted(made.items()) if name not in ("host", "machine")},
+        "shards": len(shards),
         "states": states,
         "done": sum(count for state, count in states.items() if state in ("done", "skips", "cut")),
-        "not_done": [shard for shard in opened.shards if shard.detail][:_SHOWN_SHARDS],
-        "not_done_count": sum(1 for shard in opened.shards if shard.detail),
-        "map": cell_map([shard.state for shard in opened.shards]),
-        "names": series([shard.name for shard in opened.shards]),
+        "not_done": [shard for shard in shards if shard.detail][:_SHOWN_SHARDS],
+        "not_done_count": sum(1 for shard in shards if shard.detail),
+        "map": cell_map([shard.state for shard in shards]),
+        "names": series([shard.name for shard in shards]),
     }
 
 
@@ -211,6 +227,7 @@ def _labels(cache: Cache, names: Mapping[str, ClassNames | None]) -> dict[str, A
         "classes": len(histogram.classes),
         "labelled": int(histogram.counts.sum()),
         "unlabelled": histogram.unlabelled,
+        "uneven": len(histogram.classes) > 6 and commonest[0][1] > rarest[0][1],
         "chart": chart,
         "rarest": [(label, known.of(label) if known else None, count) for label, count in rarest],
         "commonest": [(label, known.of(label) if known else None, count) for label, count in commonest],
@@ -254,7 +271,7 @@ def _render(**context: Any) -> bytes:
             script=Markup(script),
             style_hash=_hash(style),
             script_hash=_hash(script),
-            shows_tars=all(sample.original is not None for sample in sources),
+            shown_views=max((len(sample.views) for sample in sources), default=0),
         )
         .encode("utf-8")
     )
@@ -289,4 +306,4 @@ def _figure(value: float | None) -> str:
 def _percent(value: float) -> str:
     """A share as a percentage: two digits below 10, one above."""
     percent = 100 * value
-    return f"{percent:.1f}" if percent >= 10 else f"{percent:.2f}" if percent >= 0.01 or percent == 0 else f"{percent:.1g}"
+    return f"{percent:.1f}" if percent >= 9.995 else f"{percent:.2f}" if percent >= 0.005 or percent == 0 else "< 0.01"

@@ -88,13 +88,17 @@ def bars(items: Sequence[tuple[str, float]], *, x_title: str, y_title: str) -> C
         x_ticks=tuple(Tick(LEFT + step * (i + 0.5), name) for i, (name, _) in enumerate(items) if i % every == 0),
         y_ticks=_y_ticks(top),
         bars=tuple(
-            Bar(LEFT + step * i + 0.1 * step, BOTTOM - (BOTTOM - TOP) * value / top, 0.8 * step, (BOTTOM - TOP) * value / top, f"{name}: {value:,.0f}")
+            Bar(
+                LEFT + step * i + 0.1 * step, BOTTOM - (BOTTOM - TOP) * value / top, 0.8 * step, (BOTTOM - TOP) * value / top, f"{name}: {value:,.0f}"
+            )
             for i, (name, value) in enumerate(items)
         ),
     )
 
 
-def curve(points: Sequence[tuple[float, float]], *, x_title: str, y_title: str, log_y: bool = False, from_zero: bool = False, max_points: int = 160) -> Chart:
+def curve(
+    points: Sequence[tuple[float, float]], *, x_title: str, y_title: str, log_y: bool = False, from_zero: bool = False, max_points: int = 160
+) -> Chart:
     """A line through points whose x is at least 1, on a logarithmic x axis; y from 0, or logarithmic too."""
     xs = [math.log10(x) for x, _ in points]
     widest = max(xs[-1], 1e-9)
@@ -104,7 +108,7 @@ def curve(points: Sequence[tuple[float, float]], *, x_title: str, y_title: str, 
         low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
         high = max(high, low + 1)
         place = [(math.log10(value) - low) / (high - low) for value in values]
-        y_ticks = tuple(Tick(BOTTOM - (BOTTOM - TOP) * i / (high - low), f"{10.0**(low + i):g}") for i in range(high - low + 1))
+        y_ticks = tuple(Tick(BOTTOM - (BOTTOM - TOP) * i / (high - low), f"{10.0 ** (low + i):g}") for i in range(high - low + 1))
     else:
         top = max(values)
         place = [value / top for value in values]
@@ -160,12 +164,12 @@ class CellMap:
 
 
 def cell_map(kinds: Sequence[str]) -> CellMap:
-    """A map about three times as wide as high."""
+    """A map about three times as wide as high. A run ends within the gap after its last cell, which the template draws over it."""
     columns = min(160, max(24, math.ceil(math.sqrt(3 * len(kinds)))))
     paths: dict[str, list[str]] = {}
     start = 0
     for i in range(1, len(kinds) + 1):
         if i == len(kinds) or kinds[i] != kinds[start] or i % columns == 0:
-            paths.setdefault(kinds[start], []).append(f"M{start % columns},{start // columns}h{i - start}v1h-{i - start}z")
+            paths.setdefault(kinds[start], []).append(f"M{start % columns},{start // columns}h{i - start - 0.07:g}v.93h-{i - start - 0.07:g}z")
             start = i
     return CellMap(columns, max(1, -(-len(kinds) // columns)), tuple((kind, "".join(path)) for kind, path in sorted(paths.items())))

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.cache import Cache
 from kdcache.encodings.dct import dct2, frequencies_of_bands
 from kdcache.errors import KDCacheError
 
 from ..facts import decoded_blocks
 from .charts import Chart, curve
+from .opening import PageCache
 from .pictures import Picture, heat, png_uri
 from .samples import FeatureMap, Sample, View
 
@@ -87,11 +87,11 @@ class FeatureFacts:
     """Median length of each prefix token."""
 
 
-def describe_features(cache: Cache, samples: Sequence[Sample]) -> list[FeatureFacts]:
+def describe_features(opened: PageCache, samples: Sequence[Sample]) -> list[FeatureFacts]:
     """Facts of each features target; its colours are added to the samples' views."""
     return [
-        _describe(cache, teacher, target, samples)
-        for teacher, layer in sorted(cache.teachers.items())
+        _describe(opened, teacher, target, samples)
+        for teacher, layer in sorted(opened.cache.teachers.items())
         for target in sorted(layer.targets)
         if layer.targets[target].identity.kind == "features"
     ]
@@ -100,9 +100,9 @@ def describe_features(cache: Cache, samples: Sequence[Sample]) -> list[FeatureFa
 class _Reader:
     """Decoded tokens of the page's views, one at a time."""
 
-    def __init__(self, cache: Cache, teacher: str, target: str, samples: Sequence[Sample]) -> None:
-        self._cache, self._teacher, self._target = cache, teacher, target
-        layer = cache.layer(teacher)
+    def __init__(self, opened: PageCache, teacher: str, target: str, samples: Sequence[Sample]) -> None:
+        self._opened, self._teacher, self._target = opened, teacher, target
+        layer = opened.cache.layer(teacher)
         self._places = [
             (sample, view)
             for sample in samples
@@ -115,19 +115,19 @@ class _Reader:
         """(view, {"grid": float64 (T, C), "prefix": …}); what can't be read is noted and left out."""
         for sample, view in self._places:
             try:
-                blocks = decoded_blocks(self._cache, self._teacher, self._target, [(sample.shard, np.array([sample.row]))], view=view.number)
+                blocks = decoded_blocks(self._opened.cache, self._teacher, self._target, [(sample.shard, np.array([sample.row]))], view=view.number)
                 ((_, _, value),) = blocks
             except KDCacheError as error:
-                self.note = str(error).replace(f"{self._cache.store.url}/", "").replace(self._cache.store.url, "the cache")
+                self.note = self._opened.tell(error, sample.shard)
                 continue
             yield view, {part: array[0].astype(np.float64) for part, array in value.items()}
 
 
-def _describe(cache: Cache, teacher: str, target: str, samples: Sequence[Sample]) -> FeatureFacts:
-    card = cache.layer(teacher).targets[target].identity
+def _describe(opened: PageCache, teacher: str, target: str, samples: Sequence[Sample]) -> FeatureFacts:
+    card = opened.cache.layer(teacher).targets[target].identity
     grid, channels = card.grid or (0, 0), card.channels or 0
-    reader = _Reader(cache, teacher, target, samples)
-    statistics = _Statistics(channels)
+    reader = _Reader(opened, teacher, target, samples)
+    statistics = TokenStatistics(channels)
     for _, value in reader:
         if "grid" in value:
             statistics.add(value["grid"], value.get("prefix"))
@@ -140,12 +140,12 @@ def _describe(cache: Cache, teacher: str, target: str, samples: Sequence[Sample]
         projected: list[tuple[View, np.ndarray[Any, Any]]] = []
         for view, value in reader:
             z_TC = (value["grid"] - mean) / std
-            energy_HW += _energy(z_TC, grid)
+            energy_HW += energy_by_frequency(z_TC, grid)
             if basis.shape[1]:
                 projected.append((view, z_TC @ basis))
-        for view, colours in _colours(projected, grid):
+        for view, colours in colour_maps(projected, grid):
             view.maps.append(FeatureMap(teacher, target, Picture(colours)))
-        spectrum = _spectrum(energy_HW, grid)
+        spectrum = summarise_spectrum(energy_HW, grid)
     outliers, chart = statistics.outliers()
     return FeatureFacts(
         teacher=teacher,
@@ -166,7 +166,7 @@ def _describe(cache: Cache, teacher: str, target: str, samples: Sequence[Sample]
     )
 
 
-class _Statistics:
+class TokenStatistics:
     """Sums over tokens: enough for means, deviations and the correlation of channels. About the first view's mean, against cancellation."""
 
     def __init__(self, channels: int) -> None:
@@ -243,7 +243,7 @@ class _Statistics:
         return tuple(np.median(np.stack(self._prefix_norms), axis=0).tolist()) if self._prefix_norms else ()
 
 
-def _colours(projected: Sequence[tuple[View, np.ndarray[Any, Any]]], grid: tuple[int, int]) -> Iterator[tuple[View, np.ndarray[Any, Any]]]:
+def colour_maps(projected: Sequence[tuple[View, np.ndarray[Any, Any]]], grid: tuple[int, int]) -> Iterator[tuple[View, np.ndarray[Any, Any]]]:
     """uint8 (H, W, 3): the 1st and 99th percentile of each component over the page become 0 and 255; a component that is lacking is mid-grey."""
     if not projected:
         return
@@ -256,7 +256,7 @@ def _colours(projected: Sequence[tuple[View, np.ndarray[Any, Any]]], grid: tuple
         yield view, np.round(255 * scaled).astype(np.uint8).reshape(*grid, 3)
 
 
-def _energy(z_TC: np.ndarray[Any, Any], grid: tuple[int, int]) -> np.ndarray[Any, Any]:
+def energy_by_frequency(z_TC: np.ndarray[Any, Any], grid: tuple[int, int]) -> np.ndarray[Any, Any]:
     """(H, W) squares of the orthonormal DCT-II's coefficients, summed over channels."""
     import torch
 
@@ -265,7 +265,7 @@ def _energy(z_TC: np.ndarray[Any, Any], grid: tuple[int, int]) -> np.ndarray[Any
     return energy
 
 
-def _spectrum(energy_HW: np.ndarray[Any, Any], grid: tuple[int, int]) -> Spectrum | None:
+def summarise_spectrum(energy_HW: np.ndarray[Any, Any], grid: tuple[int, int]) -> Spectrum | None:
     """None for a grid of one position, which has no frequencies."""
     total = float(energy_HW.sum())
     if energy_HW.size < 2 or total <= 0:

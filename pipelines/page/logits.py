@@ -16,6 +16,7 @@ from kdcache.errors import KDCacheError
 
 from ..facts import decoded_blocks, log_softmax, sample_rows
 from .charts import Chart, histogram, reliability
+from .opening import PageCache
 
 _VIEW = 0
 _BINS = 10
@@ -46,8 +47,9 @@ class LogitFacts:
     reliability_chart: Chart | None
 
 
-def describe_logits(cache: Cache, teacher: str) -> LogitFacts | None:
-    """None for a teacher without logits. Damaged rows are left out, with a note."""
+def describe_logits(opened: PageCache, teacher: str) -> LogitFacts | None:
+    """None for a teacher without logits. Damaged shards are left out, with a note."""
+    cache = opened.cache
     layer = cache.layer(teacher)
     if "logits" not in layer.targets:
         return None
@@ -62,12 +64,12 @@ def describe_logits(cache: Cache, teacher: str) -> LogitFacts | None:
             labels = _unmixed_labels(cache, shard, rows)
             blocks = list(decoded_blocks(cache, teacher, "logits", [(shard, rows)], view=_VIEW))
         except KDCacheError as error:
-            note = str(error).replace(f"{cache.store.url}/", "").replace(cache.store.url, "the cache")
+            note = opened.tell(error, shard)
             continue
         shards += 1
         log_p = log_softmax(np.concatenate([value["logits"] for _, _, value in blocks]))
         p = np.exp(log_p)
-        entropies.append(-(p * log_p).sum(axis=1) / np.log(2))
+        entropies.append(np.maximum(-(p * log_p).sum(axis=1) / np.log(2), 0))
         confidences.append(p.max(axis=1))
         rights.append(np.where(labels >= 0, p.argmax(axis=1) == labels, np.nan))
     entropy, confidence, right = np.concatenate(entropies), np.concatenate(confidences), np.concatenate(rights)
@@ -88,7 +90,9 @@ def describe_logits(cache: Cache, teacher: str) -> LogitFacts | None:
         median_bits=median,
         largest_bits=largest,
         mean_confidence=float(confidence.mean()) if some else 0.0,
-        entropy_chart=histogram(entropy.tolist(), largest, bins=40, x_title="entropy, bits", y_title="rows", marks=[(mean, "mean")]) if some else None,
+        entropy_chart=histogram(entropy.tolist(), largest, bins=40, x_title="entropy, bits", y_title="rows", marks=[(mean, "mean")])
+        if some
+        else None,
         labelled=labelled,
         correct=float(right[known].mean()) if labelled else 0.0,
         calibration_error=sum(abs(c - a) * n for c, a, n in bins) / labelled if labelled else 0.0,

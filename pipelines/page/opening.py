@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 import urllib.parse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kdcache.cache import Cache, document_problems, open_cache
-from kdcache.errors import CacheError, CorruptError, MissingError
+from kdcache.errors import CacheError, CorruptError, KDCacheError, MissingError, StoreError
 from kdcache.format import Document, teacher_path
 from kdcache.index import document_paths, read_document
 from kdcache.ownership import owned_files
@@ -35,39 +35,61 @@ class ShardState:
     """What is not as it should be; empty for a shard that is done."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class PageCache:
-    """A cache, and what is known of its soundness without reading its chunks."""
+    """A cache, and what is known of its soundness: from records and sizes at first, then from what the page reads."""
 
     cache: Cache
-    shards: tuple[ShardState, ...]
-    problems: tuple[str, ...]
     bytes: int
     """Of every file in it."""
+    problems: list[str] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Shard → what is wrong with it; '' for what belongs to none."""
+
+    def add(self, text: str, shard: str) -> str:
+        """Take note of something that is wrong, once; the text without this machine's paths."""
+        text = self._plain(text)
+        if text not in self.problems:
+            self.problems.append(text)
+        self.damaged.setdefault(shard, text)
+        return text
+
+    def tell(self, error: KDCacheError, shard: str) -> str:
+        """The text of an error that came from reading; damage is noted, of a shard the first."""
+        if isinstance(error, (CorruptError, MissingError, StoreError)) and shard not in self.damaged:
+            return self.add(str(error), shard)
+        return self._plain(str(error))
+
+    def _plain(self, text: str) -> str:
+        url = self.cache.store.url
+        return text.replace(f"{url}/", "").replace(f"{url}: ", "").replace(url, "the cache")
+
+    def states(self) -> list[ShardState]:
+        """The state of each shard, by what has been noted so far, in the order of their names."""
+        return _states(self.cache, self.damaged)
 
 
 def open_for_page(path: str, data: str | None) -> PageCache:
     """Raises NotACacheError, FormatVersionError, and CorruptError where cache.json itself is damaged."""
-    damaged: dict[str, str] = {}
-    problems: list[str] = []
+    wrong: list[tuple[str, str]] = []
     try:
         cache = open_cache(path, data=data)
     except (CorruptError, MissingError) as error:
-        problems.append(str(error))
-        cache = _open_damaged(path, data, damaged, problems)
+        cache = _open_damaged(path, data, wrong)
+        if not wrong:  # nothing that a document says: a calibration or tail file
+            wrong.append((str(error), ""))
     found = dict(cache.store.list())
-    for file, (field, shard) in owned_files(cache.documents).items():
-        if found.get(file) != field.size:
-            text = f"{file} is not there" if file not in found else f"{file} has {found[file]} bytes, expected {field.size}"
-            damaged.setdefault(shard, text)
-            problems.append(text)
-    root = f"{cache.store.url}/"
-    plain = [text.replace(root, "").replace(root[:-1], "the cache") for text in dict.fromkeys(problems)]
-    return PageCache(cache, tuple(_states(cache, {shard: text.replace(root, "") for shard, text in damaged.items()})), tuple(plain), sum(found.values()))
+    opened = PageCache(cache, sum(found.values()))
+    for text, shard in wrong:
+        opened.add(text, shard)
+    for file, (expected, shard) in owned_files(cache.documents).items():
+        if found.get(file) != expected.size:
+            opened.add(f"{file} is not there" if file not in found else f"{file} has {found[file]} bytes, expected {expected.size}", shard)
+    return opened
 
 
-def _open_damaged(path: str, data: str | None, damaged: dict[str, str], problems: list[str]) -> Cache:
-    """The documents that are sound, as a cache; fills in what is not."""
+def _open_damaged(path: str, data: str | None, wrong: list[tuple[str, str]]) -> Cache:
+    """The documents that are sound, as a cache; fills in (what is wrong, shard)."""
     store = open_store(path)
     documents: dict[str, Document[Any]] = {}
     for place, _ in document_paths(store):
@@ -76,16 +98,13 @@ def _open_damaged(path: str, data: str | None, damaged: dict[str, str], problems
         except CacheError as error:
             if place == "cache.json":
                 raise
-            damaged.setdefault(_shard_in(place), str(error))
-            problems.append(str(error))
+            wrong.append((str(error), _shard_in(place)))
     parted = {place: document for place, document in documents.items() if place.startswith("teachers/")}
     for place in parted:
         if teacher_path(place.split("/")[1]) not in documents:
             del documents[place]
     cache = Cache(store, documents, None, sources=locate_shards(data) if data is not None else {}, check=False)
-    for _kind, text, shard in document_problems(cache):
-        damaged.setdefault(shard, text)
-        problems.append(text)
+    wrong += [(text, shard) for _kind, text, shard in document_problems(cache)]
     return cache
 
 
@@ -97,7 +116,7 @@ def _shard_in(place: str) -> str:
     return urllib.parse.unquote(name.removesuffix(".json").rpartition(".")[0])
 
 
-def _states(cache: Cache, damaged: dict[str, str]) -> list[ShardState]:
+def _states(cache: Cache, damaged: Mapping[str, str]) -> list[ShardState]:
     lacking: dict[str, list[str]] = {}
     for lack in find_lacks(cache):
         for shard in lack.shards:

@@ -53,6 +53,16 @@
     next.scrollIntoView({ block: "start" });
   };
 
+  // --- a view's own box
+  for (const sample of samples) {
+    const boxes = all(".source [data-view]", sample);
+    const choose = (number) => boxes.forEach((found) => found.classList.toggle("dim", number !== undefined && found.dataset.view !== number));
+    for (const view of all(".view", sample)) {
+      for (const event of ["pointerenter", "focusin"]) view.addEventListener(event, () => choose(view.dataset.view));
+      for (const event of ["pointerleave", "focusout"]) view.addEventListener(event, () => choose(undefined));
+    }
+  }
+
   // --- features over views
   const choices = all("#choose input");
   const lay = (value) => {

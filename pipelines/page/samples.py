@@ -151,7 +151,7 @@ def choose_rows(cache: Cache, count: int, seed: int, shard: str | None, key: str
 
 def gather_samples(opened: PageCache, rows: Sequence[Row], names: Mapping[str, ClassNames | None], *, all_views: bool) -> list[Sample]:
     """The samples of these rows. names: of each teacher's classes. all_views: as many as VIEWS_OF_ONE."""
-    gatherer = _Gatherer(opened.cache, names, VIEWS_OF_ONE if all_views else VIEWS_A_SAMPLE)
+    gatherer = _Gatherer(opened, names, VIEWS_OF_ONE if all_views else VIEWS_A_SAMPLE)
     return [gatherer.sample(row) for row in rows]
 
 
@@ -163,8 +163,8 @@ def view_ranges(cache: Cache, shard: str) -> list[int]:
 class _Gatherer:
     """Reads rows; remembers per shard whether its tar serves."""
 
-    def __init__(self, cache: Cache, names: Mapping[str, ClassNames | None], max_views: int) -> None:
-        self._cache, self._names, self._max_views = cache, names, max_views
+    def __init__(self, opened: PageCache, names: Mapping[str, ClassNames | None], max_views: int) -> None:
+        self._opened, self._cache, self._names, self._max_views = opened, opened.cache, names, max_views
         self._label_names = next((known for known in names.values() if known is not None), None)
         self._files = ShardFiles()
         self._notes: dict[str, str] = {}
@@ -176,7 +176,7 @@ class _Gatherer:
             sample.key = self._cache.keys(row.shard)[row.row]
             label = int(self._table(row.shard)[row.row, 2])
         except KDCacheError as error:
-            sample.note = self._plain(error)
+            sample.note = self._opened.tell(error, row.shard)
             return sample
         sample.label = label if label >= 0 else None
         sample.label_name = self._name(label)
@@ -190,10 +190,6 @@ class _Gatherer:
             if crops:
                 sample.size_wh = max(crop.left + crop.width for crop in crops), max(crop.top + crop.height for crop in crops)
         return sample
-
-    def _plain(self, error: KDCacheError) -> str:
-        """The message without this machine's paths."""
-        return str(error).replace(f"{self._cache.store.url}/", "").replace(self._cache.store.url, "the cache")
 
     def _name(self, label: int) -> str | None:
         return self._label_names.of(label) if self._label_names is not None and label >= 0 else None
@@ -245,7 +241,7 @@ class _Gatherer:
             view.words = tuple(params_in_words(replay.params, f"“{view.partner.key}”" if view.partner is not None else None))
             pixels = self._pixels(sample, number, replay)
         except KDCacheError as error:
-            view.note = self._plain(error)
+            view.note = self._opened.tell(error, sample.shard)
             pixels = None
         except ValueError:
             view.note = "can't be rendered: an image that it needs is no longer one"
@@ -253,7 +249,12 @@ class _Gatherer:
         if pixels is not None:
             view.picture = Picture(pixels)
             if pixel_digest(pixels) != digest:
-                view.note = "These are not the pixels that the teacher saw: the decoder or the image is another one. Run 'kdcache verify --views all'."
+                view.note = (
+                    "These are not the pixels that the teacher saw: the decoder or the image is another one. Run 'kdcache verify --views all'."
+                )
+                self._opened.add(
+                    f"shard {sample.shard}: key {sample.key!r}, view {number}: its pixels are not those that the teacher saw", sample.shard
+                )
         elif not view.note:
             view.note = "Not stored in the cache, and its tar is not at hand."
         for teacher, layer in sorted(cache.teachers.items()):
@@ -261,7 +262,8 @@ class _Gatherer:
                 try:
                     view.opinions.append(self._opinion(sample, view, teacher))
                 except KDCacheError as error:
-                    view.note = view.note or self._plain(error)
+                    text = self._opened.tell(error, sample.shard)
+                    view.note = view.note or text
         return view
 
     def _pixels(self, sample: Sample, number: int, replay: Replay) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
@@ -302,6 +304,6 @@ class _Gatherer:
         return Opinion(
             teacher,
             tuple(Guess(i, names.of(i) if names else None, float(p[i]), i == label, i == partner) for i in shown),
-            float(-(p * log_p).sum() / np.log(2)),
+            max(0.0, float(-(p * log_p).sum() / np.log(2))),
             int(np.flatnonzero(order == label)[0]) + 1 if label is not None else None,
         )
