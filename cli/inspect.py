@@ -43,9 +43,14 @@ def command(
 
     def action() -> None:
         from kdcache.cache import open_cache
+        from kdcache.errors import UsageError
         from pipelines import inspect
 
         inspect.check_selection(shard, key, view)
+        if html is None and data is not None:
+            raise UsageError("--data needs --html: only the page shows what is in the tars")
+        if html is not None and view is not None:
+            raise UsageError("--view has no place beside --html: the page of a key shows all its views")
         if html is not None:
             from pipelines.page import PageConfig, write_page
 

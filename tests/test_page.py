@@ -28,7 +28,7 @@ from kdcache.errors import CorruptError, StoreError
 from kdcache.plan import MixedViews, Policy, RandAugment, RandomErasing, RandomResizedCrop
 from pipelines.extract import ExtractConfig, extract
 from pipelines.page import PageConfig, build_page, visible, write_page
-from pipelines.page.charts import cell_map
+from pipelines.page.charts import cell_map, curve
 from pipelines.page.features import TokenStatistics, energy_by_frequency, summarise_spectrum
 from pipelines.page.logits import describe_logits
 from pipelines.page.opening import open_for_page, series
@@ -249,6 +249,16 @@ def test_names_of_the_map_come_back(names: list[str]) -> None:
     assert back == names
 
 
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=2000))
+def test_curve_stays_in_its_box_and_falls_as_its_values_do(counts: list[int]) -> None:
+    for log_y in (False, True):
+        drawn = curve(list(enumerate(sorted(counts, reverse=True), start=1)), x_title="x", y_title="y", log_y=log_y, from_zero=not log_y)
+        points = [tuple(float(number) for number in point.split(",")) for point in drawn.line.removeprefix("M").split("L")]
+        assert all(46 <= x <= 348 and 10 <= y <= 158 for x, y in points)
+        assert points == sorted(points) and [y for _, y in points] == sorted(y for _, y in points)
+        assert len(points) <= 160 and len(drawn.y_ticks) >= 2
+
+
 def test_names_of_a_thousand_shards_are_one_run() -> None:
     assert series([f"imagenet1k-train-{i:04d}" for i in range(1024)]) == [["imagenet1k-train-", 0, 1024, 4]]
 
@@ -388,6 +398,17 @@ def test_page_of_a_cache_that_holds_less(tmp_path: Path, plain: Path, targets: t
     ids = {attrs.get("id") for _, attrs in Parsed(page).elements}
     assert summary.problems == () and "sample-3" in ids
     assert ("features" in ids, "logits" in ids) == (targets == ("features@norm:fp16",), targets == ("logits",))
+
+
+def test_options_that_do_not_go_together_are_usage_errors(plain: Path, tmp_path: Path) -> None:
+    page = str(tmp_path / "page.html")
+    for options in (
+        ["--data", "shards"],
+        ["--html", page, "--shard", "train-0000", "--key", "s0000", "--view", "1"],
+        ["--html", page, "--key", "s0000"],
+    ):
+        assert CliRunner().invoke(main, ["inspect", str(plain / "cache"), *options]).exit_code == 2, options
+    assert not Path(page).exists()
 
 
 def test_samples_0_and_a_file_that_can_not_be_written(plain: Path, tmp_path: Path) -> None:
