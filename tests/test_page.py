@@ -27,6 +27,7 @@ from kdcache.class_names import ClassNames
 from kdcache.errors import CorruptError, StoreError
 from kdcache.plan import MixedViews, Policy, RandAugment, RandomErasing, RandomResizedCrop
 from pipelines.extract import ExtractConfig, extract
+from pipelines.facts import decoded_blocks
 from pipelines.page import PageConfig, build_page, visible, write_page
 from pipelines.page.charts import cell_map, curve
 from pipelines.page.features import TokenStatistics, energy_by_frequency, summarise_spectrum
@@ -198,7 +199,7 @@ def test_colours_follow_the_leading_components_whatever_the_scale_of_a_channel()
     outlying = tokens * np.where(np.arange(12) == 5, 1000, 1) + np.where(np.arange(12) == 5, 1e5, 0)
     bases = []
     for values in (tokens, outlying):
-        statistics = TokenStatistics(12)
+        statistics = TokenStatistics()
         for part in np.split(values, 4):
             statistics.add(part, None)
         np.testing.assert_allclose(statistics.mean, values.mean(axis=0), rtol=1e-6, atol=1e-9)
@@ -409,6 +410,28 @@ def test_options_that_do_not_go_together_are_usage_errors(plain: Path, tmp_path:
     ):
         assert CliRunner().invoke(main, ["inspect", str(plain / "cache"), *options]).exit_code == 2, options
     assert not Path(page).exists()
+
+
+def test_page_of_an_empty_cache(cache: Path) -> None:
+    for name in ("views", "teachers", "index", "sources"):
+        shutil.rmtree(cache / name)
+    page, summary = build_page(str(cache), PageConfig())
+    assert summary.samples == 0 and summary.problems == () and "No shard has been done" in Parsed(page).text()
+
+
+def test_values_that_are_not_finite_are_a_problem_and_no_crash(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipelines.page.features as features
+    import pipelines.page.logits as logits
+    import pipelines.page.samples as samples
+
+    def spoilt(*given: Any, **options: Any) -> Any:
+        for shard, rows, value in decoded_blocks(*given, **options):
+            yield shard, rows, {part: np.full_like(array, np.nan) for part, array in value.items()}
+
+    for module in (features, logits, samples):
+        monkeypatch.setattr(module, "decoded_blocks", spoilt)
+    page, summary = build_page(str(cache), PageConfig())
+    assert len(summary.problems) == 4 and "not finite" in Parsed(page).text()
 
 
 def test_samples_0_and_a_file_that_can_not_be_written(plain: Path, tmp_path: Path) -> None:

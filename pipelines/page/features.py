@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.encodings.dct import dct2, frequencies_of_bands
-from kdcache.errors import KDCacheError
+from kdcache.errors import CorruptError, KDCacheError
 
 from ..facts import decoded_blocks
 from .charts import Chart, curve
@@ -24,7 +24,7 @@ from .pictures import Picture, heat, png_uri
 from .samples import FeatureMap, Sample, View
 
 _TINY = 1e-12
-_TOP_CHANNELS = 8
+_TOP_CHANNELS = 6
 _MAX_CHANNELS = 4096
 """Wider features get no colours: the eigenvectors of their channels would take minutes."""
 
@@ -120,6 +120,9 @@ class _Reader:
             except KDCacheError as error:
                 self.note = self._opened.tell(error, sample.shard)
                 continue
+            if not all(np.isfinite(array).all() for array in value.values()):
+                self.note = self._opened.tell(CorruptError(f"shard {sample.shard}: {self._target} has values that are not finite"), sample.shard)
+                continue
             yield view, {part: array[0].astype(np.float64) for part, array in value.items()}
 
 
@@ -127,7 +130,7 @@ def _describe(opened: PageCache, teacher: str, target: str, samples: Sequence[Sa
     card = opened.cache.layer(teacher).targets[target].identity
     grid, channels = card.grid or (0, 0), card.channels or 0
     reader = _Reader(opened, teacher, target, samples)
-    statistics = TokenStatistics(channels)
+    statistics = TokenStatistics()
     for _, value in reader:
         if "grid" in value:
             statistics.add(value["grid"], value.get("prefix"))
@@ -169,17 +172,19 @@ def _describe(opened: PageCache, teacher: str, target: str, samples: Sequence[Sa
 class TokenStatistics:
     """Sums over tokens: enough for means, deviations and the correlation of channels. About the first view's mean, against cancellation."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self) -> None:
         self.views = self.tokens = 0
-        self._about = np.zeros(channels)
-        self._sum, self._products = np.zeros(channels), np.zeros((channels, channels)) if channels <= _MAX_CHANNELS else None
-        self._squares, self._largest = np.zeros(channels), np.zeros(channels)
+        self._about = self._sum = self._squares = self._largest = np.zeros(0)
+        self._products: np.ndarray[Any, Any] | None = None
         self._norms: list[np.ndarray[Any, Any]] = []
         self._prefix_norms: list[np.ndarray[Any, Any]] = []
 
     def add(self, grid_TC: np.ndarray[Any, Any], prefix_PC: np.ndarray[Any, Any] | None) -> None:
-        if not self.views:
+        if not self.views:  # by what was read: a damaged card may claim any width
+            channels = grid_TC.shape[1]
             self._about = grid_TC.mean(axis=0)
+            self._sum, self._squares, self._largest = np.zeros(channels), np.zeros(channels), np.zeros(channels)
+            self._products = np.zeros((channels, channels)) if channels <= _MAX_CHANNELS else None
         x = grid_TC - self._about
         self._sum += x.sum(axis=0)
         self._squares += np.square(x).sum(axis=0)

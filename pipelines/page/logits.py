@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache import Cache
-from kdcache.errors import KDCacheError
+from kdcache.errors import CorruptError, KDCacheError
 
 from ..facts import decoded_blocks, log_softmax, sample_rows
 from .charts import Chart, histogram, reliability
@@ -67,7 +67,11 @@ def describe_logits(opened: PageCache, teacher: str) -> LogitFacts | None:
             note = opened.tell(error, shard)
             continue
         shards += 1
-        log_p = log_softmax(np.concatenate([value["logits"] for _, _, value in blocks]))
+        logits_NK = np.concatenate([value["logits"] for _, _, value in blocks])
+        if not np.isfinite(logits_NK).all():
+            note = opened.tell(CorruptError(f"shard {shard}: logits that are not finite"), shard)
+            continue
+        log_p = log_softmax(logits_NK)
         p = np.exp(log_p)
         entropies.append(np.maximum(-(p * log_p).sum(axis=1) / np.log(2), 0))
         confidences.append(p.max(axis=1))

@@ -19,7 +19,7 @@ from PIL import Image
 from kdcache.augment import Q16
 from kdcache.cache import Cache, Replay
 from kdcache.class_names import ClassNames
-from kdcache.errors import KDCacheError, MissingError, UsageError
+from kdcache.errors import CorruptError, KDCacheError, MissingError, UsageError
 from kdcache.images import decode_image
 from kdcache.shards import ShardFiles
 from kdcache.views import CUTMIX, Box, ViewParams, pixel_digest
@@ -173,7 +173,7 @@ class _Gatherer:
     def sample(self, row: Row) -> Sample:
         sample = Sample(row.shard, row.row)
         try:
-            sample.key = self._cache.keys(row.shard)[row.row]
+            sample.key = self._key(row.shard, row.row)
             label = int(self._table(row.shard)[row.row, 2])
         except KDCacheError as error:
             sample.note = self._opened.tell(error, row.shard)
@@ -193,6 +193,12 @@ class _Gatherer:
 
     def _name(self, label: int) -> str | None:
         return self._label_names.of(label) if self._label_names is not None and label >= 0 else None
+
+    def _key(self, shard: str, row: int) -> str:
+        keys = self._cache.keys(shard)
+        if row >= len(keys):  # a key that stands there twice
+            raise CorruptError(f"shard {shard}: {len(keys)} different keys, expected one for row {row}")
+        return keys[row]
 
     def _table(self, shard: str) -> np.ndarray[Any, Any]:
         """int64 (rows, 4) of a shard; read from its own group, so that a damaged one does no harm to others."""
@@ -220,7 +226,7 @@ class _Gatherer:
     def _image(self, shard: str, row: int) -> Image.Image:
         """Raises KDCacheError or ValueError for what can't be read."""
         offset, size = (int(value) for value in self._table(shard)[row, :2])
-        return decode_image(self._files.read(self._cache.source(shard), self._cache.keys(shard)[row], offset, size))
+        return decode_image(self._files.read(self._cache.source(shard), self._key(shard, row), offset, size))
 
     def _original(self, sample: Sample) -> Image.Image | None:
         if sample.note:
@@ -285,13 +291,15 @@ class _Gatherer:
             except (KDCacheError, ValueError):  # the view itself will say so
                 original = None
         label = int(self._table(sample.shard)[partner.row, 2])
-        key = self._cache.keys(sample.shard)[partner.row]
+        key = self._key(sample.shard, partner.row)
         return Partner(key, label if label >= 0 else None, 1 - mix.lambda_q16 / Q16, partner.params, original, size_wh)
 
     # --- logits ---
 
     def _opinion(self, sample: Sample, view: View, teacher: str) -> Opinion:
         ((_, _, value),) = decoded_blocks(self._cache, teacher, "logits", [(sample.shard, np.array([sample.row]))], view=view.number)
+        if not np.isfinite(value["logits"]).all():
+            raise CorruptError(f"shard {sample.shard}: logits that are not finite")
         log_p = log_softmax(value["logits"])[0]
         p = np.exp(log_p)
         order = np.argsort(-p, kind="stable")
