@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "methods": "List the distillation methods: what they need, their constants, their papers.",
     "inspect": "Show what is in a cache.",
     "verify": "Prove that a cache is what it claims to be.",
+    "diff": "Show what differs between two caches, and how far their targets are apart.",
     "copy": "Take a cache, or a teacher, targets or views of it, to another folder.",
     "gc": "Show and remove what no record owns; drop a target, a teacher or views.",
 }

@@ -12,6 +12,11 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
+def visible(text: str) -> str:
+    """Text for a terminal that holds names from tars and files: control characters but line ends as escapes, so that no name moves a cursor."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def human_bytes(size: float) -> str:
     """Decimal units: 1 kB = 1000 B."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

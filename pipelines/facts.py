@@ -14,19 +14,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import log
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kdcache.cache import Cache, TeacherLayer
+from kdcache.distance import log_softmax
 from kdcache.fidelity import combine_fidelity
 from kdcache.format import Document, TargetIdentity
 from kdcache.layout import STORED_FOLDER, target_specs
 from kdcache.store import LocalStore
 
+if TYPE_CHECKING:
+    from kdcache.encodings import Encoding
+
 SAMPLE_ROWS = 4096
 SAMPLE_BYTES = 4 << 20
 """Of chunks, before compression, that a sample of one target reads at most."""
+SAMPLE_CHUNKS = 64
+"""That it reads at most, hence also shards: on an object store each costs two requests."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -104,7 +110,7 @@ class Lack:
     """A part of a cache that some shards have, or were asked for, and others lack."""
 
     what: str
-    """'views', or 'TEACHER: TARGET'."""
+    """'shards' (that were asked for and have nothing yet), 'views', or 'TEACHER: TARGET'."""
     views: int
     """How many views from 0 on the fullest shard has."""
     shards: tuple[str, ...]
@@ -112,12 +118,10 @@ class Lack:
 
 
 def find_lacks(cache: Cache) -> list[Lack]:
-    """What an interrupted extraction left undone; empty for a finished cache.
-
-    A shard that was asked for and has no views lacks them, and not each target too.
-    """
-    lacks: list[Lack] = []
-    have = {shard: _views_from_zero(cache.views.get(shard, [])) for shard in cache.all_shards}
+    """What an interrupted extraction left undone; empty for a finished cache. A shard that was not begun is named as such alone."""
+    waiting = tuple(shard for shard in cache.all_shards if shard not in cache.views)
+    have = {shard: _views_from_zero(records) for shard, records in cache.views.items()}
+    lacks = [Lack("shards", max(have.values(), default=0), waiting)] if waiting else []
     lacks += _lack("views", have)
     for name, layer in sorted(cache.teachers.items()):
         for target in sorted(layer.targets):
@@ -179,22 +183,25 @@ class Part:
     name: str
     """'views', 'stored views', 'TEACHER: TARGET', or 'TEACHER: tail'."""
     views: int | None
-    """Views that every shard has of it; None for what has none."""
+    """Views of it, from 0 on, in the shard that has most; None for what has none."""
     bytes: int
 
 
 def sizes(cache: Cache) -> list[Part]:
     """Where the bytes are, the largest part first. Documents, index and the groups' own metadata are the small rest."""
     records = [document for documents in cache.views.values() for document in documents]
+    views = max((_views_from_zero(documents) for documents in cache.views.values()), default=0)
     stored = sum(group_bytes(record, f"{STORED_FOLDER}/") for record in records)
-    parts = [Part("views", cache.num_views, sum(group_bytes(record) for record in records) - stored)]
+    parts = [Part("views", views, sum(group_bytes(record) for record in records) - stored)]
     if cache.plan.stored_views is not None:
-        parts.append(Part("stored views", cache.num_views, stored))
+        parts.append(Part("stored views", views, stored))
     for name, layer in cache.teachers.items():
         segments = [record for by_shard in layer.records.values() for record in by_shard]
         for target in layer.targets:
             size = sum(group_bytes(record, f"{target}/") for record in segments if target in record.identity.targets)
-            parts.append(Part(f"{name}: {target}", cache.target_views(name, target), size))
+            parts.append(
+                Part(f"{name}: {target}", max((_views_from_zero(layer.segments(shard, target)) for shard in layer.records), default=0), size)
+            )
         if layer.tail is not None:
             parts.append(Part(f"{name}: tail", None, layer.tail.identity.weights.size))
     return sorted(parts, key=lambda part: -part.bytes)
@@ -223,23 +230,23 @@ def sample_rows(
     if not max_rows or not shards:
         return []
     chunk_rows, chunk_bytes = _chunk_of(layer.targets[target].identity, max(cache.views_record(shard, view).samples for shard in shards))
-    num_chunks = max(1, min(max_rows, max_bytes // chunk_bytes))
-    chosen = [shards[i] for i in _spread(len(shards), num_chunks)]
+    num_chunks = max(1, min(max_rows, SAMPLE_CHUNKS, max_bytes // chunk_bytes))
+    chosen = [shards[i] for i in spread(len(shards), num_chunks)]
     rows_a_shard, chunks_a_shard = -(-max_rows // len(chosen)), max(1, num_chunks // len(chosen))
     sample: list[tuple[str, np.ndarray[Any, np.dtype[np.int64]]]] = []
     left = max_rows
     for shard in chosen:
-        chunks = _spread(-(-counts[shard] // chunk_rows), min(chunks_a_shard, rows_a_shard))
+        chunks = spread(-(-counts[shard] // chunk_rows), min(chunks_a_shard, rows_a_shard))
         inside = [np.arange(chunk * chunk_rows, min((chunk + 1) * chunk_rows, counts[shard])) for chunk in chunks]
         near = np.concatenate(inside)
-        rows = near[_spread(len(near), min(rows_a_shard, left))]
+        rows = near[spread(len(near), min(rows_a_shard, left))]
         left -= len(rows)
         if len(rows):
             sample.append((shard, rows))
     return sample
 
 
-def _spread(length: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def spread(length: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """`count` of 0 … length - 1, all if there are no more: the middles of as many equal parts."""
     count = min(count, length)
     return (2 * np.arange(count, dtype=np.int64) + 1) * length // max(2 * count, 1)
@@ -253,29 +260,31 @@ def _chunk_of(card: TargetIdentity, samples: int) -> tuple[int, int]:
     return rows, max(1, rows * sum(row_bytes))
 
 
+def decode_rows(
+    cache: Cache, teacher: str, target: str, encoding: Encoding, shard: str, view: int, rows: np.ndarray[Any, Any]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """part → float32 (len(rows), …), as a student reads it. encoding: `cache.encoding` of the target, which is costly to make for each block."""
+    import torch
+
+    components = cache.read_components(teacher, target, shard, view, rows)
+    value = encoding.decode({name: torch.from_numpy(array) for name, array in components.items()})
+    return {part: tensor.numpy() for part, tensor in value.items()}
+
+
 def decoded_blocks(
     cache: Cache, teacher: str, target: str, sample: Sequence[tuple[str, np.ndarray[Any, Any]]], *, view: int = 0, block_rows: int = 512
 ) -> Iterator[tuple[str, np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]]:
-    """(shard, rows, {part: float32 (rows, …)}) of a sample, decoded as a student would read it, at most `block_rows` at a time."""
-    import torch
-
+    """(shard, rows, {part: float32 (rows, …)}) of a sample, decoded, at most `block_rows` at a time. An empty sample imports no torch."""
+    if not sample:
+        return
     encoding = cache.encoding(teacher, target)
     for shard, rows in sample:
         for start in range(0, len(rows), block_rows):
             chosen = rows[start : start + block_rows]
-            components = cache.read_components(teacher, target, shard, view, chosen)
-            value = encoding.decode({name: torch.from_numpy(array) for name, array in components.items()})
-            yield shard, chosen, {part: tensor.numpy() for part, tensor in value.items()}
+            yield shard, chosen, decode_rows(cache, teacher, target, encoding, shard, view, chosen)
 
 
 # --- logits ----------------------------------------------------------------------------------------------------------
-
-
-def log_softmax(logits_NK: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Natural logarithms of the softmax at T = 1, float64 (N, K)."""
-    shifted = logits_NK.astype(np.float64) - logits_NK.max(axis=1, keepdims=True)
-    result: np.ndarray[Any, np.dtype[np.float64]] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
 
 
 @dataclass(frozen=True)

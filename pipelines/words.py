@@ -10,21 +10,22 @@ from kdcache.augment import OPS, Q16
 from kdcache.plan import POLICIES, Policy
 from kdcache.views import CUTMIX, ERASE_NOISE, Box, ViewParams
 
-_OP_WORDS = {
-    augment.ROTATE: "rotated by {:+.1f}°",
-    augment.POSTERIZE: "posterized to {:.0f} bits",
-    augment.SOLARIZE: "solarized from {:.0f} up",
-    augment.SOLARIZE_ADD: "solarize-add {:.0f}",
-    augment.COLOR: "colour x {:.2f}",
-    augment.CONTRAST: "contrast x {:.2f}",
-    augment.BRIGHTNESS: "brightness x {:.2f}",
-    augment.SHARPNESS: "sharpness x {:.2f}",
-    augment.SHEAR_X: "sheared in x by {:+.2f}",
-    augment.SHEAR_Y: "sheared in y by {:+.2f}",
-    augment.TRANSLATE_X: "moved in x by {:+.0%}",
-    augment.TRANSLATE_Y: "moved in y by {:+.0%}",
-    augment.GAUSSIAN_BLUR: "blurred, sigma {:.2f} px",
+_AMOUNTS = {
+    augment.ROTATE: "by {:+.1f}°",
+    augment.POSTERIZE: "to {:.0f} bits",
+    augment.SOLARIZE: "from {:.0f} up",
+    augment.SOLARIZE_ADD: "{:.0f}",
+    augment.COLOR: "x {:.2f}",
+    augment.CONTRAST: "x {:.2f}",
+    augment.BRIGHTNESS: "x {:.2f}",
+    augment.SHARPNESS: "x {:.2f}",
+    augment.SHEAR_X: "by {:+.2f}",
+    augment.SHEAR_Y: "by {:+.2f}",
+    augment.TRANSLATE_X: "by {:+.0%} of the side",
+    augment.TRANSLATE_Y: "by {:+.0%} of the side",
+    augment.GAUSSIAN_BLUR: "with sigma {:.2f} px",
 }
+"""What follows the name of an op whose magnitude says something."""
 
 
 def policy_name(policy: Policy) -> str:
@@ -76,7 +77,7 @@ def box_in_words(box: Box) -> str:
 
 
 def params_in_words(params: ViewParams, partner: str | None = None) -> list[str]:
-    """What happened to one view, in order. partner: what a mixed view's partner is called, default its position in the tar."""
+    """What happened to one view, in order. partner: what a mixed view's partner is called, default its place in the tar."""
     words = [f"crop {box_in_words(params.crop)}"]
     if params.flip:
         words.append("flipped")
@@ -86,10 +87,10 @@ def params_in_words(params: ViewParams, partner: str | None = None) -> list[str]
         words.append(f"erased {box_in_words(erase.box)} with {'noise' if erase.mode == ERASE_NOISE else f'colour {color}'}")
     if (mix := params.mix) is not None:
         how = f"CutMix {box_in_words(mix.box)}" if mix.mode == CUTMIX else "Mixup"
-        words.append(f"{how} with {partner or f'sample {mix.partner} of the tar'}, own weight {mix.lambda_q16 / Q16:.3f}")
+        words.append(f"{how} with sample {partner or f'{mix.partner} of the tar'}, own weight {mix.lambda_q16 / Q16:.3f}")
     return words
 
 
 def op_in_words(op: int, magnitude_q16: int) -> str:
     """One image op as it was applied; `augment.OPS` gives its number and unit."""
-    return _OP_WORDS[op].format(magnitude_q16 / Q16) if op in _OP_WORDS else OPS[op].name
+    return f"{OPS[op].name} {_AMOUNTS[op].format(magnitude_q16 / Q16)}" if op in _AMOUNTS else OPS[op].name

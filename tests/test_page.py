@@ -24,11 +24,12 @@ from PIL import Image
 from cli.main import main
 from kdcache.cache import open_cache
 from kdcache.class_names import ClassNames
+from kdcache.console import visible
 from kdcache.errors import CorruptError, StoreError
 from kdcache.plan import MixedViews, Policy, RandAugment, RandomErasing, RandomResizedCrop
 from pipelines.extract import ExtractConfig, extract
-from pipelines.facts import decoded_blocks
-from pipelines.page import PageConfig, build_page, visible, write_page
+from pipelines.facts import decode_rows
+from pipelines.page import PageConfig, build_page, write_page
 from pipelines.page.charts import cell_map, curve
 from pipelines.page.features import TokenStatistics, energy_by_frequency, summarise_spectrum
 from pipelines.page.logits import describe_logits
@@ -166,14 +167,6 @@ def test_hostile_names_are_shown_as_text(photos: Path) -> None:
     assert not set("\u202e\u2066\u2067") & set(page.decode("utf-8"))
     (names,) = (attrs["data-names"] for _, attrs in parsed.elements if "data-names" in attrs)
     assert names is not None and json.loads(names) == series([HOSTILE_SHARD])
-
-
-@given(st.text())
-def test_visible_leaves_nothing_unseen_and_nothing_that_utf8_can_not_hold(text: str) -> None:
-    shown = visible(text)
-    shown.encode("utf-8")
-    assert all(c.isprintable() or c in "\u200c\u200d\n\u00a0\u2009" for c in shown)
-    assert shown == text or not text.isprintable()
 
 
 def test_views_opinions_and_partners_are_those_of_the_cache(photos: Path) -> None:
@@ -322,6 +315,15 @@ def _drop_teacher_card(cache: Path) -> str:
     return "teacher"
 
 
+def _flip_labels(cache: Path) -> str:
+    chunk = next(path for path in cache.glob("views/train-0002.*/labels/c/*") if path.is_file())
+    data = bytearray(chunk.read_bytes())
+    data[5] ^= 1
+    chunk.write_bytes(data)
+    shutil.rmtree(cache / "index")
+    return "labels"
+
+
 def _flip_keys(cache: Path) -> str:
     chunk = next(path for path in cache.glob("views/train-0002.*/keys/bytes/c/*") if path.is_file())
     data = bytearray(chunk.read_bytes())
@@ -330,10 +332,13 @@ def _flip_keys(cache: Path) -> str:
     return "keys/bytes"
 
 
-@pytest.mark.parametrize("damage", [_flip_record, _flip_logits, _drop_teacher_card, _flip_keys])
+@pytest.mark.parametrize("damage", [_flip_record, _flip_logits, _drop_teacher_card, _flip_keys, _flip_labels])
 def test_a_damaged_cache_gives_a_page_that_says_so_and_exit_code_1(cache: Path, tmp_path: Path, damage: Callable[[Path], str]) -> None:
     said = damage(cache)
-    result = CliRunner().invoke(main, ["inspect", str(cache), "--html", str(tmp_path / "page.html"), "--json"])
+    (tmp_path / "names.txt").write_text("\n".join(f"class {i}" for i in range(10)))
+    result = CliRunner().invoke(
+        main, ["inspect", str(cache), "--html", str(tmp_path / "page.html"), "--class-names", str(tmp_path / "names.txt"), "--json"]
+    )
     assert result.exit_code == 1, result.output
     problems = json.loads(result.stdout)["problems"]
     assert any(said in problem for problem in problems)
@@ -420,16 +425,15 @@ def test_page_of_an_empty_cache(cache: Path) -> None:
 
 
 def test_values_that_are_not_finite_are_a_problem_and_no_crash(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipelines.facts as facts
     import pipelines.page.features as features
-    import pipelines.page.logits as logits
     import pipelines.page.samples as samples
 
-    def spoilt(*given: Any, **options: Any) -> Any:
-        for shard, rows, value in decoded_blocks(*given, **options):
-            yield shard, rows, {part: np.full_like(array, np.nan) for part, array in value.items()}
+    def spoilt(*given: Any) -> dict[str, Any]:
+        return {part: np.full_like(array, np.nan) for part, array in decode_rows(*given).items()}
 
-    for module in (features, logits, samples):
-        monkeypatch.setattr(module, "decoded_blocks", spoilt)
+    for module in (facts, features, samples):
+        monkeypatch.setattr(module, "decode_rows", spoilt)
     page, summary = build_page(str(cache), PageConfig())
     assert len(summary.problems) == 4 and "not finite" in Parsed(page).text()
 

@@ -17,23 +17,24 @@ A cache that is damaged or not finished still gives a page: what can't be read s
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from kdcache.cache import Cache, TeacherLayer
-from kdcache.class_names import ClassNames, teacher_class_names
-from kdcache.console import human_bytes
-from kdcache.errors import KDCacheError, StoreError, UsageError
+from kdcache.class_names import ClassNames
+from kdcache.console import human_bytes, visible
+from kdcache.errors import CacheError, KDCacheError, StoreError, UsageError
 from kdcache.fidelity import combine_fidelity
 
-from ..facts import LabelHistogram, fidelity_by_shard, fidelity_sums, label_histogram, made_with, sizes, worst_shard
+from ..facts import SAMPLE_ROWS, LabelHistogram, fidelity_by_shard, fidelity_sums, label_histogram, made_with, sizes, worst_shard
+from ..inspect import check_names, class_names_of, label_names_of
 from ..words import policy_in_words, policy_name
 from .charts import Chart, bars, cell_map, curve
 from .features import describe_features
@@ -61,10 +62,12 @@ class PageConfig:
     """Samples of this shard only."""
     key: str | None = None
     """This sample only, with more of its views."""
+    rows: int | None = SAMPLE_ROWS
+    """Whose logits are read for the entropy; None: all."""
     data: str | None = None
     """SHARDS: where the tars lie now."""
     class_names: ClassNames | None = None
-    """Of the classes of every teacher; None for those that are known for sure."""
+    """Of the labels, and of the teachers that have as many classes; None for those that are known for sure."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +124,16 @@ def build_page(path: str, config: PageConfig) -> tuple[bytes, PageSummary]:
         raise UsageError(f"--samples {config.samples}: expected 0 to {MAX_SAMPLES}")
     opened = open_for_page(path, config.data)
     cache = opened.cache
-    names = {name: config.class_names or teacher_class_names(layer) for name, layer in cache.teachers.items()}
+    if config.class_names is not None:
+        with contextlib.suppress(CacheError):  # damaged labels can refuse no names
+            check_names(cache, config.class_names)
+    names = {name: class_names_of(layer, config.class_names) for name, layer in cache.teachers.items()}
+    label_names = config.class_names or label_names_of(cache)
     samples = gather_samples(
-        opened, choose_rows(cache, config.samples, config.seed, config.shard, config.key), names, all_views=config.key is not None
+        opened, choose_rows(cache, config.samples, config.seed, config.shard, config.key), names, label_names, all_views=config.key is not None
     )
     features = describe_features(opened, samples)
-    logits = [facts for name in sorted(cache.teachers) if (facts := describe_logits(opened, name)) is not None]
+    logits = [facts for name in sorted(cache.teachers) if (facts := describe_logits(opened, name, config.rows)) is not None]
     encode_pictures(samples, PICTURE_BYTES * max(1.0, len(samples) / DEFAULT_SAMPLES))
     problems = tuple(opened.problems)  # by now with what was found in reading
     page = _render(
@@ -138,7 +145,7 @@ def build_page(path: str, config: PageConfig) -> tuple[bytes, PageSummary]:
         logits=logits,
         overview=_overview(opened),
         teachers=[_teacher(cache, layer, names[name]) for name, layer in sorted(cache.teachers.items())],
-        labels=_labels(cache, names),
+        labels=_labels(cache, label_names),
         sizes=_sizes(opened),
         problems=problems,
         mixes=cache.plan.policy.mix is not None,
@@ -203,7 +210,7 @@ def _target(cache: Cache, layer: TeacherLayer, name: str) -> dict[str, Any]:
     }
 
 
-def _labels(cache: Cache, names: Mapping[str, ClassNames | None]) -> dict[str, Any] | None:
+def _labels(cache: Cache, names: ClassNames | None) -> dict[str, Any] | None:
     """Labels of all rows: bars where there are few classes, else the counts in descending order. None where none is labelled, or can't be read."""
     try:
         histogram: LabelHistogram = label_histogram(cache)
@@ -221,7 +228,6 @@ def _labels(cache: Cache, names: Mapping[str, ClassNames | None]) -> dict[str, A
     else:
         ranked = sorted(histogram.counts.tolist(), reverse=True)
         chart = curve(list(enumerate(ranked, start=1)), x_title="class, by its number of samples", y_title="samples", from_zero=True)
-    known = next((found for found in names.values() if found is not None), None)
     rarest, commonest = histogram.extremes(3)
     return {
         "classes": len(histogram.classes),
@@ -229,8 +235,8 @@ def _labels(cache: Cache, names: Mapping[str, ClassNames | None]) -> dict[str, A
         "unlabelled": histogram.unlabelled,
         "uneven": len(histogram.classes) > 6 and commonest[0][1] > rarest[0][1],
         "chart": chart,
-        "rarest": [(label, known.of(label) if known else None, count) for label, count in rarest],
-        "commonest": [(label, known.of(label) if known else None, count) for label, count in commonest],
+        "rarest": [(label, names.of(label) if names else None, count) for label, count in rarest],
+        "commonest": [(label, names.of(label) if names else None, count) for label, count in commonest],
     }
 
 
@@ -255,7 +261,7 @@ def _render(**context: Any) -> bytes:
     from markupsafe import Markup
 
     def finalize(value: Any) -> Any:
-        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        return value if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable() else visible(value)
 
     environment = Environment(
         loader=PackageLoader(__name__, "."), autoescape=True, undefined=StrictUndefined, finalize=finalize, trim_blocks=True, lstrip_blocks=True
@@ -280,17 +286,6 @@ def _render(**context: Any) -> bytes:
 def _hash(text: str) -> str:
     """As a content security policy names what may stand in the page."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-_KEPT = frozenset("\u200c\u200d\n\u00a0\u2009")
-"""Not printable by Python's rule, but with a place in text: joiners of scripts and emoji, and white space of ours."""
-
-
-def visible(text: str) -> str:
-    """Names as they are, but no character that can't be seen: controls, what turns the direction of writing, lone surrogates, as escapes."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in _KEPT else c.encode("unicode_escape").decode() for c in text)
 
 
 def _number(value: float) -> str:

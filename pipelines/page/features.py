@@ -10,18 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kdcache.encodings.dct import dct2, frequencies_of_bands
 from kdcache.errors import CorruptError, KDCacheError
 
-from ..facts import decoded_blocks
+from ..facts import decode_rows
 from .charts import Chart, curve
 from .opening import PageCache
 from .pictures import Picture, heat, png_uri
 from .samples import FeatureMap, Sample, View
+
+if TYPE_CHECKING:
+    from kdcache.encodings import Encoding
 
 _TINY = 1e-12
 _TOP_CHANNELS = 6
@@ -109,14 +112,17 @@ class _Reader:
             for view in sample.views
             if any(view.number in record.identity.views for record in layer.segments(sample.shard, target))
         ]
+        self._encoding: Encoding | None = None
         self.note = ""
 
     def __iter__(self) -> Iterator[tuple[View, dict[str, np.ndarray[Any, Any]]]]:
         """(view, {"grid": float64 (T, C), "prefix": …}); what can't be read is noted and left out."""
+        cache = self._opened.cache
         for sample, view in self._places:
             try:
-                blocks = decoded_blocks(self._opened.cache, self._teacher, self._target, [(sample.shard, np.array([sample.row]))], view=view.number)
-                ((_, _, value),) = blocks
+                if self._encoding is None:
+                    self._encoding = cache.encoding(self._teacher, self._target)
+                value = decode_rows(cache, self._teacher, self._target, self._encoding, sample.shard, view.number, np.array([sample.row]))
             except KDCacheError as error:
                 self.note = self._opened.tell(error, sample.shard)
                 continue

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache import Cache
+from kdcache.distance import log_softmax
 from kdcache.errors import CorruptError, KDCacheError
 
-from ..facts import decoded_blocks, log_softmax, sample_rows
+from ..facts import SAMPLE_ROWS, decoded_blocks, sample_rows
 from .charts import Chart, histogram, reliability
 from .opening import PageCache
 
@@ -47,8 +48,8 @@ class LogitFacts:
     reliability_chart: Chart | None
 
 
-def describe_logits(opened: PageCache, teacher: str) -> LogitFacts | None:
-    """None for a teacher without logits. Damaged shards are left out, with a note."""
+def describe_logits(opened: PageCache, teacher: str, max_rows: int | None = SAMPLE_ROWS) -> LogitFacts | None:
+    """None for a teacher without logits. max_rows: None for all. Damaged shards are left out, with a note."""
     cache = opened.cache
     layer = cache.layer(teacher)
     if "logits" not in layer.targets:
@@ -59,7 +60,7 @@ def describe_logits(opened: PageCache, teacher: str) -> LogitFacts | None:
     rights: list[np.ndarray[Any, Any]] = [np.zeros(0)]
     note = ""
     shards = 0
-    for shard, rows in sample_rows(cache, teacher, "logits", view=_VIEW):
+    for shard, rows in sample_rows(cache, teacher, "logits", view=_VIEW, max_rows=max_rows):
         try:
             labels = _unmixed_labels(cache, shard, rows)
             blocks = list(decoded_blocks(cache, teacher, "logits", [(shard, rows)], view=_VIEW))

@@ -11,7 +11,7 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -19,15 +19,19 @@ from PIL import Image
 from kdcache.augment import Q16
 from kdcache.cache import Cache, Replay
 from kdcache.class_names import ClassNames
+from kdcache.distance import log_softmax
 from kdcache.errors import CorruptError, KDCacheError, MissingError, UsageError
 from kdcache.images import decode_image
 from kdcache.shards import ShardFiles
 from kdcache.views import CUTMIX, Box, ViewParams, pixel_digest
 
-from ..facts import decoded_blocks, log_softmax
+from ..facts import decode_rows
 from ..words import params_in_words
 from .opening import PageCache
 from .pictures import Picture, thumbnail
+
+if TYPE_CHECKING:
+    from kdcache.encodings import Encoding
 
 VIEWS_A_SAMPLE = 4
 VIEWS_OF_ONE = 24
@@ -149,9 +153,11 @@ def choose_rows(cache: Cache, count: int, seed: int, shard: str | None, key: str
     return rows
 
 
-def gather_samples(opened: PageCache, rows: Sequence[Row], names: Mapping[str, ClassNames | None], *, all_views: bool) -> list[Sample]:
+def gather_samples(
+    opened: PageCache, rows: Sequence[Row], names: Mapping[str, ClassNames | None], label_names: ClassNames | None, *, all_views: bool
+) -> list[Sample]:
     """The samples of these rows. names: of each teacher's classes. all_views: as many as VIEWS_OF_ONE."""
-    gatherer = _Gatherer(opened, names, VIEWS_OF_ONE if all_views else VIEWS_A_SAMPLE)
+    gatherer = _Gatherer(opened, names, label_names, VIEWS_OF_ONE if all_views else VIEWS_A_SAMPLE)
     return [gatherer.sample(row) for row in rows]
 
 
@@ -163,12 +169,13 @@ def view_ranges(cache: Cache, shard: str) -> list[int]:
 class _Gatherer:
     """Reads rows; remembers per shard whether its tar serves."""
 
-    def __init__(self, opened: PageCache, names: Mapping[str, ClassNames | None], max_views: int) -> None:
+    def __init__(self, opened: PageCache, names: Mapping[str, ClassNames | None], label_names: ClassNames | None, max_views: int) -> None:
         self._opened, self._cache, self._names, self._max_views = opened, opened.cache, names, max_views
-        self._label_names = next((known for known in names.values() if known is not None), None)
+        self._label_names = label_names
         self._files = ShardFiles()
         self._notes: dict[str, str] = {}
         self._tables: dict[str, np.ndarray[Any, Any]] = {}
+        self._encodings: dict[str, Encoding] = {}
 
     def sample(self, row: Row) -> Sample:
         sample = Sample(row.shard, row.row)
@@ -297,7 +304,9 @@ class _Gatherer:
     # --- logits ---
 
     def _opinion(self, sample: Sample, view: View, teacher: str) -> Opinion:
-        ((_, _, value),) = decoded_blocks(self._cache, teacher, "logits", [(sample.shard, np.array([sample.row]))], view=view.number)
+        if teacher not in self._encodings:
+            self._encodings[teacher] = self._cache.encoding(teacher, "logits")
+        value = decode_rows(self._cache, teacher, "logits", self._encodings[teacher], sample.shard, view.number, np.array([sample.row]))
         if not np.isfinite(value["logits"]).all():
             raise CorruptError(f"shard {sample.shard}: logits that are not finite")
         log_p = log_softmax(value["logits"])[0]
