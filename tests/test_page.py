@@ -469,6 +469,12 @@ CONTRAST = """(() => {
 })()"""
 
 
+OUTSIDE = """[...document.querySelectorAll("main .card *, main .sample *")].filter((node) => {
+  const frame = node.closest(".view, .card, .sample").getBoundingClientRect(), own = node.getBoundingClientRect();
+  return own.width && !node.closest(".scroll, .stack, .hidden, svg *") && (own.right > frame.right + 1 || own.left < frame.left - 1);
+}).map((node) => `${node.tagName}.${node.className} ${node.textContent.slice(0, 30)}`)"""
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 360])
@@ -478,6 +484,7 @@ def test_page_in_a_browser_is_quiet_self_contained_legible_and_fits(chromium: Br
     chromium.open(page, width=width, dark=dark)
     assert chromium.run("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
     assert chromium.run("document.documentElement.scrollWidth") == width
+    assert chromium.run(OUTSIDE) == []
     assert chromium.run(CONTRAST) == []
     assert chromium.run("document.querySelectorAll('script').length") == 1
     assert chromium.complaints == []

@@ -87,6 +87,7 @@ class Partner:
 
     key: str
     label: int | None
+    label_name: str | None
     weight: float
     """Of the partner, from 0 to 1."""
     params: ViewParams
@@ -299,7 +300,7 @@ class _Gatherer:
                 original = None
         label = int(self._table(sample.shard)[partner.row, 2])
         key = self._key(sample.shard, partner.row)
-        return Partner(key, label if label >= 0 else None, 1 - mix.lambda_q16 / Q16, partner.params, original, size_wh)
+        return Partner(key, label if label >= 0 else None, self._name(label), 1 - mix.lambda_q16 / Q16, partner.params, original, size_wh)
 
     # --- logits ---
 
