@@ -149,7 +149,7 @@ def make_cache(folder: Path, *, views: int = 3, targets: Sequence[str] = ("logit
 def reseal(body: Mapping[str, Any], *, identity: bool = False) -> bytes:
     """The bytes of a changed document whose digests hold again, as one who made it so would write them. identity: `identity_digest` too."""
     changed = dict(body)
-    if identity:
+    if identity and "identity" in changed:
         changed["identity_digest"] = hashlib.blake2b(_as_python_has_it(changed["identity"], compact=True), digest_size=16).hexdigest()
     data = _as_python_has_it({"file_digest": "0" * 32, **{name: value for name, value in changed.items() if name != "file_digest"}})
     return data.replace(b"0" * 32, hashlib.blake2b(data, digest_size=16).hexdigest().encode(), 1)
