@@ -314,7 +314,10 @@ class Cache:
         if (np.diff(ends, prepend=0) < 0).any() or total > 1 << 30:
             raise CorruptError(f"{self.store.url}: shard {shard}: key ends are not increasing; run 'kdcache verify' on the cache")
         data = self._reader("views", record.group, key_bytes_spec(total), total).read(0, np.arange(total))
-        return {key: row for row, key in enumerate(arrays_to_keys(data, ends))}
+        keys = {key: row for row, key in enumerate(arrays_to_keys(data, ends))}
+        if len(keys) != record.rows:
+            raise CorruptError(f"{self.store.url}: shard {shard}: a key stands there twice; run 'kdcache verify' on the cache")
+        return keys
 
     def row_of(self, shard: str, key: str) -> int:
         """The row of a key. Raises MissingError, saying why if the sample was skipped."""
@@ -422,6 +425,8 @@ class Cache:
         spans = self._views_reader(record, STORED_SPAN).read(column, rows) if codec != "raw" else None
         for i, row in enumerate(rows):
             try:
+                if spans is not None and spans[i, 1] - spans[i, 0] > _most_stored_bytes(self.plan.size):
+                    raise CorruptError(f"its image file is said to have {spans[i, 1] - spans[i, 0]} bytes; run 'kdcache verify' on the cache")
                 if spans is None:
                     yield self._views_reader(record, STORED_PIXELS).read(column, [row])[0]
                 else:
@@ -466,9 +471,20 @@ class Cache:
         shape = TargetShape(
             num_classes=card.num_classes or 0, grid=card.grid or (0, 0), channels=card.channels or 0, prefix_tokens=card.prefix_tokens or 0
         )
-        encoding = build_encoding(card.kind, card.encoding, shape)
+        where = f"{self.store.url}: teacher {teacher!r}, target {target!r}"
+        try:
+            encoding = build_encoding(card.kind, card.encoding, shape)
+        except UsageError as error:
+            raise CorruptError(f"{where}: its card can't be right: {error}") from error
+        if encoding.components() != card.components:
+            raise CorruptError(f"{where}: its card's components are not those of {encoding.full_name}; run 'kdcache verify' on the cache")
         if card.calibration is not None:
             encoding.load_calibration(read_calibration(self.store, teacher, card))
+        elif encoding.needs_calibration:
+            raise CorruptError(f"{where}: its card names no calibration, which {encoding.full_name} needs; run 'kdcache verify' on the cache")
+        problem = encoding.calibration_problem()
+        if problem is not None:
+            raise CorruptError(f"{where}: {calibration_path(teacher, target)}: {problem}")
         return encoding
 
     # --- single rows, for people ---
@@ -567,6 +583,11 @@ class Cache:
             check_same_tar(scan_shard(source), documents[0].identity)
 
 
+def _most_stored_bytes(size: int) -> int:
+    """More than any image file of a view has: of noise a PNG or JPEG has a third more than its 3 · size² pixels at most."""
+    return 8 * size * size + (1 << 16)
+
+
 def _contiguous(ranges: Sequence[ViewRange]) -> int:
     """How many views from 0 on the ranges cover without a gap."""
     count = 0
@@ -588,12 +609,17 @@ def read_calibration(store: Store, teacher: str, card: TargetIdentity) -> dict[s
     """The calibration tensors of a target. Raises CorruptError if the file is not the one its card names."""
     import safetensors.torch
 
+    from .timm_models import SAFETENSORS_ERRORS
+
     assert card.calibration is not None
     path = calibration_path(teacher, card.name)
     data = store.get(path, max_size=_MAX_CALIBRATION_BYTES)
     if blake2b_128(data) != card.calibration.digest:
         raise CorruptError(f"{store.url}/{path}: bytes were changed: expected digest {card.calibration.digest}, found {blake2b_128(data)}")
-    tensors: dict[str, Any] = safetensors.torch.load(data)
+    try:
+        tensors: dict[str, Any] = safetensors.torch.load(data)
+    except SAFETENSORS_ERRORS as error:
+        raise CorruptError(f"{store.url}/{path}: no safetensors file: {error}") from error
     return tensors
 
 
