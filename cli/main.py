@@ -65,6 +65,7 @@ def run_command(action: Callable[[], Any], *, resume: str = "nothing that was th
 
     resume: what is kept, and how to go on, for the person who stops the command with Ctrl-C or SIGTERM.
     """
+    from kdcache.console import harmless
     from kdcache.errors import KDCacheError, UsageError
     from kdcache.interrupt import Stopped, stopping_cleanly
 
@@ -74,9 +75,9 @@ def run_command(action: Callable[[], Any], *, resume: str = "nothing that was th
     except Stopped as signal:
         raise click.ClickException(f"stopped by {signal}; {resume}") from signal
     except UsageError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(harmless(str(error))) from error
     except KDCacheError as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(harmless(str(error))) from error
 
 
 if __name__ == "__main__":

@@ -88,12 +88,18 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     help="Linear warm-up, within --epochs. Default: 5, or a tenth of the epochs if that is less.",
 )  # fmt: skip
 @click.option("--min-lr", type=click.FloatRange(0), default=0.0, show_default=True, metavar="LR", help="Where the schedule ends.")
+@click.option("--amp", is_flag=True, help="Mixed precision: autocast in training and evaluation. Losses and weights stay float32.")
+@click.option(
+    "--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True,
+    help="Of --amp; float16 scales the loss. CPUs want bfloat16.",
+)  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True, metavar="S", help="Of the weights, dropout and the order of the rows.")
 # where, and what to show
 @click.option("--out", default="runs", show_default=True, metavar="RUNS", help="Folder of run folders.")
 @click.option("--resume", is_flag=True, help="Continue unfinished runs from their last epoch. Finished ones are left alone in any case.")
 @workers_option
 @device_option
+@click.option("--channels-last", is_flag=True, help="Memory format of images and convolutions; on a GPU faster with --amp for most CNNs.")
 @click.option("--log-interval", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="Steps between lines in metrics.jsonl.")
 @json_option
 def command(

@@ -57,7 +57,7 @@ def inspect_cache(cache: Cache, *, rows: int | None = SAMPLE_ROWS, names: ClassN
     rows: of how many the logits are read, None for all of view 0, 0 for none. names: the user's, of the classes. Raises UsageError for
     names that fit nothing here.
     """
-    _check_names(cache, names)
+    check_names(cache, names)
     reasons = Counter(skip.reason for records in cache.views.values() for skip in records[0].identity.skipped)
     lacks, written, policy = find_lacks(cache), when_written(cache), cache.plan.policy
     total = sum(group_bytes(document) for document in cache.documents.values())
@@ -85,7 +85,7 @@ def inspect_cache(cache: Cache, *, rows: int | None = SAMPLE_ROWS, names: ClassN
     }
 
 
-def _check_names(cache: Cache, names: ClassNames | None) -> None:
+def check_names(cache: Cache, names: ClassNames | None) -> None:
     highest = int(cache.rows.label.max(initial=-1))
     classes = sorted({layer.document.identity.num_classes for layer in cache.teachers.values()})
     if names is not None and len(names) <= highest and len(names) not in classes:
@@ -107,7 +107,7 @@ def _stored_views(cache: Cache) -> dict[str, Any] | None:
 
 def _labels(cache: Cache, names: ClassNames | None) -> dict[str, Any]:
     found = label_histogram(cache)
-    names = names or _label_names(cache)
+    names = names or label_names_of(cache)
     rarest, commonest = found.extremes(NUM_EXTREMES)
     highest = int(found.classes[-1]) if len(found.classes) else -1
     bins: list[float] = []
@@ -132,7 +132,7 @@ def _named(names: ClassNames | None, number: int) -> dict[str, str]:
     return {"name": name} if name is not None else {}
 
 
-def _label_names(cache: Cache) -> ClassNames | None:
+def label_names_of(cache: Cache) -> ClassNames | None:
     """The labels' names: those of a teacher that knows its own, and mostly agrees with the labels."""
     for _, layer in sorted(cache.teachers.items()):
         top1, _labelled = _top1(layer)
@@ -141,7 +141,7 @@ def _label_names(cache: Cache) -> ClassNames | None:
     return None
 
 
-def _names_of(layer: TeacherLayer, given: ClassNames | None) -> ClassNames | None:
+def class_names_of(layer: TeacherLayer, given: ClassNames | None) -> ClassNames | None:
     """The names of a teacher's classes: the user's if there are as many, else those that are known for sure."""
     return given if given is not None and len(given) == layer.document.identity.num_classes else teacher_class_names(layer)
 
@@ -156,7 +156,7 @@ def _top1(layer: TeacherLayer) -> tuple[float | None, int]:
 def _teacher(cache: Cache, layer: TeacherLayer, rows: int | None, given: ClassNames | None) -> dict[str, Any]:
     identity, made = layer.document.identity, layer.document.provenance
     top1, labelled = _top1(layer)
-    names = _names_of(layer, given)
+    names = class_names_of(layer, given)
     return {
         "model": identity.model,
         "model_args": identity.model_args,
@@ -250,12 +250,12 @@ def inspect_row(cache: Cache, shard: str, key: str, view: int | None = None, *, 
 
     view: the one that is shown, and whose targets are read; None for what was drawn for all, and the targets of view 0.
     """
-    _check_names(cache, names)
+    check_names(cache, names)
     row, shown = cache.row_of(shard, key), view or 0
     drawn = [_drawn(cache, shard, row, number) for number in ([shown] if view is not None else _views_of(cache, shard))]
     first = next((one for one in drawn if one["view"] == shown), None) or _drawn(cache, shard, row, shown)
     result: dict[str, Any] = {"shard": shard, "key": printable(key), "row": row, "view": shown, "teachers": {}}
-    label_names = names or _label_names(cache)
+    label_names = names or label_names_of(cache)
     if not cache.teachers:
         result["label"] = cache.read(shard, key, shown)["label"]
     for name in sorted(cache.teachers):
@@ -264,7 +264,7 @@ def inspect_row(cache: Cache, shard: str, key: str, view: int | None = None, *, 
         arrays = {target: value for target, value in read.items() if isinstance(value, np.ndarray)}
         result["teachers"][name] = {target: _statistics(value) for target, value in arrays.items()}
         if "logits" in arrays:
-            result["teachers"][name]["logits"] |= _top5(arrays["logits"], _names_of(cache.layer(name), names))
+            result["teachers"][name]["logits"] |= _top5(arrays["logits"], class_names_of(cache.layer(name), names))
     result["label_name"] = label_names.of(result["label"]) if label_names is not None else None
     return {**result, **{name: value for name, value in first.items() if name != "view"}, "views": drawn}
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import yaml
 
+OPTIONAL = ("teachers", "amp", "amp_dtype")
+"""Fields that a recipe has only where they say something; the other fields that args.yaml has beside the recipe's are none of a recipe."""
+
 
 def read_args(path: Path) -> dict[str, Any]:
     """What an args.yaml says, or nothing if it can't be read: it serves a hint only."""
@@ -20,7 +23,7 @@ def read_args(path: Path) -> dict[str, Any]:
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted field, their value, our value) of every leaf of a recipe that differs, in the recipe's order; None where there is none."""
-    extra = [name for name in theirs if name not in ours and (prefix or name == "teachers")]  # args.yaml says more than the recipe
+    extra = [name for name in theirs if name not in ours and (prefix or name in OPTIONAL)]
     for name in [*ours, *extra] if prefix else [*extra, *ours]:
         a, b = theirs.get(name), ours.get(name)
         if isinstance(a, dict) and isinstance(b, dict):

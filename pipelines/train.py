@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.console import say
-from kdcache.device import fitting_threads, resolve_device
+from kdcache.device import autocast, fitting_threads, resolve_device
 from kdcache.errors import KDCacheError, StudentError, UsageError
 from kdcache.evaluate import Evaluation, EvaluationSet, Evaluator
 from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches, target_keys, to_device
@@ -52,6 +52,9 @@ from .training_data import TrainingData, check_labels, open_data
 
 SCHEDULES = ("cosine", "tanh", "constant", "none")
 """timm's schedules that need no options beyond ours."""
+
+AMP_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
+"""timm's names of them → ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,10 @@ class TrainConfig:
     warmup_epochs: float | None = None
     """Default: 5, or a tenth of the epochs if that is less."""
     min_lr: float = 0.0
+    amp: bool = False
+    """Autocast, in training and evaluation: products in half precision, sums, norms of losses and weights in float32."""
+    amp_dtype: str = "float16"
+    """One of AMP_DTYPES; float16 scales the loss, so that small gradients are not lost."""
 
     kd_temperature: float | None = None
     """The method's field `temperature`; likewise the three below."""
@@ -119,6 +126,8 @@ class TrainConfig:
     """Loading processes; 0: load in this one. Default: one a core, at most 8."""
     device: str | None = None
     """Default: cuda, else mps, else cpu."""
+    channels_last: bool = False
+    """Maps and convolutions with channels innermost: another speed, the same values but for rounding."""
     log_interval: int = 50
     """Steps between lines in metrics.jsonl."""
     resume: bool = False
@@ -143,11 +152,17 @@ class TrainConfig:
             ("--num-classes", self.num_classes, self.num_classes is None or self.num_classes >= 1, "at least 1"),
             ("--log-interval", self.log_interval, self.log_interval >= 1, "at least 1"),
             ("--sched", self.sched, self.sched in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("--amp-dtype", self.amp_dtype, self.amp_dtype in AMP_DTYPES, f"one of {', '.join(AMP_DTYPES)}"),
             ("--seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0, below 2^63"),
         ]
         for option, value, holds, expected in checks:
             if not holds:
                 raise UsageError(f"{option} {value!r}: expected {expected}")
+
+    @property
+    def precision(self) -> str:
+        """As `kdcache.device.autocast` calls it."""
+        return AMP_DTYPES[self.amp_dtype] if self.amp else "fp32"
 
 
 def train(config: TrainConfig, *, progress: bool = False) -> list[dict[str, Any]]:
@@ -197,7 +212,7 @@ class _Run:
         self._loop: _Loop | None = None
 
     def _resolve(self) -> dict[str, Any]:
-        """Everything that decides the result, JSON types. Workers, device, places and intervals are not here."""
+        """Everything that decides the result, JSON types. Workers, device, memory format, places and intervals are not here."""
         config, data = self.config, self.data
         return {
             "student": self.student_name,
@@ -219,6 +234,7 @@ class _Run:
             "sched": config.sched,
             "warmup_epochs": min(5.0, config.epochs / 10) if config.warmup_epochs is None else float(config.warmup_epochs),
             "min_lr": config.min_lr,
+            **({"amp": True, "amp_dtype": config.amp_dtype} if config.amp else {}),
             "val_crop_pct": config.val_crop_pct,
             "val_interval": config.val_interval,
             "data": data.describe(),
@@ -316,7 +332,13 @@ class _Run:
     def _write_args(self, device: torch.device, workers: int) -> None:
         config = self.config
         places = {"cache": self.data.cache.store.url, "root": self.data.cache.root, "shards_from": config.data, "val_from": config.val}
-        session = {"device": str(device), "workers": workers, "check_views": config.check_views, "log_interval": config.log_interval}
+        session = {
+            "device": str(device),
+            "channels_last": config.channels_last,
+            "workers": workers,
+            "check_views": config.check_views,
+            "log_interval": config.log_interval,
+        }
         text = yaml.safe_dump({"id": self.id, **self.recipe, "places": places, "session": session}, sort_keys=False, allow_unicode=True)
         _replace_file(self.folder / "args.yaml", text)
 
@@ -335,7 +357,7 @@ class _Run:
             "method": self.config.method,
             "recipe": {key: value for key, value in self.recipe.items() if key != "data"},
         }
-        student.model.cpu()
+        student.model.cpu().to(memory_format=torch.contiguous_format)  # as safetensors wants it
         export_student(student, self.export, record=record, figures=final)
 
     def _report(self, history: Sequence[Mapping[str, Any]], seconds: float, status: str) -> dict[str, Any]:
@@ -373,12 +395,15 @@ class _Loop:
         self.run, self.student, self.device = run, student, device
         self.config, self.data = run.config, run.data
         self.method = method.to(device)
+        self.memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        self.method.to(memory_format=self.memory_format)
         self.normalize = student.normalize().to(device)
         data = self.data
         self.batches = EpochBatches(data.row_numbers, batch_size=self.config.batch_size, num_views=data.num_views, seed=self.config.seed)
         self.encodings = {key: data.cache.encoding(*one) for key, one in target_keys(data.targets).items()}
         self.optimizer = _optimizer(self.method, self.config)
         self.scheduler = self._scheduler()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.config.precision == "fp16")
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0
@@ -417,7 +442,7 @@ class _Loop:
                 row = {"epoch": self.epoch, **self._train_epoch(loader, bar)}
                 measured = evaluator is not None and ((self.epoch + 1) % self.config.val_interval == 0 or self.epoch + 1 == total)
                 if evaluator is not None and measured:
-                    evaluation = evaluator(self.method.student, self.device)
+                    evaluation = evaluator(self.method.student, self.device, self.config.precision)
                     row |= {"eval_loss": evaluation.loss, "eval_top1": evaluation.top1, "eval_top5": evaluation.top5}
                     self._say_skipped(evaluation)
                 row["lr"] = sum(group["lr"] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
@@ -454,13 +479,14 @@ class _Loop:
     def _step(self, batch: Batch, step: int) -> dict[str, float]:
         """One update; {"loss", part…} as numbers."""
         device = self.device
-        images_BCHW = self.normalize(batch["views"].to(device, non_blocking=True))
+        images_BCHW = self.normalize(batch["views"].to(device, non_blocking=True)).contiguous(memory_format=self.memory_format)
         labels = batch["labels"].to(device, non_blocking=True)
         if "label_weights" in batch and self.method.needs_labels_with(self.method.settings):
             partners_B, weights_B = (batch[name].to(device, non_blocking=True) for name in ("partner_labels", "label_weights"))
             labels = soft_labels(labels, partners_B, weights_B, self.data.num_classes)
         targets = {target: encoding.decode(to_device(batch["targets"][target], device)) for target, encoding in self.encodings.items()}
-        parts = self.method(images_BCHW, labels, targets)
+        with autocast(device, self.config.precision):
+            parts = self.method(images_BCHW, labels, targets)
         loss = torch.stack(list(parts.values())).sum()
         values = dict(zip(["loss", *parts], torch.stack([loss, *parts.values()]).tolist(), strict=True))  # one transfer a step
         if not all(math.isfinite(value) for value in values.values()):
@@ -470,10 +496,12 @@ class _Loop:
                 f" expected a number; try a smaller --lr, or --clip-grad 1; run {self.run.folder} keeps its checkpoint of the epoch before"
             )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.method.parameters(), self.config.clip_grad)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # without fp16 the scaler does nothing of its own
+        self.scaler.update()
         return values
 
     def _last_top1(self) -> dict[str, str]:
@@ -496,6 +524,7 @@ class _Loop:
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else {},
+            "scaler": self.scaler.state_dict(),
             "generators": generators,
             "history": self.history,
             "seconds": self.seconds,
@@ -514,6 +543,8 @@ class _Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.history, self.seconds = state["epoch"], list(state["history"]), state["seconds"]
         torch.set_rng_state(state["generators"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["generators"]:
