@@ -15,11 +15,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import losses, methods
     from .cache import Cache, open_cache
+    from .dataset import CachedDataset
     from .errors import KDCacheError
+    from .timm_task import CachedTeacher
 
-__all__ = ["Cache", "KDCacheError", "__version__", "losses", "methods", "open_cache"]
+__all__ = ["Cache", "CachedDataset", "CachedTeacher", "KDCacheError", "__version__", "losses", "methods", "open_cache"]
 
-_HOMES = {"Cache": ".cache", "open_cache": ".cache", "KDCacheError": ".errors"}
+_HOMES = {
+    "Cache": ".cache",
+    "CachedDataset": ".dataset",
+    "CachedTeacher": ".timm_task",
+    "KDCacheError": ".errors",
+    "open_cache": ".cache",
+}
 
 
 def __getattr__(name: str) -> Any:

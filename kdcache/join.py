@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -191,6 +192,12 @@ class CachedViews(Dataset[Batch]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._files = ShardFiles()
+
+    def reading_from(self, files: ShardFiles) -> CachedViews:
+        """The same dataset, which takes image bytes from `files`."""
+        other = copy(self)
+        other._files = files
+        return other
 
     def __len__(self) -> int:
         return len(self.cache.rows)
