@@ -442,7 +442,9 @@ def test_pooled_features_are_those_of_the_teacher_or_refused(
 
 
 def test_the_lines_of_the_docs_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs" / "library.md").read_text(), re.DOTALL)
+    root = Path(__file__).parent.parent
+    blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "library.md").read_text(), re.DOTALL)
+    assert blocks[0] in (root / "README.md").read_text()
     assert [("WebDataset" in block, "timm.task" in block) for block in blocks] == [(False, False), (True, False), (False, True)]
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {"wds": wds, "urls": urls_of(folder)}
