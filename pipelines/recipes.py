@@ -8,6 +8,9 @@ from typing import Any
 
 import yaml
 
+NOT_RECIPE = ("id", "plan", "places", "session")
+"""What args.yaml says beside the recipe."""
+
 
 def read_args(path: Path) -> dict[str, Any]:
     """What an args.yaml says, or nothing if it can't be read: it serves a hint only."""
@@ -20,7 +23,7 @@ def read_args(path: Path) -> dict[str, Any]:
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted field, their value, our value) of every leaf of a recipe that differs, in the recipe's order; None where there is none."""
-    extra = [name for name in theirs if name not in ours and (prefix or name == "teachers")]  # args.yaml says more than the recipe
+    extra = [name for name in theirs if name not in ours and (prefix or name not in NOT_RECIPE)]
     for name in [*ours, *extra] if prefix else [*extra, *ours]:
         a, b = theirs.get(name), ours.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -37,6 +40,8 @@ def how_to_continue(field_name: str, value: Any) -> str:
     group, _, name = field_name.partition(".")
     if group == "teachers":
         return "give --teacher as that run was given to continue it"
+    if field_name.startswith("model_ema"):
+        return "leave --model-ema out to continue it" if value is None else f"pass --model-ema{_of_ema(group, value)} to continue it"
     if not name:
         name = field_name
     if group in ("settings", "model_kwargs"):
@@ -45,3 +50,7 @@ def how_to_continue(field_name: str, value: Any) -> str:
         option = f"--{name.replace('_', '-')}"
         shown = "" if isinstance(value, bool) else " " + (" ".join(map(str, value)) if isinstance(value, list) else str(value))
     return f"leave {option} out to continue it" if value is None or value is False else f"pass {option}{shown} to continue it"
+
+
+def _of_ema(field_name: str, value: Any) -> str:
+    return f" --model-ema-decay {value}" if field_name == "model_ema_decay" else " --model-ema-warmup" if value else ", without --model-ema-warmup,"
