@@ -3,6 +3,9 @@
 A line is a dict of figures: of one step, with "step", or of a whole epoch. Lines are written before the checkpoint that follows them, and a
 resumed run drops those that came after its checkpoint: it writes them again. So no line is missing and none is there twice.
 
+metrics.jsonl is the record; the others can be written again from it. W&B's process may lose what it was given when the run is killed, and a
+run may be watched from its resumption only: what they lack of the lines before is given to them then.
+
 TensorBoard and W&B count updates from the run's beginning: step k of epoch e is e × steps + k, whole epoch e is (e + 1) × steps.
 """
 
@@ -70,16 +73,29 @@ class Watch:
         wandb_project: None for no W&B.
         """
         self._steps = steps
-        updates = epoch * steps + step
-        self._watchers: list[Watcher] = [_MetricsFile(folder / "metrics.jsonl", epoch=epoch, step=step)]
-        if tensorboard:
-            self._watchers.append(_TensorBoard(folder / "tensorboard", updates=updates))
-        if wandb_project is not None:
-            self._watchers.append(_WandB(folder, project=wandb_project, run_id=run_id, recipe=recipe))
+        file = _MetricsFile(folder / "metrics.jsonl", epoch=epoch, step=step)
+        self._watchers: list[Watcher] = [file]
+        try:
+            if tensorboard:
+                self._begin(_TensorBoard(folder / "tensorboard", updates=epoch * steps + step), file.kept)
+            if wandb_project is not None:
+                self._begin(_WandB(folder, project=wandb_project, run_id=run_id, recipe=recipe), file.kept)
+        except BaseException:
+            self.close(failed=True)
+            raise
+
+    def _begin(self, watcher: _TensorBoard | _WandB, kept: Sequence[Line]) -> None:
+        self._watchers.append(watcher)
+        for line in kept:
+            if (updates := self._updates(line)) >= watcher.lacks_from:
+                watcher.write(line, updates)
+
+    def _updates(self, line: Line) -> int:
+        return int(line["epoch"] * self._steps + line.get("step", self._steps))
 
     def write(self, line: Line) -> None:
         """A line with "epoch", and "step", counted from 1, if it is of one step. Raises StoreError."""
-        updates = line["epoch"] * self._steps + line.get("step", self._steps)
+        updates = self._updates(line)
         for watcher in self._watchers:
             watcher.write(line, updates)
 
@@ -97,8 +113,10 @@ class Watch:
 class _MetricsFile:
     def __init__(self, path: Path, *, epoch: int, step: int) -> None:
         self._path = path
+        self.kept: list[Line] = []
         if path.is_file():
-            replace_file(path, "".join(text for text in _whole_lines(path) if _is_before(json.loads(text), epoch, step)))
+            self.kept = [line for line in map(json.loads, _whole_lines(path)) if _is_before(line, epoch, step)]
+            replace_file(path, "".join(json.dumps(line) + "\n" for line in self.kept))
         self._file: IO[str] = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by `close`
 
     def write(self, line: Line, updates: int) -> None:
@@ -130,9 +148,11 @@ class _TensorBoard:
     """Event files; `purge_step` tells TensorBoard to forget what the files before them say of later steps."""
 
     def __init__(self, folder: Path, *, updates: int) -> None:
+        self.lacks_from = updates + 1 if folder.is_dir() else 0
+        """The first update whose lines are not there."""
         writer = _import("torch.utils.tensorboard", option="--log-tensorboard", extra="tensorboard").SummaryWriter
         try:
-            self._writer = writer(str(folder), purge_step=updates + 1 if folder.is_dir() else None)
+            self._writer = writer(str(folder), purge_step=self.lacks_from or None)
         except OSError as error:
             raise _cannot_write(folder, error) from error
 
@@ -148,7 +168,8 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A W&B run under the run's id: a resumed one goes on with the same curves. WANDB_MODE=offline keeps it on this disk, in RUN/wandb."""
+    """A W&B run under the run's id: a resumed one goes on with the same curves. WANDB_MODE=offline keeps it on this disk, in RUN/wandb, where
+    the newest folder has the whole curves."""
 
     def __init__(self, folder: Path, *, project: str, run_id: str, recipe: Mapping[str, Any]) -> None:
         wandb = _import("wandb", option="--log-wandb", extra="wandb")
@@ -156,9 +177,12 @@ class _WandB:
             self._run = wandb.init(project=project, id=run_id, name=run_id, dir=str(folder), config=dict(recipe), resume="allow")
         except wandb.Error as error:
             raise UsageError(f"--log-wandb: {error}; WANDB_MODE=offline needs no account and no network") from error
+        self.lacks_from = int(self._run.starting_step)
+        """The first update that its server lacks; lines before are there already, the same."""
 
     def write(self, line: Line, updates: int) -> None:
-        self._run.log({"epoch": line["epoch"], **_curves(line)}, step=updates)
+        if updates >= self.lacks_from:  # else W&B drops it, with a warning each
+            self._run.log({"epoch": line["epoch"], **_curves(line)}, step=updates)
 
     def flush(self) -> None:
         """Its own process has it."""

@@ -404,20 +404,53 @@ def test_tensorboard_shows_one_curve_of_a_run_that_was_killed(folder: Path, whol
         assert [value for _, value in shown] == pytest.approx([value for _, value in expected], rel=1e-6)
 
 
-def test_wandb_keeps_an_offline_run_under_the_runs_id(folder: Path, whole: dict[str, Any], tmp_path: Path) -> None:
-    options = options_of(folder, tmp_path / "runs", log_wandb=True, wandb_project="mine", epochs=1)
+def wandb_history(path: Path) -> tuple[Any, dict[int, dict[str, Any]]]:
+    """(the run's record, update → what was logged) of a .wandb file: 7 bytes, then LevelDB's log format of 32 kB blocks."""
+    from wandb.proto import wandb_internal_pb2
 
-    def command() -> None:
+    data, place, parts, run, history = path.read_bytes(), 7, b"", None, {}
+    while place < len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        parts += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind not in (1, 4):  # first or middle part
+            continue
+        record, parts = wandb_internal_pb2.Record.FromString(parts), b""
+        run = record.run if record.WhichOneof("record_type") == "run" else run
+        if record.WhichOneof("record_type") == "history":
+            items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            history[items["_step"]] = items
+    return run, history
+
+
+def test_wandb_shows_whole_curves_of_a_run_that_was_killed_offline(folder: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+    options = options_of(folder, tmp_path / "runs", log_wandb=True, wandb_project="mine")
+
+    def killed() -> None:
+        die_after(pytest.MonkeyPatch(), STEPS + 4, lambda: signal.raise_signal(signal.SIGKILL))
         train(TrainConfig(**options))
 
-    child = Forked(command, tmp_path / "log", {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)})
+    def resumed() -> None:
+        train(TrainConfig(**{**options, "resume": True}))
+
+    environ = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **{f"WANDB_{name}_DIR": str(tmp_path) for name in ("CONFIG", "CACHE", "DATA")}}
+    assert Forked(killed, tmp_path / "log", environ).wait() == -signal.SIGKILL
+    time.sleep(1)  # folders are named by the second
+    child = Forked(resumed, tmp_path / "log", environ)
     assert child.wait() == 0, child.output()
-    (run,) = (tmp_path / "runs").iterdir()
-    (folder_of_wandb,) = (run / "wandb").glob("offline-run-*")
-    assert folder_of_wandb.name.endswith(run.name)
-    data = (folder_of_wandb / f"run-{run.name}.wandb").read_bytes()
-    for written in (b"mine", b"step/loss", b"train/loss", b"eval/top1", b"model_ema_decay"):
-        assert written in data
+    found = {**whole, "path": str(tmp_path / "runs" / whole["id"])}
+    assert lines_of(found) == lines_of(whole)
+    run, history = wandb_history(max(Path(found["path"], "wandb").glob("offline-run-*/*.wandb")))
+    assert (run.run_id, run.project) == (whole["id"], "mine")
+    assert list(history) == list(range(1, 3 * STEPS + 1))
+    for line in lines_of(whole):
+        shown = history[line["epoch"] * STEPS + line.get("step", STEPS)]
+        assert shown["epoch"] == line["epoch"]
+        names = {"step/loss": "loss"} if "step" in line else {"train/loss": "train_loss", "eval/top1": "eval_top1", "eval/raw_loss": "eval_raw_loss"}
+        assert {name: shown[name] for name in names} == {name: line[key] for name, key in names.items()}
 
 
 @pytest.mark.parametrize(("option", "module"), [("log_tensorboard", "tensorboard"), ("log_wandb", "wandb")])
