@@ -39,6 +39,8 @@ class Student:
     """Of the evaluation transform, from the model's data config."""
     crop_pct: float
     """Of the evaluation transform, from the model's data config."""
+    crop_mode: str
+    """Likewise: center, squash or border."""
 
     def normalize(self) -> Normalize:
         """From uint8 views to this student's input."""
@@ -79,6 +81,7 @@ def build_student(
         std=std,
         interpolation=str(config["interpolation"]),
         crop_pct=float(config["crop_pct"]),
+        crop_mode=str(config["crop_mode"]),
     )
 
 
@@ -131,6 +134,7 @@ def export_student(student: Student, folder: Path, *, record: Mapping[str, Any],
             "std": student.std,
             "interpolation": student.interpolation,
             "crop_pct": student.crop_pct,
+            "crop_mode": student.crop_mode,
         },
         safe_serialization=True,
     )

@@ -384,7 +384,8 @@ class _Run:
             "recipe": {key: value for key, value in self.recipe.items() if key != "data"},
             **({"other_caches": loop.other_caches} if loop.other_caches else {}),
         }
-        student = dataclasses.replace(loop.student, model=loop.weights_to_export)
+        crop_pct = loop.student.crop_pct if self.config.val_crop_pct is None else self.config.val_crop_pct  # of the figures
+        student = dataclasses.replace(loop.student, model=loop.weights_to_export, crop_pct=crop_pct)
         student.model.cpu()
         export_student(student, self.export, record=record, figures=final)
 

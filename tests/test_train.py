@@ -23,6 +23,10 @@ from cli.main import main
 from kdcache.cache import open_cache
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.errors import CorruptError, DriftError, MismatchError, MissingError, ShardError, StudentError, UsageError
+from kdcache.evaluate import EvaluationSet
+from kdcache.images import decode_image
+from kdcache.shards import ShardFiles, scan_shard
+from kdcache.sources import resolve_shards
 from kdcache.students import build_student
 from pipelines.extract import ExtractConfig, extract
 from pipelines.train import TrainConfig, train
@@ -470,6 +474,28 @@ def test_validation_can_be_rarer_than_epochs(config: Any, folder: Path) -> None:
     (run,) = train(config(val=str(folder / "val"), epochs=4, val_interval=3))
     with open(Path(run["path"], "summary.csv"), newline="") as file:
         assert [bool(row["eval_top1"]) for row in csv.DictReader(file)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(("crop_mode", "crop_pct"), [("center", None), ("squash", None), ("border", 0.7)])
+def test_validation_sees_what_timms_transform_of_the_export_gives(
+    config: Any, folder: Path, tmp_path: Path, crop_mode: str, crop_pct: float | None
+) -> None:
+    (first,) = train(config(epochs=1))
+    body = json.loads(Path(first["path"], "export", "config.json").read_text())
+    body["pretrained_cfg"] |= {"crop_mode": crop_mode, "crop_pct": 0.8}
+    shutil.copytree(Path(first["path"], "export"), tmp_path / "student")
+    (tmp_path / "student" / "config.json").write_text(json.dumps(body))
+    name = f"local-dir:{tmp_path / 'student'}"
+    options: dict[str, Any] = {"students": (name,), "pretrained": True, "model_kwargs": {}, "val_crop_pct": crop_pct, "val": str(folder / "val")}
+    (run,) = train(config(epochs=1, **options))
+    transform = timm.data.create_transform(
+        **timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{run['path']}/export", pretrained=True))
+    )
+    (index,) = (scan_shard(source) for source in resolve_shards(str(folder / "val")))
+    seen = EvaluationSet([index], build_student(name, num_classes=10, view_size=32, pretrained=True), crop_pct=crop_pct)
+    sample = index.samples[3]
+    image = decode_image(ShardFiles().read(index.source, sample.key, sample.image_offset, sample.image_size))
+    assert torch.equal(seen[3][0], transform(image))
 
 
 # --- errors ---
