@@ -439,7 +439,7 @@ class _Loop:
         """Loss parts, summed over them."""
         self.history: list[dict[str, Any]] = []
         self.other_caches: list[dict[str, Any]] = []
-        """Those that the run was trained on before, each until an epoch and step."""
+        """Those that the run was trained on before, each for so many epochs from the first."""
         self.seconds = 0.0
         self.epoch_seconds = 0.0
         self._counted = time.perf_counter()
@@ -616,7 +616,7 @@ class _Loop:
         if changed:
             name, before, now = next(differences(theirs["data"], recipe["data"], "data."))
             say(f"run {self.run.id}: goes on with other data {describe(state)}: {name} was {before!r}, is {now!r}")
-            self.other_caches.append({**{name: state[name] for name in ("fingerprint", "root", "epoch")}, "step": 0})
+            self.other_caches.append({name: state[name] for name in ("fingerprint", "root", "epoch")})
         else:
             self.step, self.sums = state.get("step", 0), dict(state.get("sums", {}))
             self.epoch_seconds = state.get("epoch_seconds", 0.0)
