@@ -25,6 +25,10 @@ from .options import device_option, json_option, parse_settings, print_json, wor
 )
 @click.option("--dataset", metavar="ID", help="Dataset id, part of the view plan. Default: the shards' common name.")
 @click.option("--for", "methods", multiple=True, metavar="METHOD", help="Record what this method needs, e.g. nkd+vitkd. Repeatable.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="FIELD=VALUE",
+    help="A field of these methods, as train's --set, where it decides what they need, e.g. logits=head of scalekd. Repeatable.",
+)  # fmt: skip
 @click.option("--target", "targets", multiple=True, metavar="SPEC", help="target[@node][:encoding[=arg]][,views=N]. Repeatable. Default: logits.")
 @click.option("--views", type=click.IntRange(1), metavar="V", help="Views a sample. Default: 8; 1 without randomness. More can be added later.")
 @click.option("--augment", metavar="POLICY", help="none, weak, strong, 3aug or a FILE.yaml, see below. Default: weak.")
@@ -57,6 +61,7 @@ def command(
     list_nodes: bool,
     model_kwargs: tuple[str, ...],
     methods: tuple[str, ...],
+    settings: tuple[str, ...],
     targets: tuple[str, ...],
     as_json: bool,
     **options: object,
@@ -90,6 +95,7 @@ def command(
     Examples:
       kdcache extract 'train-{0000..1023}.tar' cache --teacher vit_large_patch16_224 --precision bf16
       kdcache extract shards/ cache --teacher local-dir:teacher --target logits --target features@norm
+      kdcache extract shards/ cache --teacher swin_large_patch4_window7_224 --for scalekd --set logits=head
       kdcache extract --list-nodes --teacher vit_large_patch16_224
 
     \b
@@ -105,6 +111,7 @@ def command(
     """
 
     model_args = parse_settings(model_kwargs, option="--model-kwargs")
+    method_settings = parse_settings(settings, option="--set")
     if list_nodes:
         run_command(lambda: _list_nodes(teacher, options["checkpoint"], model_args, as_json=as_json))
         return
@@ -117,7 +124,7 @@ def command(
 
         config = ExtractConfig(
             shards=shards, cache=cache, teacher=teacher, model_args=model_args,
-            methods=methods, targets=targets, **options,  # type: ignore[arg-type]  # names and types are click's above
+            methods=methods, settings=method_settings, targets=targets, **options,  # type: ignore[arg-type]  # names and types are click's above
         )  # fmt: skip
         summary = extract(config, progress=True)
         rank = read_launch().rank

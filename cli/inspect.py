@@ -2,46 +2,92 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from .main import run_command
-from .options import json_option, print_json
+from .options import as_rows, json_option, parse_rows, print_json
 
 
 @click.command(no_args_is_help=True)
 @click.argument("cache")
 @click.option("--shard", metavar="S", help="Show one shard.")
 @click.option("--key", metavar="K", help="Show one sample of the shard.")
-@click.option("--view", type=click.IntRange(0), metavar="V", help="Which view of the sample. Default: 0.")
+@click.option("--view", type=click.IntRange(0), metavar="V", help="Which view of the sample. Default: what was drawn for all, targets of 0.")
+@click.option(
+    "--rows", callback=parse_rows, metavar="N|all", help="Rows whose logits are read for the entropy; 0: none. Default: 4096, 4 MB at most."
+)
+@click.option(
+    "--class-names", metavar="FILE", help="Names of the classes: a line each, class 0 first; or .json. Default: where they are known for sure."
+)
+@click.option("--html", metavar="FILE", help="Write a page with pictures, which loads nothing else; with --shard or --key, of these samples.")
+@click.option("--samples", type=click.IntRange(0, 200), default=12, show_default=True, metavar="N", help="Samples on the page.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="S", help="Chooses the page's samples.")
+@click.option("--data", metavar="SHARDS", help="Where the tars lie now, for the page's originals. Default: where they lay.")
 @json_option
-def command(cache: str, shard: str | None, key: str | None, view: int | None, as_json: bool) -> None:
-    """Show what is in CACHE: identity, completeness, size and fidelity by target, skipped samples.
+def command(
+    cache: str,
+    shard: str | None,
+    key: str | None,
+    view: int | None,
+    rows: int | str | None,
+    class_names: str | None,
+    html: str | None,
+    samples: int,
+    seed: int,
+    data: str | None,
+    as_json: bool,
+) -> None:
+    """Show what is in CACHE: identity, completeness, size and fidelity by target with the worst shard, labels, entropy.
+
+    Opens fast whatever the size: of chunks it reads a sample of logits, and says of what. With --shard one shard; with --key one
+    sample: label, what was drawn for its views, the teacher's top-5. Keys of --json: docs/inspect.md.
 
     \b
     Examples:
       kdcache inspect cache
       kdcache inspect cache --shard imagenet1k-train-0000
       kdcache inspect cache --shard imagenet1k-train-0000 --key n01440764/n01440764_10026 --view 3
+      kdcache inspect cache --html cache.html
     """
 
     def action() -> None:
         from kdcache.cache import open_cache
+        from kdcache.class_names import read_class_names
+        from kdcache.console import visible
+        from kdcache.errors import UsageError
         from pipelines import inspect
+        from pipelines.facts import SAMPLE_ROWS
 
-        inspect.check_selection(shard, key, view)
+        inspect.check_selection(shard, key, view, sampled=rows is not None)
+        if html is None and data is not None:
+            raise UsageError("--data needs --html: only the page shows what is in the tars")
+        if html is not None and view is not None:
+            raise UsageError("--view has no place beside --html: the page of a key shows all its views")
+        names = read_class_names(class_names) if class_names is not None else None
+        if html is not None:
+            from pipelines.page import PageConfig, write_page
+
+            chosen = PageConfig(samples=samples, seed=seed, shard=shard, key=key, data=data, rows=as_rows(rows, SAMPLE_ROWS), class_names=names)
+            page = write_page(cache, html, chosen)
+            if as_json:
+                print_json(page.to_json())
+            click.echo(page.as_text(), err=True)
+            sys.exit(1 if page.problems else 0)
         opened = open_cache(cache)
         if shard is not None and key is not None:
-            facts = inspect.inspect_row(opened, shard, key, view or 0)
+            facts = inspect.inspect_row(opened, shard, key, view, names=names)
             text = inspect.row_as_text(facts)
         elif shard is not None:
             facts = inspect.inspect_shard(opened, shard)
             text = inspect.shard_as_text(facts)
         else:
-            facts = inspect.inspect_cache(opened)
+            facts = inspect.inspect_cache(opened, rows=as_rows(rows, SAMPLE_ROWS), names=names)
             text = inspect.cache_as_text(facts, cache)
         if as_json:
             print_json(facts)
         else:
-            click.echo(text)
+            click.echo(visible(text))
 
     run_command(action)

@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "methods": "List the distillation methods: what they need, their constants, their papers.",
     "inspect": "Show what is in a cache.",
     "verify": "Prove that a cache is what it claims to be.",
+    "diff": "Show what differs between two caches, and how far their targets are apart.",
     "copy": "Take a cache, or a teacher, targets or views of it, to another folder.",
     "gc": "Show and remove what no record owns; drop a target, a teacher or views.",
 }
@@ -64,6 +65,7 @@ def run_command(action: Callable[[], Any], *, resume: str = "nothing that was th
 
     resume: what is kept, and how to go on, for the person who stops the command with Ctrl-C or SIGTERM.
     """
+    from kdcache.console import harmless
     from kdcache.errors import KDCacheError, UsageError
     from kdcache.interrupt import Stopped, stopping_cleanly
 
@@ -73,9 +75,9 @@ def run_command(action: Callable[[], Any], *, resume: str = "nothing that was th
     except Stopped as signal:
         raise click.ClickException(f"stopped by {signal}; {resume}") from signal
     except UsageError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(harmless(str(error))) from error
     except KDCacheError as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(harmless(str(error))) from error
 
 
 if __name__ == "__main__":

@@ -23,6 +23,20 @@ workers_option = click.option(
 )
 
 
+def parse_rows(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> int | str | None:
+    """A callback of options `N|all`; None where nothing was given."""
+    if text is None or text == "all":
+        return text
+    if not (text.isascii() and text.isdigit()):
+        raise click.BadParameter(f"expected a number of rows or 'all', found {text!r}")
+    return int(text)
+
+
+def as_rows(given: int | str | None, default: int) -> int | None:
+    """What `parse_rows` gave as a number of rows, None for all."""
+    return None if given == "all" else int(given) if given is not None else default
+
+
 def print_json(body: Mapping[str, Any]) -> None:
     """The one JSON object on stdout."""
     click.echo(json.dumps(body, indent=1))

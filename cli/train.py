@@ -88,6 +88,11 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     help="Linear warm-up, within --epochs. Default: 5, or a tenth of the epochs if that is less.",
 )  # fmt: skip
 @click.option("--min-lr", type=click.FloatRange(0), default=0.0, show_default=True, metavar="LR", help="Where the schedule ends.")
+@click.option("--amp", is_flag=True, help="Mixed precision: autocast in training and evaluation. Losses and weights stay float32.")
+@click.option(
+    "--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True,
+    help="Of --amp; float16 scales the loss. CPUs want bfloat16.",
+)  # fmt: skip
 @click.option("--model-ema", is_flag=True, help="Keep a moving average of the weights, measure it beside them and export it.")
 @click.option(
     "--model-ema-decay", type=click.FloatRange(0, 1, max_open=True), default=0.9998, show_default=True, metavar="D",
@@ -107,6 +112,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 )  # fmt: skip
 @workers_option
 @device_option
+@click.option("--channels-last", is_flag=True, help="Memory format of images and convolutions; on a GPU faster with --amp for most CNNs.")
 @click.option("--log-interval", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="Steps between lines in metrics.jsonl.")
 @click.option("--log-tensorboard", is_flag=True, help="Write TensorBoard's event files too. Needs kdcache[tensorboard].")
 @click.option("--log-wandb", is_flag=True, help="Log to Weights & Biases too; WANDB_MODE=offline needs no account. Needs kdcache[wandb].")

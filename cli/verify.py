@@ -1,11 +1,17 @@
-"""`kdcache verify`: a verdict on a cache."""
+"""`kdcache verify`: a verdict on a cache, and its repair."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import click
 
 from .main import run_command
-from .options import json_option, print_json, workers_option
+from .options import device_option, json_option, print_json, workers_option
+
+if TYPE_CHECKING:
+    from pipelines.repair import RepairConfig
+    from pipelines.verdict import Verdict
 
 
 def _parse_views(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> int | str | None:
@@ -21,38 +27,110 @@ def _parse_views(_ctx: click.Context, _parameter: click.Parameter, text: str | N
 @click.option(
     "--views", callback=_parse_views, metavar="N|all", help="Also compare the pixels of N views a shard (or all): rendered again, or as stored."
 )
+@click.option("--recompute", type=click.IntRange(1), metavar="N", help="Also show N views a shard to the teacher again, and compare its targets.")
+@click.option("--repair", is_flag=True, help="Show what is to be deleted and made again to mend what was found.")
+@click.option("--yes", is_flag=True, help="With --repair: do it, then verify again. Without it nothing is changed.")
 @click.option("--data", metavar="SHARDS", help="Where the tars lie now. Default: where they lay when the cache was made.")
+@click.option("--teacher", metavar="N", help="Which of the cache's teachers --recompute runs. Default: all.")
+@click.option("--model", metavar="NAME", help="Where the teacher lies now, as extract's --teacher. Default: as it was named then.")
+@click.option("--checkpoint", metavar="FILE", help="Its weights now. Default: the file that was named then.")
+@click.option(
+    "--batch-size", "-b", type=click.IntRange(1), metavar="B", help="Views a teacher pass. Default: 64; in a repair as each segment was made."
+)
+@device_option
 @workers_option
 @json_option
-def command(cache: str, views: int | str | None, data: str | None, workers: int | None, as_json: bool) -> None:
-    """Prove that CACHE is what it claims to be.
+def command(
+    cache: str,
+    *,
+    views: int | str | None,
+    recompute: int | None,
+    repair: bool,
+    yes: bool,
+    data: str | None,
+    teacher: str | None,
+    model: str | None,
+    checkpoint: str | None,
+    batch_size: int | None,
+    device: str | None,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Prove that CACHE is what it claims to be, and mend it.
 
-    Every byte against its record, every record against the plan, the teacher and the index, up to the root digest, which
-    names the content in one line. With --views also the pixels that the teacher saw. Needs no teacher and no GPU.
+    Every byte against its record, every record against the plan, the teacher and the index, up to the root digest: the last
+    line names the cache, and what students' checkpoints and exports name is the same root. --views compares the pixels that
+    the teacher saw, and tells a changed tar from a changed decoder; it needs no teacher and no GPU. --recompute loads the
+    teacher and tells whether it still gives what is cached.
+
+    --repair makes bad or missing segments again, and nothing else: the tars are needed for views, the teacher for targets, neither for
+    the index. With the device, batch size and versions of then the bytes come out as they were. It shows first what would be
+    deleted, and changes something with --yes only.
 
     \b
     Examples:
       kdcache verify cache
       kdcache verify cache --views all --data /new/place/shards
+      kdcache verify cache --recompute 4 --checkpoint /new/place/teacher.safetensors
+      kdcache verify cache --repair
+      kdcache verify cache --repair --yes
 
-    Exit code 0: sound. 1: problems were found.
+    Exit code 0: sound (after a repair: sound now). 1: problems were found. A cache that is unfinished may be sound.
     """
+    if yes and not repair:
+        raise click.UsageError("--yes belongs to --repair")
+    if repair and recompute is not None:
+        raise click.UsageError("--repair mends bytes; run --recompute by itself, before or after")
 
     def action() -> int:
-        from kdcache.console import human_bytes, say
-        from pipelines.verify import verify
+        from pipelines.repair import RepairConfig
+        from pipelines.verify import Recompute, verify
 
-        verdict = verify(cache, views=views, data=data, workers=workers, progress=True)  # type: ignore[arg-type]  # parsed above
-        for problem in verdict.problems:
-            place = " ".join(part for part in (problem.shard, problem.key) if part)
-            say(f"{problem.kind:>11}  {place}  {problem.detail}" if place else f"{problem.kind:>11}  {problem.detail}")
-        for note in verdict.notes:
-            say(f"       note  {note}")
-        replayed = f", {verdict.views_replayed:,} views compared" if views is not None else ""
-        say(f"{cache}: {verdict.files} files, {human_bytes(verdict.bytes)}, {verdict.shards} shards, {verdict.rows:,} rows{replayed}")
-        say(f"root {verdict.root}: {'sound' if verdict.ok else f'NOT SOUND, {len(verdict.problems)} problems'}")
+        how = None
+        if recompute is not None:
+            how = Recompute(rows=recompute, teacher=teacher, model=model, checkpoint=checkpoint, device=device, batch_size=batch_size or 64)
+        verdict = verify(cache, views=views, recompute=how, data=data, workers=workers, progress=True)  # type: ignore[arg-type]  # parsed above
+        _tell(verdict, cache)
+        failed = False
+        if repair:
+            config = RepairConfig(data=data, model=model, checkpoint=checkpoint, batch_size=batch_size, device=device, workers=workers)
+            verdict, failed = _repair(cache, verdict, config, yes=yes)
         if as_json:
             print_json(verdict.to_json())
-        return 0 if verdict.ok else 1
+        return 0 if verdict.ok and not failed else 1
 
     raise SystemExit(run_command(action))
+
+
+def _tell(verdict: Verdict, cache: str) -> None:
+    from kdcache.console import say
+    from pipelines.verdict import as_lines
+
+    for line in as_lines(verdict, cache):
+        say(line)
+
+
+def _repair(cache: str, verdict: Verdict, config: RepairConfig, *, yes: bool) -> tuple[Verdict, bool]:
+    """The verdict afterwards, and whether something could not be done."""
+    from kdcache.console import say
+    from pipelines.repair import carry_out, plan_repair
+    from pipelines.verify import verify
+
+    plan = plan_repair(cache, verdict)
+    for line in plan.lines():
+        say(line)
+    if plan.impossible:
+        say(f"{cache}: nothing was changed: see above what has to be done first")
+        return verdict, True
+    if not plan:
+        say(f"{cache}: nothing to repair{'' if verdict.ok else ': what was found is not in the cache itself'}")
+        return verdict, False
+    if not yes:
+        say(f"{cache}: nothing was changed: pass --repair --yes to do all of this")
+        return verdict, False
+    failures = carry_out(cache, plan, config)
+    for failure in failures:
+        say(f"{'failed':>13}  {'':>8}  {failure}")
+    verdict = verify(cache, progress=True)
+    _tell(verdict, cache)
+    return verdict, bool(failures)

@@ -29,13 +29,17 @@ import numcodecs.blosc
 import numpy as np
 
 from .errors import CorruptError, StoreError
-from .format import DigestField
+from .format import MAX_ROW_BYTES, DigestField
 from .store import Store
 
 numcodecs.blosc.use_threads = False  # bytes then depend on neither threads nor cores
 
 CHUNK_BYTES = 64 * 1024
 """Rows are gathered into chunks of at most this size; a larger row is a chunk of its own."""
+
+MAX_CHUNK_BYTES = MAX_ROW_BYTES
+"""Of a row that is a chunk of its own."""
+DATA_TYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint64", "float16", "float32")
 
 STREAM_CHUNK_BYTES = 8 * 1024
 """Of a stream: an item of 28 kB is then read as 36 kB on average, and the crc32c of every byte that is used is checked."""
@@ -48,7 +52,7 @@ KeyT = TypeVar("KeyT")
 ValueT = TypeVar("ValueT")
 _EMPTY = 2**64 - 1
 _SMALLEST_CHUNK = 16 + 4
-"""A Blosc header and a crc32c."""
+"""A Blosc header and a crc32c: what Blosc adds at most to bytes that it can't compress."""
 _CRC = struct.Struct("<I")
 _BLOSC_SIZES = struct.Struct("<III")
 """From byte 4 of a Blosc header: bytes before compression, of a block, of all that is stored."""
@@ -136,6 +140,8 @@ def spec_of_metadata(name: str, data: bytes, *, has_views: bool, where: str) -> 
     axis = int(has_views)
     try:
         body = json.loads(data)
+        if body["data_type"] not in DATA_TYPES:
+            raise ValueError(body["data_type"])
         sharding = body["codecs"][0]["configuration"]
         chunk, shape, compressor = sharding["chunk_shape"], body["shape"], sharding["codecs"][1]
         compressed = compressor["name"] == "blosc"
@@ -150,8 +156,10 @@ def spec_of_metadata(name: str, data: bytes, *, has_views: bool, where: str) -> 
             compressed=compressed,
         )
         rows = int(shape[axis])
-        is_ours = json.loads(spec.metadata(rows)) == body
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError):
+        is_ours = (
+            0 <= rows < 2**48 and spec.chunk_rows * prod(spec.inner) * dtype.itemsize <= MAX_CHUNK_BYTES and json.loads(spec.metadata(rows)) == body
+        )
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RecursionError):
         is_ours = False
     if not is_ours:
         axes = "views and rows" if has_views else "rows"
@@ -312,7 +320,9 @@ class ArrayReader:
             raise CorruptError(f"{self._path}: a chunk is absent; expected all {num_chunks}; run 'kdcache verify' on the cache")
         payload_size = shard_size - index_size
         inside = (index[:, 0] <= payload_size) & (index[:, 1] <= payload_size)  # before adding: a sum may wrap around
-        if not inside.all() or (index.sum(axis=1) > payload_size).any() or (index[:, 1] < (_SMALLEST_CHUNK if spec.compressed else 4)).any():
+        sizes, plain = index[:, 1], spec.chunk_rows * prod(spec.inner) * spec.dtype.itemsize
+        smallest, largest = (_SMALLEST_CHUNK, plain + _SMALLEST_CHUNK) if spec.compressed else (plain + 4, plain + 4)
+        if not inside.all() or (index.sum(axis=1) > payload_size).any() or (sizes < smallest).any() or (sizes > largest).any():
             raise CorruptError(f"{self._path}: the shard index points outside the file; run 'kdcache verify' on the cache")
         self._index = index.astype(np.int64)
 
@@ -411,7 +421,7 @@ class StreamReader:
         self._store = store
         self._path = f"{group}/{stream_spec(name).shard_path}"
         self._num_chunks, rest = divmod(shard_size - 4, _STREAM_STRIDE + 16)
-        if rest:
+        if rest or shard_size < 4:
             raise CorruptError(f"{self._path}: {shard_size} bytes are no whole number of chunks; run 'kdcache verify' on the cache")
 
     def read(self, start: int, stop: int) -> bytes:

@@ -24,6 +24,7 @@ from .errors import CacheError, CorruptError, DriftError, MissingError, ShardErr
 from .format import (
     CacheIdentity,
     Digest,
+    DigestField,
     Document,
     Group,
     TailIdentity,
@@ -57,13 +58,16 @@ from .shards import ShardFiles, ShardSource, check_same_tar, scan_shard
 from .sources import locate_shards
 from .store import Store, open_store
 from .stored_views import decode_view
-from .views import ViewParams, pixel_digest, render
+from .views import Resizer, ViewParams, pixel_digest, render
 
 if TYPE_CHECKING:
     from .encodings import Encoding
 
 INDEX_CACHE_BYTES = 128 << 20
 """Shard indexes kept in memory, per process."""
+WHOLE_FILE_BYTES = 1 << 20
+"""An array's file of at most this size is compared with its record's digest when it is first read, in 1 ms: two such files may well have the same size,
+and each would pass for the other. The chunks of larger ones compress to sizes of their own, so that their index is not found where the record says."""
 KEY_CACHE_BYTES = 64 << 20
 """Sample keys kept in memory, per process, counted at 150 bytes each."""
 _MAX_CALIBRATION_BYTES = 1 << 30
@@ -102,10 +106,10 @@ class Replay:
     partner: Replay | None = None
     """Of a mixed view: its partner's view of the same number, unmixed."""
 
-    def render(self, image_of: Callable[[int], Image.Image]) -> Pixels:
-        """The view: uint8 (size, size, 3), unchecked. image_of: row → its decoded image."""
-        partner = self.partner.render(image_of) if self.partner is not None else None
-        return render(image_of(self.row), self.params, partner)
+    def render(self, image_of: Callable[[int], Image.Image], resizer: Resizer | None = None) -> Pixels:
+        """The view: uint8 (size, size, 3), unchecked. image_of: row → its decoded image. resizer: as `views.render` takes it."""
+        partner = self.partner.render(image_of, resizer) if self.partner is not None else None
+        return render(image_of(self.row), self.params, partner, resizer=resizer)
 
 
 @dataclass
@@ -310,7 +314,10 @@ class Cache:
         if (np.diff(ends, prepend=0) < 0).any() or total > 1 << 30:
             raise CorruptError(f"{self.store.url}: shard {shard}: key ends are not increasing; run 'kdcache verify' on the cache")
         data = self._reader("views", record.group, key_bytes_spec(total), total).read(0, np.arange(total))
-        return {key: row for row, key in enumerate(arrays_to_keys(data, ends))}
+        keys = {key: row for row, key in enumerate(arrays_to_keys(data, ends))}
+        if len(keys) != record.rows:
+            raise CorruptError(f"{self.store.url}: shard {shard}: a key stands there twice; run 'kdcache verify' on the cache")
+        return keys
 
     def row_of(self, shard: str, key: str) -> int:
         """The row of a key. Raises MissingError, saying why if the sample was skipped."""
@@ -352,9 +359,20 @@ class Cache:
 
         def make() -> ArrayReader:
             shard_file = group.files.get(spec.shard_path)
+            if shard_file is not None and shard_file.size <= WHOLE_FILE_BYTES:
+                self._check_whole_file(f"{path}/{spec.shard_path}", shard_file)
             return ArrayReader(self.store, path, spec, rows, shard_size=shard_file.size if shard_file else 0)
 
         return self._readers.get_or((path, spec.name), make, lambda reader: reader.index_bytes)
+
+    def _check_whole_file(self, path: str, expected: DigestField) -> None:
+        """Raise CorruptError for a file that is sound in itself, as its crc32c tell, and is not the one that its record names."""
+        found = blake2b_128(self.store.get_range(path, 0, expected.size))
+        if found != expected.digest:
+            raise CorruptError(
+                f"{self.store.url}/{path}: not the bytes that its record names: expected digest {expected.digest}, found {found}: changed since"
+                f" its crc32c were written, or another file's; run 'kdcache verify CACHE --repair'"
+            )
 
     def _views_reader(self, record: ViewsIdentity, name: str) -> ArrayReader:
         views = len(record.views)
@@ -407,6 +425,8 @@ class Cache:
         spans = self._views_reader(record, STORED_SPAN).read(column, rows) if codec != "raw" else None
         for i, row in enumerate(rows):
             try:
+                if spans is not None and spans[i, 1] - spans[i, 0] > _most_stored_bytes(self.plan.size):
+                    raise CorruptError(f"its image file is said to have {spans[i, 1] - spans[i, 0]} bytes; run 'kdcache verify' on the cache")
                 if spans is None:
                     yield self._views_reader(record, STORED_PIXELS).read(column, [row])[0]
                 else:
@@ -451,9 +471,20 @@ class Cache:
         shape = TargetShape(
             num_classes=card.num_classes or 0, grid=card.grid or (0, 0), channels=card.channels or 0, prefix_tokens=card.prefix_tokens or 0
         )
-        encoding = build_encoding(card.kind, card.encoding, shape)
+        where = f"{self.store.url}: teacher {teacher!r}, target {target!r}"
+        try:
+            encoding = build_encoding(card.kind, card.encoding, shape)
+        except UsageError as error:
+            raise CorruptError(f"{where}: its card can't be right: {error}") from error
+        if encoding.components() != card.components:
+            raise CorruptError(f"{where}: its card's components are not those of {encoding.full_name}; run 'kdcache verify' on the cache")
         if card.calibration is not None:
             encoding.load_calibration(read_calibration(self.store, teacher, card))
+        elif encoding.needs_calibration:
+            raise CorruptError(f"{where}: its card names no calibration, which {encoding.full_name} needs; run 'kdcache verify' on the cache")
+        problem = encoding.calibration_problem()
+        if problem is not None:
+            raise CorruptError(f"{where}: {calibration_path(teacher, target)}: {problem}")
         return encoding
 
     # --- single rows, for people ---
@@ -552,6 +583,11 @@ class Cache:
             check_same_tar(scan_shard(source), documents[0].identity)
 
 
+def _most_stored_bytes(size: int) -> int:
+    """More than any image file of a view has: of noise a PNG or JPEG has a third more than its 3 · size² pixels at most."""
+    return 8 * size * size + (1 << 16)
+
+
 def _contiguous(ranges: Sequence[ViewRange]) -> int:
     """How many views from 0 on the ranges cover without a gap."""
     count = 0
@@ -573,12 +609,17 @@ def read_calibration(store: Store, teacher: str, card: TargetIdentity) -> dict[s
     """The calibration tensors of a target. Raises CorruptError if the file is not the one its card names."""
     import safetensors.torch
 
+    from .timm_models import SAFETENSORS_ERRORS
+
     assert card.calibration is not None
     path = calibration_path(teacher, card.name)
     data = store.get(path, max_size=_MAX_CALIBRATION_BYTES)
     if blake2b_128(data) != card.calibration.digest:
         raise CorruptError(f"{store.url}/{path}: bytes were changed: expected digest {card.calibration.digest}, found {blake2b_128(data)}")
-    tensors: dict[str, Any] = safetensors.torch.load(data)
+    try:
+        tensors: dict[str, Any] = safetensors.torch.load(data)
+    except SAFETENSORS_ERRORS as error:
+        raise CorruptError(f"{store.url}/{path}: no safetensors file: {error}") from error
     return tensors
 
 

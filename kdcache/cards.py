@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .cache import TeacherLayer, read_calibration
-from .commit import create_document
+from .commit import create_document, digest_of_file
 from .encodings import Encoding, build_encoding, default_encoding
 from .errors import CorruptError, MismatchError, TeacherError
 from .format import (
@@ -31,7 +31,7 @@ from .format import (
     target_path,
     teacher_path,
 )
-from .index import read_document
+from .index import drop_index, read_document
 from .jobs import RecordedTarget
 from .plan import blake2b_128, require_same
 from .store import Store
@@ -174,7 +174,8 @@ def _is_near(encoding: Encoding, data: bytes, statistics: Mapping[str, Tensor]) 
 def create_tail(
     store: Store, teacher_name: str, teacher: Teacher, document: Document[TeacherIdentity], modules: Sequence[str], views_BHWC: Tensor
 ) -> Document[TailIdentity]:
-    """The card of the teacher's tail as it is now, its file made before it. modules: timm names in order; a tail that is there and has these serves.
+    """The card of the teacher's tail as it is now, its file made before it. modules: timm names in order; a tail that is there and has these serves,
+    a shorter one gives way to theirs.
 
     views_BHWC: uint8 views to try the tail on. Raises TeacherError for a teacher whose tail, built again, is not the teacher;
     MismatchError if another one is recorded.
@@ -183,20 +184,49 @@ def create_tail(
     known = read_document(store, path).identity if store.size(path) is not None else None
     if known is not None and set(modules) <= set(known.modules):
         modules = known.modules
-    identity, data, distance = _cut(teacher, document.identity_digest, modules, views_BHWC)
+    identity, data, measured = _cut(teacher, document.identity_digest, modules, views_BHWC)
     what = f"the tail of teacher {teacher_name!r}"
+    if known is not None and set(known.modules) < set(identity.modules) and known.layout == identity.layout == "NLC":
+        _drop_tail(store, teacher_name)
+        known = None
+    if known is not None and known.modules != identity.modules:
+        raise MismatchError(
+            what, "modules", expected=", ".join(known.modules), found=", ".join(identity.modules),
+            remedy="a tail that takes maps serves one split only: ask for the one that is there, or record this one under another --name",
+        )  # fmt: skip
     if known is not None:
         require_same(what, known, identity, remedy="a teacher has one tail: record this one under another --name")
-    if not store.put_new(weights, data) and known is None and blake2b_128(store.get(weights, max_size=MAX_TAIL_BYTES)) != identity.weights.digest:
-        store.delete(weights)  # no card vouches for it
-        store.put_new(weights, data)
-    card, _ = create_document(store, path, identity, measured={"without_prefix": distance})
+    at_hand = [data]
+    if not store.put_new(weights, data) and known is None:
+        found = store.get(weights, max_size=MAX_TAIL_BYTES)
+        if found != data:
+            store.delete(weights)  # no card vouches for it
+            store.put_new(weights, data)
+            at_hand.append(found)
+    card, _ = create_document(store, path, identity, measured=measured)
+    for one in at_hand:
+        if blake2b_128(one) == card.identity.weights.digest:
+            _put_right(store, weights, one)
     require_same(what, card.identity, identity, remedy="another run has just recorded it otherwise; pass another --name")
     return card
 
 
-def _cut(teacher: Teacher, digest: str, modules: Sequence[str], views_BHWC: Tensor) -> tuple[TailIdentity, bytes, float]:
-    """The tail's identity, the bytes of its file, and how far it is from the teacher without prefix tokens. Proves that with them it is the teacher."""
+def _drop_tail(store: Store, teacher_name: str) -> None:
+    """Make room for a longer tail, which serves what the shorter one did. No record names a tail; the index may hold its card."""
+    drop_index(store)
+    store.delete(tail_path(teacher_name))
+    store.delete(tail_weights_path(teacher_name))
+
+
+def _put_right(store: Store, path: str, data: bytes) -> None:
+    """The file that a card names, whatever another run has put in its place before the card was there."""
+    if not store.put_new(path, data) and digest_of_file(store, path).digest != blake2b_128(data):
+        store.delete(path)
+        store.put_new(path, data)
+
+
+def _cut(teacher: Teacher, digest: str, modules: Sequence[str], views_BHWC: Tensor) -> tuple[TailIdentity, bytes, dict[str, float]]:
+    """The tail's identity, the bytes of its file, and its distances from the teacher. Proves that with prefix tokens it is the teacher."""
     model, images_BCHW = teacher.model, teacher.normalize(views_BHWC.to(teacher.device))
     cut = cut_tail(model, images_BCHW, modules, model_name=teacher.source)
     data = safetensors.torch.save(cut.tensors)
@@ -224,6 +254,5 @@ def _cut(teacher: Teacher, digest: str, modules: Sequence[str], views_BHWC: Tens
             f"teacher {teacher.source}: its modules {', '.join(modules)}, built again, differ from it by {found:.2g} (relative L2), expected at most"
             f" {_MAX_TAIL_DISTANCE}: its pass does more than go through them; choose another teacher, or a method that needs no tail"
         )
-    if cut.prefix_tokens == 0:
-        return identity, data, found
-    return identity, data, tail_distance(build_tail(identity, data).to(teacher.device), model, images_BCHW)
+    without = found if cut.prefix_tokens == 0 else tail_distance(build_tail(identity, data).to(teacher.device), model, images_BCHW)
+    return identity, data, {"with_prefix": found, "without_prefix": without}

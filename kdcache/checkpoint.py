@@ -7,7 +7,6 @@ reading. It is replaced atomically, so that a kill leaves the one before; a file
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
 import zipfile
 from pathlib import Path
@@ -16,10 +15,16 @@ from typing import IO, Any
 import torch
 
 from .errors import CorruptError, FormatVersionError, MismatchError, StoreError
+from .timm_models import UNPICKLING_ERRORS
 
 CHECKPOINT_VERSION = 2
 """2 has a place within an epoch, "step" and "sums"; 1 is read as one between epochs."""
-_REQUIRED = ("recipe", "root", "epoch", "method", "optimizer", "scheduler", "generators", "history")
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "recipe": dict, "root": str, "epoch": int, "method": dict, "optimizer": dict, "scheduler": dict, "generators": dict, "history": list,
+    "seconds": (int, float),
+}  # fmt: skip
+"""What a checkpoint must hold."""
+_TYPES_SINCE_2: dict[str, type | tuple[type, ...]] = {"step": int, "sums": dict, "epoch_seconds": (int, float)}
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], *, fingerprint: str, root: str, previous: Path | None = None) -> None:
@@ -91,14 +96,19 @@ def load_checkpoint(path: Path, *, fingerprint: str | None = None) -> dict[str, 
     """
     remedy = "delete the run's folder and train again, or restore the file"
     try:
+        if not path.is_file():
+            raise FileNotFoundError(path)
         with zipfile.ZipFile(path) as archive:
+            packed = next((info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED), None)
+            if packed is not None:  # torch never compresses: this may unpack to terabytes
+                raise CorruptError(f"{path}: {packed!a} is compressed, expected a file that torch.save wrote; {remedy}")
             damaged = archive.testzip()  # torch.load skips the crc32 of each member
         if damaged is not None:
             raise CorruptError(f"{path}: bytes were changed: {damaged} fails its crc32; {remedy}")
         body = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CorruptError(f"{path}: expected a checkpoint, found no file; {remedy}") from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except UNPICKLING_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CorruptError(f"{path}: expected a checkpoint of kdcache, found a file that can't be read as one ({reason}); {remedy}") from error
     if not isinstance(body, dict) or body.get("format") != "kdcache-checkpoint":
@@ -108,9 +118,13 @@ def load_checkpoint(path: Path, *, fingerprint: str | None = None) -> dict[str, 
         raise FormatVersionError(
             f"{path}: checkpoint version {found!r}, this kdcache reads 1 and {CHECKPOINT_VERSION}; use the kdcache that wrote it"
         )
-    missing = [name for name in _REQUIRED if name not in body]
+    types = _TYPES if body["version"] == 1 else {**_TYPES, **_TYPES_SINCE_2}
+    missing = [name for name in types if name not in body]
     if missing:
         raise CorruptError(f"{path}: the checkpoint lacks {', '.join(missing)}; {remedy}")
+    for name, kind in types.items():
+        if not isinstance(body[name], kind):
+            raise CorruptError(f"{path}: {name!r} of the checkpoint is of type {type(body[name]).__name__}, expected another; {remedy}")
     if fingerprint is not None and body.get("fingerprint") != fingerprint:
         raise MismatchError(
             f"checkpoint {path}",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from PIL import features
 
 from .arrays import GROUP_METADATA, ArraySpec, DigestingFile, ShardWriter, write_array
 from .errors import CorruptError
@@ -35,6 +36,8 @@ from .store import Store
 READ_BYTES = 4 << 20
 
 _PROVENANCE_PACKAGES = ("kdcache", "numpy", "pillow", "numcodecs", "torch", "timm")
+_PROVENANCE_LIBRARIES = ("libjpeg_turbo", "zlib", "webp")
+"""What Pillow decodes with, as it names them; None for one that it is built without."""
 
 
 class ChunkPool:
@@ -205,6 +208,7 @@ def environment() -> dict[str, Any]:
     """Provenance that every document carries: versions and machine, never compared."""
     return {
         "packages": {name: version(name) for name in _PROVENANCE_PACKAGES},
+        "libraries": {name: features.version(name) for name in _PROVENANCE_LIBRARIES},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "host": platform.node(),

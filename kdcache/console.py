@@ -9,7 +9,22 @@ from tqdm import tqdm
 
 def say(text: str) -> None:
     """One line (or a few) for the person at the terminal."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(harmless(text), file=sys.stderr)
+
+
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"} | {
+    code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
+
+
+def harmless(text: str) -> str:
+    """`text` without what a terminal obeys: escape sequences and marks of writing direction are shown as escapes. Names in a cache may hold anything."""
+    return text.translate(_CONTROLS).encode("utf-8", "backslashreplace").decode()
+
+
+def visible(text: str) -> str:
+    """Text for a terminal that holds names from tars and files: control characters but line ends as escapes, so that no name moves a cursor."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def human_bytes(size: float) -> str:

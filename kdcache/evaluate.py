@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from .device import autocast
 from .errors import ShardError
 from .images import UnreadableImageError, decode_image
 from .shards import NO_LABEL, Sample, ShardFiles, ShardIndex, ShardSource
@@ -115,13 +116,13 @@ class Evaluator:
             generator=torch.Generator(),  # not from the generator that the student draws from
         )
 
-    def __call__(self, model: nn.Module, device: torch.device) -> Evaluation:
-        """Evaluate `model`, which is left in the mode it was in. Raises ShardError if no image can be read."""
+    def __call__(self, model: nn.Module, device: torch.device, precision: str = "fp32") -> Evaluation:
+        """Evaluate `model`, which is left in the mode it was in. precision: fp32, or autocast to this type (bf16, fp16). Raises ShardError if no image can be read."""
         was_training = model.training
         model.eval()
         loss, top1, top5, images = 0.0, 0, 0, 0
         skipped: list[str] = []
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(device, precision):
             for batch in iterate(self._loader):
                 images_BCHW, labels, reasons = batch
                 skipped += reasons

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .errors import CorruptError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -94,7 +96,14 @@ class Fidelity:
 
 
 def combine_fidelity(all_sums: list[dict[str, float]]) -> dict[str, float]:
-    """The figures over several shards from their stored sums."""
+    """The figures over several shards from their stored sums. Raises CorruptError for sums that none of ours are."""
+    try:
+        return _combine(all_sums)
+    except (KeyError, ValueError, ArithmeticError) as error:
+        raise CorruptError(f"the fidelity that a record holds is no sum over rows ({error!r}); run 'kdcache verify' on the cache") from error
+
+
+def _combine(all_sums: list[dict[str, float]]) -> dict[str, float]:
     sums: dict[str, float] = {}
     for one in all_sums:
         for name, number in ({"directed": one["vectors"]} | one if "vectors" in one else one).items():  # which older records do not have

@@ -12,9 +12,11 @@ import re
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from itertools import pairwise
+from math import prod
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import CorruptError, FormatVersionError, UsageError
 from .plan import FrozenModel, ViewPlan, blake2b_128, canonical_json, explain_validation_error
@@ -28,6 +30,34 @@ _DIGEST_PATTERN = r"^[0-9a-f]{32}$"
 _PREFIX = b'{\n "file_digest": "'
 ZERO_DIGEST = "0" * 32
 _ZERO_DIGEST = ZERO_DIGEST.encode()
+
+
+# What a document may ask for before anything is read or allocated: far above what anybody has, far below what fills a machine.
+MAX_SAMPLES = 1 << 24
+"""Of a shard: 16 GB of tar headers."""
+MAX_CLASSES = 1 << 20
+MAX_CHANNELS = 1 << 16
+MAX_SIDE = 4096
+"""Rows or columns of a token grid; pixels of a view's side."""
+MAX_TAIL_TOKENS = 1 << 14
+"""Tokens that a tail takes: attention is tried on them before training begins."""
+MAX_ROW_BYTES = 64 << 20
+"""Of one component of a target, one view of one row: 4096 tokens of 4096 channels in half precision are 32 MiB."""
+
+
+def _shard_name(name: str) -> str:
+    if not 0 < len(name) <= 255 or any(c in "/\0" or "\ud800" <= c <= "\udfff" for c in name):
+        raise ValueError(f"a shard's name must be a file name of UTF-8 text, found {name!a:.80}")
+    return name
+
+
+def _no_zero_byte(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("a path can't hold a zero byte")
+    return path
+
+
+ShardName = Annotated[str, AfterValidator(_shard_name)]
 
 
 class DigestField(FrozenModel):
@@ -65,7 +95,7 @@ class Skipped(FrozenModel):
     """A sample that has no row, and why. Both stages skip the same ones."""
 
     key: str
-    index: int = Field(ge=0)
+    index: int = Field(ge=0, lt=MAX_SAMPLES)
     """Position among the samples of the tar."""
     reason: str
 
@@ -100,15 +130,15 @@ class CacheIdentity(FrozenModel):
 class ViewsIdentity(FrozenModel):
     """Identity of a views record: one segment of one shard of the views layer."""
 
-    shard: str
+    shard: ShardName
     views: ViewRange
     plan: Digest = Field(pattern=_DIGEST_PATTERN)
     """Fingerprint of the view plan."""
     member_table: Digest = Field(pattern=_DIGEST_PATTERN)
     """Digest of (name, offset, size) of the tar's members."""
-    samples: int = Field(ge=0)
+    samples: int = Field(ge=0, le=MAX_SAMPLES)
     """Samples in the tar: rows + skipped."""
-    rows: int = Field(ge=0)
+    rows: int = Field(ge=0, le=MAX_SAMPLES)
     skipped: tuple[Skipped, ...]
     cut: str | None = None
     """Where and how the tar was cut short, if it was."""
@@ -120,9 +150,15 @@ class ViewsIdentity(FrozenModel):
     def _check(self) -> ViewsIdentity:
         if self.rows + len(self.skipped) != self.samples:
             raise ValueError(f"rows {self.rows} + skipped {len(self.skipped)} is not samples {self.samples}")
+        places = [skip.index for skip in self.skipped]
+        if any(place >= self.samples for place in places) or any(one >= other for one, other in pairwise(places)):
+            raise ValueError(f"skipped samples {places[:5]} are not ascending positions of {self.samples} samples")
         if len(self.pixels_by_view) != len(self.views):
             raise ValueError(f"{len(self.pixels_by_view)} pixel digests for {len(self.views)} views")
         return self
+
+
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
 
 class Preprocessing(FrozenModel):
@@ -130,8 +166,14 @@ class Preprocessing(FrozenModel):
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    input_size: int = Field(ge=1)
+    input_size: int = Field(ge=1, le=4 * MAX_SIDE)
     """Side of the square input, pixels; views of another size are resized on the device (bicubic, antialiased)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Preprocessing:
+        if not min(self.std) > 0:
+            raise ValueError(f"std must be above 0, found {self.std}")
+        return self
 
 
 class TeacherIdentity(FrozenModel):
@@ -143,7 +185,7 @@ class TeacherIdentity(FrozenModel):
     """Constructor arguments beside the architecture's own."""
     weights: Digest = Field(pattern=_DIGEST_PATTERN)
     """BLAKE2b-128 over the sorted state dict: name, dtype, shape and little-endian bytes of each tensor."""
-    num_classes: int = Field(ge=0)
+    num_classes: int = Field(ge=0, le=MAX_CLASSES)
     """0: the teacher has no head, hence no logits."""
     preprocessing: Preprocessing
     precision: Literal["fp32", "bf16", "fp16"]
@@ -162,6 +204,8 @@ class Component(FrozenModel):
     def _check(self) -> Component:
         if any(side < 1 for side in self.shape) or len(self.shape) > 4:
             raise ValueError(f"component shape {self.shape} must have up to 4 sides of at least 1")
+        if prod(self.shape) * int(self.dtype.lstrip("uintfloa")) > 8 * MAX_ROW_BYTES:
+            raise ValueError(f"component of {self.dtype} {self.shape} must have at most {MAX_ROW_BYTES} bytes a row")
         return self
 
 
@@ -180,47 +224,65 @@ class TailIdentity(FrozenModel):
     """The modules of `forward_head`; none for a teacher without a classifier."""
     layout: Literal["NLC", "NHWC", "NCHW"]
     """What the first module takes: tokens, prefix first, or a map."""
-    grid: tuple[int, int]
+    grid: tuple[Side, Side]
     """Rows and columns of what it takes."""
-    channels: int = Field(ge=1)
-    prefix_tokens: int = Field(ge=0)
+    channels: int = Field(ge=1, le=MAX_CHANNELS)
+    prefix_tokens: int = Field(ge=0, le=MAX_SIDE)
     arguments: dict[str, dict[str, str]] = Field(default_factory=dict)
     """Module → keyword → tensor of the file that it is given beside the tokens, such as ``rope``."""
     weights: DigestField
     """The safetensors file beside the card."""
 
+    @model_validator(mode="after")
+    def _check(self) -> TailIdentity:
+        tokens = self.grid[0] * self.grid[1] + self.prefix_tokens
+        if tokens > MAX_TAIL_TOKENS or 4 * tokens * self.channels > MAX_ROW_BYTES * 4:
+            raise ValueError(
+                f"{tokens} tokens of {self.channels} channels are more than a tail takes, {MAX_TAIL_TOKENS} tokens and {MAX_ROW_BYTES} numbers"
+            )
+        return self
+
 
 class TargetIdentity(FrozenModel):
     """Identity of a target card, `teachers/<name>/targets/<target>.json`."""
 
-    name: str
+    name: str = Field(pattern=r"^(logits|features@[A-Za-z0-9_.-]+)$", max_length=200)
     kind: Literal["logits", "features"]
     node: str | None = None
     """Absolute node name for features, e.g. ``blocks.22`` or ``norm``."""
     encoding: str
-    num_classes: int | None = None
-    channels: int | None = None
-    grid: tuple[int, int] | None = None
+    num_classes: int | None = Field(default=None, ge=1, le=MAX_CLASSES)
+    channels: int | None = Field(default=None, ge=1, le=MAX_CHANNELS)
+    grid: tuple[Side, Side] | None = None
     """Rows and columns of the token grid."""
-    prefix_tokens: int | None = None
+    prefix_tokens: int | None = Field(default=None, ge=0, le=MAX_SIDE)
     components: dict[str, Component]
     calibration: DigestField | None = None
     """The safetensors file beside the card, where the target has one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TargetIdentity:
+        if self.name != (self.kind if self.node is None else f"{self.kind}@{self.node}") or (self.kind == "logits") != (self.node is None):
+            raise ValueError(f"target {self.name!r} is not {self.kind} at node {self.node!r}")
+        sizes = (self.num_classes,) if self.kind == "logits" else (self.channels, self.grid, self.prefix_tokens)
+        if None in sizes:
+            raise ValueError(f"a target of {self.kind} must say num_classes, or channels, grid and prefix_tokens")
+        return self
 
 
 class TargetsIdentity(FrozenModel):
     """Identity of a teacher's record: one segment (targets × views) of one shard."""
 
-    shard: str
+    shard: ShardName
     views: ViewRange
     targets: dict[str, Digest]
     """Target name → identity digest of its card."""
     teacher: Digest = Field(pattern=_DIGEST_PATTERN)
     """Identity digest of teacher.json."""
     member_table: Digest = Field(pattern=_DIGEST_PATTERN)
-    samples: int = Field(ge=0)
+    samples: int = Field(ge=0, le=MAX_SAMPLES)
     """Samples in the tar, skipped ones included; bounds the rows of a chunk."""
-    rows: int = Field(ge=0)
+    rows: int = Field(ge=0, le=MAX_SAMPLES)
     pixels: Digest = Field(pattern=_DIGEST_PATTERN)
     """What the teacher saw: `digest_of_pixels` of this segment's views."""
     group: Group
@@ -237,7 +299,62 @@ IdentityT = TypeVar("IdentityT", bound=FrozenModel)
 class SourceIdentity(FrozenModel):
     """Identity of `sources/<digest12>.json`: the shards that a run was asked for, done or not. Bookkeeping: no part of the root."""
 
-    shards: tuple[str, ...]
+    shards: tuple[ShardName, ...]
+
+
+class _Noted(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Source(_Noted):
+    path: Annotated[str, AfterValidator(_no_zero_byte)]
+    size: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    mtime_ns: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+
+
+class _Calibration(_Noted):
+    shards: list[ShardName] = Field(default_factory=list)
+
+
+class _Measured(_Noted):
+    fidelity: dict[str, dict[str, float | dict[str, float]]] = Field(default_factory=dict)
+    accuracy: dict[str, int] = Field(default_factory=dict)
+    views: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
+    skip_details: dict[str, str] = Field(default_factory=dict)
+    without_prefix: float = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> _Measured:
+        for target, figures in self.fidelity.items():
+            for name, figure in figures.items():
+                if isinstance(figure, dict) != (name == "sums"):
+                    raise ValueError(f"fidelity of {target!r}: {name!r} must be a number, and 'sums' an object of numbers")
+        return self
+
+
+class _Provenance(_Noted):
+    packages: dict[str, str] = Field(default_factory=dict)
+    source: _Source | str = ""
+    checkpoint: str = ""
+    model_args: dict[str, Any] = Field(default_factory=dict)
+    weight_files: dict[str, str] = Field(default_factory=dict)
+    nodes: list[str] = Field(default_factory=list)
+    containers: dict[str, int] = Field(default_factory=dict)
+    calibration: _Calibration = Field(default_factory=_Calibration)
+    of: str
+
+    @model_validator(mode="after")
+    def _check(self) -> _Provenance:
+        if "source" in self.model_fields_set and isinstance(self.source, str) != (self.of != "views"):
+            raise ValueError("source must be an object in a views record, text elsewhere")
+        return self
+
+
+class _Notes(_Noted):
+    """What readers take from `measured` and `provenance`, by its types; whatever else is there is nobody's to judge."""
+
+    measured: _Measured
+    provenance: _Provenance
 
 
 _KINDS: dict[str, type[FrozenModel]] = {
@@ -321,12 +438,16 @@ def file_digest_holds(data: bytes) -> bool:
 def parse_json_object(data: bytes, *, where: str) -> dict[str, Any]:
     """`data` as a JSON object. Raises CorruptError naming `where`."""
     try:
-        body = json.loads(data)
+        body = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{where}: expected a JSON object, found bytes that don't parse ({error}); {REPAIR}") from error
     if not isinstance(body, dict):
         raise CorruptError(f"{where}: expected a JSON object, found {type(body).__name__}; {REPAIR}")
     return body
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def check_version(body: Mapping[str, Any], *, where: str) -> None:
@@ -371,6 +492,10 @@ def document_from_body(body: Mapping[str, Any], identity_type: type[IdentityT], 
     measured, provenance = body.get("measured"), body.get("provenance")
     if not isinstance(measured, dict) or not isinstance(provenance, dict):
         raise CorruptError(f"{where}: 'measured' and 'provenance' must be objects; {REPAIR}")
+    try:
+        _Notes.model_validate({"measured": measured, "provenance": provenance | {"of": kind}})
+    except ValidationError as error:
+        raise CorruptError(f"{where}: what is noted does not fit the format: {explain_validation_error(error)}; {REPAIR}") from error
     try:
         digest = digest_of_identity(identity)
     except (ValueError, RecursionError) as error:  # nested deeper than Python or pydantic follows

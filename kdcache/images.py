@@ -8,7 +8,9 @@ draft mode and no fast decoder flags: both change pixels.
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 
 from PIL import Image, UnidentifiedImageError
 
@@ -18,6 +20,8 @@ MAX_PIXELS = 89_478_485
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
+DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error)
+"""What Pillow's decoders raise on damage."""
 
 
 class UnreadableImageError(ValueError):
@@ -49,7 +53,7 @@ def decode_image(data: bytes) -> Image.Image:
         raise UnreadableImageError("decompression bomb", f"more than {MAX_PIXELS} pixels") from error
     except UnidentifiedImageError as error:
         raise UnreadableImageError("not a JPEG, PNG or WebP image") from error
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:  # what Pillow's decoders raise on damage
+    except DECODER_ERRORS as error:
         if isinstance(error, UnreadableImageError):
             raise
         raise UnreadableImageError("damaged image", f"{type(error).__name__}: {error}"[:200]) from error

@@ -16,6 +16,7 @@ import numpy as np
 from .errors import CacheError, CorruptError, MissingError, NotACacheError
 from .format import (
     FORMAT_VERSION,
+    TEACHER_NAME,
     ZERO_DIGEST,
     CacheIdentity,
     Document,
@@ -31,6 +32,10 @@ from .format import (
     parse_sealed_json,
     root_digest,
     seal_json,
+    source_path,
+    target_path,
+    targets_record_path,
+    views_record_path,
 )
 from .plan import FrozenModel, blake2b_128
 from .store import Store
@@ -75,7 +80,28 @@ def read_document(store: Store, path: str) -> Document[Any]:
     """Read and prove one document."""
     identity_type = identity_type_of(path)
     assert identity_type is not None, path
-    return parse_document(store.get(path, max_size=MAX_DOCUMENT_BYTES), identity_type, where=f"{store.url}/{path}")
+    where = f"{store.url}/{path}"
+    document: Document[Any] = parse_document(store.get(path, max_size=MAX_DOCUMENT_BYTES), identity_type, where=where)
+    _check_place(path, document, where=where)
+    return document
+
+
+def _check_place(path: str, document: Document[Any], *, where: str) -> None:
+    """Raise CorruptError for a document that lies where another belongs: two of one segment would both be heard."""
+    parts, identity = path.split("/"), document.identity
+    if parts[0] == "teachers" and not TEACHER_NAME.fullmatch(parts[1]):
+        raise CorruptError(f"{where}: {parts[1]!a} is no teacher's name; expected letters, digits, '.', '_' and '-'")
+    proper = path
+    if isinstance(identity, SourceIdentity):
+        proper = source_path(identity)
+    elif isinstance(identity, ViewsIdentity):
+        proper = views_record_path(identity.shard, identity.views)
+    elif isinstance(identity, TargetsIdentity):
+        proper = targets_record_path(parts[1], identity.shard, identity.targets, identity.views)
+    elif isinstance(identity, TargetIdentity):
+        proper = target_path(parts[1], identity.name)
+    if path != proper:
+        raise CorruptError(f"{where}: what it describes belongs at {proper!a}; run 'kdcache verify' to see what else is damaged")
 
 
 @dataclass(frozen=True)
@@ -112,12 +138,19 @@ def read_index(store: Store, path: str) -> Index:
             if identity_type is None:
                 raise CorruptError(f"{where}: {document_path!r} is not the path of a document; run 'kdcache extract' again to rebuild the index")
             documents[document_path] = document_from_body(document_body, identity_type, where=f"{where}: {document_path}")
+            _check_place(document_path, documents[document_path], where=f"{where}: {document_path}")
         table = body["table"]
-        shards = {str(name): (int(start), int(stop)) for name, (start, stop) in table["shards"].items()}
-        sizes = {str(name): int(size) for name, size in body["sizes"].items()}
+        shards = {str(name): (_count(start), _count(stop)) for name, (start, stop) in table["shards"].items()}
+        sizes = {str(name): _count(size) for name, size in body["sizes"].items()}
         return Index(path, str(body["root"]), documents, sizes, str(table["path"]), str(table["digest"]), shards)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(f"{where}: not an index: {error!r}; run 'kdcache extract' again to rebuild it") from error
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**48:
+        raise ValueError(f"expected a number from 0, found {value!a:.80}")
+    return value
 
 
 def load_documents(store: Store, *, use_index: bool = True) -> tuple[dict[str, Document[Any]], Index | None]:
@@ -229,6 +262,10 @@ def read_table(store: Store, index: Index) -> dict[str, np.ndarray[Any, Any]]:
             f"{store.url}/{index.table_path}: bytes were changed; run 'kdcache extract' again to rebuild the index, nothing else is lost"
         )
     table = np.frombuffer(data, "<i8").reshape(-1, width)
+    if rows and (table[:, :2].min() < 0 or table[:, 2].min() < -1 or not np.isin(table[:, 3], (0, 1)).all()):
+        raise CorruptError(
+            f"{store.url}/{index.table_path}: no table of offsets, sizes, labels and skips; run 'kdcache extract' again to rebuild the index"
+        )
     return {shard: table[start:stop] for shard, (start, stop) in index.table_shards.items()}
 
 

@@ -44,7 +44,7 @@ from .format import (
 from .layout import key_bytes_spec, keys_to_arrays, row_spec, target_specs
 from .plan import ViewPlan, blake2b_128
 from .rendering import Neighbours, RenderedBlock, RenderTask
-from .shards import Sample, ShardIndex
+from .shards import Sample, ShardIndex, digest_of_images
 from .store import Store
 from .storing import ViewsWriter
 from .teacher import Teacher, TeacherTarget
@@ -242,6 +242,7 @@ class ShardJob:
         self._skipped: list[Skipped] = []
         self._details: dict[str, str] = {}
         self._digests: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
+        self._image_crcs: list[np.ndarray[Any, np.dtype[np.uint32]]] = []
         samples = len(self.index.samples)
         self._views_writers = [ViewsWriter(self.spool / f"views-{views.start}", self.plan, views, samples, self.pool) for views in self.missing.views]
         self.segments = [
@@ -287,6 +288,7 @@ class ShardJob:
         for views, writer in zip(self.missing.views, self._views_writers, strict=True):
             writer.append_block(block, [columns[view] for view in range(views.start, views.stop)])
         self._digests.append(block.digests)
+        self._image_crcs.append(block.image_crcs)
         self._kept += [position for position, _ in rows]
         self.rows += len(rows)
         if rows and teacher is not None:
@@ -398,7 +400,12 @@ class ShardJob:
             group=group,
         )
         path = views_record_path(shard, views)
-        source = {"path": self.index.source.path, "size": self.index.size, "mtime_ns": self.index.mtime_ns}
+        source = {
+            "path": self.index.source.path,
+            "size": self.index.size,
+            "mtime_ns": self.index.mtime_ns,
+            "images": digest_of_images(self._image_crcs),
+        }
         document, created = create_document(
             self.store, path, identity, measured={"skip_details": self._details}, provenance={**provenance, "source": source}
         )

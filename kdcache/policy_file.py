@@ -32,7 +32,8 @@ from .plan import (
     explain_validation_error,
 )
 
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 1 << 16
+"""A number of the form 1:1:1:… takes PyYAML a time that grows as the square of its length."""
 _CROPS: dict[Any, type[FrozenModel]] = {"center": CenterCrop, "random_resized": RandomResizedCrop}
 _PARTS: dict[str, type[FrozenModel]] = {
     "three_augment": ThreeAugment,
@@ -56,13 +57,23 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen: set[str] = set()
+        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """A whole number that can be shown: Python prints none of thousands of digits."""
+    value: int = loader.construct_yaml_int(node)
+    if value.bit_length() > 64:
+        raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _number)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import torch
 from PIL import Image
@@ -96,6 +97,8 @@ class RenderedBlock:
     """uint8 (bytes,): the image files to store, row-major and view-minor; None for a plan that stores none."""
     sizes: np.ndarray[Any, np.dtype[np.int64]]
     """(n, V) bytes of each in `encoded`"""
+    image_crcs: np.ndarray[Any, np.dtype[np.uint32]]
+    """(n,) crc32c of each image's bytes in the tar; zeros where no view was rendered"""
 
 
 def samples_per_task(plan: ViewPlan, num_views: int) -> int:
@@ -138,6 +141,7 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
         digests = np.empty((len(task.samples), num_views), np.uint64)
         encoded: list[bytes] = []
         sizes = np.zeros((len(task.samples), num_views), np.int64)
+        image_crcs = np.zeros(len(task.samples), np.uint32)
         rendered = [(column, view) for column, view in enumerate(task.views) if view not in task.stored]
         if not rendered:
             kept = list(range(len(task.samples)))
@@ -149,6 +153,7 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
                 reasons[place] = error
                 continue
             row = len(kept)
+            image_crcs[row] = google_crc32c.value(data)
             for column, view in rendered:
                 drawn = draw(plan, task.source.name, sample.key, view, image.size)
                 mix, partner = self._mix(task, position, sample, view)
@@ -162,7 +167,7 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
         n = len(kept)
         self._read_stored(task, kept, pixels, params, digests)
         files = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy()) if plan.stored_views is not None else None
-        return RenderedBlock(task, kept, reasons, torch.from_numpy(pixels[:n]), params[:n], digests[:n], files, sizes[:n])
+        return RenderedBlock(task, kept, reasons, torch.from_numpy(pixels[:n]), params[:n], digests[:n], files, sizes[:n], image_crcs[:n])
 
     def _read_stored(
         self, task: RenderTask, kept: Sequence[int], pixels: np.ndarray[Any, Any], params: np.ndarray[Any, Any], digests: np.ndarray[Any, Any]

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import CorruptError
+from .images import DECODER_ERRORS
 from .plan import StoredCodec, ViewPlan
 
 View = np.ndarray[Any, np.dtype[np.uint8]]
@@ -57,7 +58,7 @@ def decode_view(codec: StoredCodec, data: bytes, size: int) -> View:
         if (image.mode, image.size) != ("RGB", (size, size)):
             raise CorruptError(f"the stored image is {image.mode} of {image.width}x{image.height} pixels, expected RGB of {size}x{size}")
         return np.array(image, dtype=np.uint8)
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise on damage
+    except (*DECODER_ERRORS, Image.DecompressionBombError) as error:  # what Pillow's decoders raise on damage
         raise CorruptError(f"the stored {_FORMATS[codec]} can't be decoded: {error}") from error
 
 

@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .errors import CorruptError, MissingError, TeacherError
 from .format import TailIdentity, tail_weights_path
 from .plan import blake2b_128
-from .timm_models import build_model
+from .timm_models import SAFETENSORS_ERRORS, bounded_modules, build_model, check_described_model
 
 if TYPE_CHECKING:
     from .cache import TeacherLayer
@@ -255,7 +254,16 @@ def load_tail(store: Store, layer: TeacherLayer, *, with_prefix: bool = False) -
     data = store.get(path, max_size=MAX_TAIL_BYTES)
     if blake2b_128(data) != card.weights.digest:
         raise CorruptError(f"{store.url}/{path}: bytes were changed: expected digest {card.weights.digest}, found {blake2b_128(data)}")
-    return build_tail(card, data, with_prefix=with_prefix)
+    tail = build_tail(card, data, with_prefix=with_prefix)
+    prefix_BPC = torch.zeros(1, card.prefix_tokens, card.channels) if tail.num_prefix else None
+    try:
+        with torch.no_grad():
+            tail(torch.zeros(1, card.grid[0] * card.grid[1], card.channels), prefix_BPC)
+    except (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError, ArithmeticError) as error:
+        raise CorruptError(
+            f"{store.url}/{path}: the tail can't be run on {card.grid} tokens of {card.channels} channels, as its card says: {error}"
+        ) from error
+    return tail
 
 
 def build_tail(card: TailIdentity, data: bytes, *, with_prefix: bool = False) -> Tail:
@@ -265,9 +273,10 @@ def build_tail(card: TailIdentity, data: bytes, *, with_prefix: bool = False) ->
     """
     try:
         tensors = safetensors.torch.load(data)
-    except SafetensorError as error:
+    except SAFETENSORS_ERRORS as error:
         raise CorruptError(f"the tail of {card.model}: its file is no safetensors file: {error}") from error
-    with torch.device("meta"):
+    check_described_model(card.model, card.model_args, error=TeacherError, role="the tail of teacher")
+    with torch.device("meta"), bounded_modules(error=TeacherError, role=f"the tail of {card.model}"):
         model = build_model(card.model, pretrained=False, checkpoint=None, model_args=card.model_args, error=TeacherError, role="teacher")
     kept = (*card.modules, *card.head)
     _prune(model, kept)

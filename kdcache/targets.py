@@ -14,7 +14,8 @@ from typing import Literal
 
 from .errors import UsageError
 
-_SPEC = re.compile(r"^(?P<name>logits|features@(?P<node>[A-Za-z0-9_.-]+))(?::(?P<encoding>[a-z0-9]+(?:=[^,]+)?))?(?:,views=(?P<views>[0-9]+))?$")
+_SPEC = re.compile(r"^(?P<name>logits|features@(?P<node>[A-Za-z0-9_.-]+))(?::(?P<encoding>[a-z0-9]+(?:=[^,]+)?))?(?:,views=(?P<views>[0-9]{1,7}))?$")
+_MAX_SPEC = 300
 _NODE = re.compile(r"^[A-Za-z0-9_]+(\.-?[A-Za-z0-9_]+)*$")
 
 SPEC_HELP = "target[@node][:encoding[=argument]][,views=N], e.g. 'logits', 'features@blocks.22:int8' or 'features@norm:klt=0.99,views=4'"
@@ -42,9 +43,9 @@ class TargetSpec:
 
 def parse_target(text: str) -> TargetSpec:
     """The spec that `text` writes. Raises UsageError with the grammar."""
-    match = _SPEC.fullmatch(text)
+    match = _SPEC.fullmatch(text) if len(text) <= _MAX_SPEC else None
     if match is None or (match["node"] and not _NODE.fullmatch(match["node"])):
-        raise UsageError(f"target {text!r}: expected {SPEC_HELP}")
+        raise UsageError(f"target {text!r:.200}: expected {SPEC_HELP}")
     views = int(match["views"]) if match["views"] else None
     if views == 0:
         raise UsageError(f"target {text!r}: views must be at least 1")
@@ -60,6 +61,8 @@ def canonical_encoding(text: str | None) -> str | None:
     if text is None or "=" not in text:
         return text
     name, _, argument = text.partition("=")
+    if len(argument) > _MAX_SPEC:
+        return text
     try:
         number = Decimal(argument)
     except InvalidOperation:

@@ -6,18 +6,75 @@ Names are timm's: a bare name, `hf-hub:org/name`, `local-dir:PATH`. Checkpoints 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import pickle
-from collections.abc import Mapping
+import re
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from .errors import KDCacheError
 from .plan import canonical_json
+
+SAFETENSORS_ERRORS = (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError, MemoryError)
+"""What reading a damaged safetensors file raises; KeyError for a type that torch lacks."""
+UNPICKLING_ERRORS = (
+    OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, AssertionError, ArithmeticError, MemoryError, ImportError,
+    struct.error, zipfile.BadZipFile, pickle.UnpicklingError,
+)  # fmt: skip
+"""What reading a damaged PyTorch file with `weights_only` raises."""
+
+
+MAX_MODULES = 100_000
+"""Of a model that a cache describes; timm's largest have some thousands."""
+_MAX_NUMBER = 1 << 16
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
+_FOREIGN_ARGS = ("checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit", "features_only", "feature_cfg", "feature_cls", "model_name")
+
+
+def check_described_model(name: str, model_args: Mapping[str, Any], *, error: type[KDCacheError], role: str) -> None:
+    """Raise for a model that a file describes and timm would fetch, read from a path or never finish: a cache may come from anywhere.
+
+    What is left are constructor arguments of an architecture in timm: numbers, names of timm's layers, lists and mappings of them.
+    """
+    if not _PLAIN_NAME.fullmatch(name):
+        raise error(f"{role} {name!a:.200}: expected the name of an architecture in timm; nothing is fetched or loaded for a cache")
+    foreign = [key for key in model_args if key in _FOREIGN_ARGS or key.startswith("pretrained")]
+    if foreign:
+        raise error(f"{role} {name}: argument {foreign[0]!a} is none of an architecture; nothing is fetched or loaded for a cache")
+    left: list[Any] = [model_args]
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping | list | tuple):
+            left += value.values() if isinstance(value, Mapping) else value
+        elif isinstance(value, int | float) and not abs(value) <= _MAX_NUMBER:
+            raise error(f"{role} {name}: expected arguments of at most {_MAX_NUMBER}, found {value!a:.80}")
+
+
+@contextlib.contextmanager
+def bounded_modules(*, error: type[KDCacheError], role: str) -> Iterator[None]:
+    """Within it a model of more than MAX_MODULES modules is refused while it is built: a depth of millions would take hours and all memory."""
+    count = 0
+
+    def hook(_module: nn.Module, _name: str, _child: nn.Module | None) -> None:
+        nonlocal count
+        count += 1
+        if count > MAX_MODULES:
+            raise error(f"{role}: its arguments ask for a model of more than {MAX_MODULES} modules")
+
+    handle = register_module_module_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def build_model(
@@ -56,6 +113,8 @@ def build_model(
                 f" without the hub pass 'local-dir:FOLDER' (as timm's save_for_hf writes) or --checkpoint FILE"
             ) from problem
         raise error(f"{role} {name!r}: can't be built: {_first_line(problem)}") from problem
+    except (AssertionError, LookupError, AttributeError, ArithmeticError, MemoryError) as problem:  # what timm's constructors raise for odd arguments
+        raise error(f"{role} {name!r}: can't be built with {args!r:.300}: {type(problem).__name__} {_first_line(problem)}") from problem
     if state is not None:
         try:
             model.load_state_dict(state, strict=True)
@@ -79,7 +138,7 @@ def load_weights(path: Path, *, error: type[KDCacheError], role: str) -> Mapping
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as problem:
         raise error(f"{role}: no checkpoint file {path}") from problem
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as problem:
+    except (*UNPICKLING_ERRORS, SafetensorError) as problem:
         raise error(f"{role}: {path} can't be read as safetensors or as a weights-only PyTorch file: {_first_line(problem)}") from problem
     for wrapper in ("state_dict_ema", "state_dict", "model_ema", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from functools import lru_cache
 from itertools import permutations
 from math import isqrt
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -47,6 +47,9 @@ from .plan import (
     ViewPlan,
     canonical_json,
 )
+
+Resizer: TypeAlias = Callable[[Image.Image, int, Image.Resampling], Image.Image]
+"""(image, side of the square, the plan's filter) → the resized image."""
 
 NUM_WORDS = 256
 _CROP_WORD = 0
@@ -459,12 +462,17 @@ def _ratio_table(low: float, high: float) -> tuple[int, ...]:
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-def render(image: Image.Image, params: ViewParams, partner: Pixels | None = None) -> Pixels:
+def resize(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+    """The image as a square of `size` pixels, antialiased: Pillow's own resizer."""
+    return image.resize((size, size), resample)
+
+
+def render(image: Image.Image, params: ViewParams, partner: Pixels | None = None, *, resizer: Resizer | None = None) -> Pixels:
     """The view: uint8 (size, size, 3), before any normalisation. Draws nothing.
 
     image: RGB, as `kdcache.images.decode_image` gives it. partner: of a mixed view the partner's own view of the same number, unmixed:
-    uint8 (size, size, 3). Raises CorruptError for params that this version can't render or that do not fit the image, UsageError for
-    a mixed view without its partner.
+    uint8 (size, size, 3). resizer: another than the plan's, to find out which one a view was made with. Raises CorruptError for params that
+    this version can't render or that do not fit the image, UsageError for a mixed view without its partner.
     """
     if (partner is None) != (params.mix is None):
         found = "none was given" if partner is None else "one was given"
@@ -476,7 +484,7 @@ def render(image: Image.Image, params: ViewParams, partner: Pixels | None = None
     view = image
     if (box.width, box.height) != image.size:
         view = view.crop((box.left, box.top, box.left + box.width, box.top + box.height))
-    view = view.resize((params.size, params.size), resample)
+    view = (resizer or resize)(view, params.size, resample)
     if params.flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for op, magnitude in params.ops:

@@ -29,6 +29,7 @@ from kdcache.format import (
     CacheIdentity,
     Document,
     SourceIdentity,
+    TailIdentity,
     ViewsIdentity,
     check_teacher_name,
     source_path,
@@ -209,8 +210,14 @@ class _Run:
         self.teacher_document = create_teacher(self.store, self.teacher_name, self.teacher.identity, provenance=provenance)
         self.cache.teachers.setdefault(self.teacher_name, TeacherLayer(self.teacher_name, self.teacher_document))  # to take records of others
         self._store_tail(self.cache)
-        making = {"shards": self.calibrated_on, "batch_size": config.batch_size, "device": str(self.teacher.device)}
+        making = {"shards": self.calibrated_on, **self._making()}
         self.recorded = create_cards(self.store, self.teacher_name, plans, statistics, making=making)
+
+    def _making(self) -> dict[str, Any]:
+        """Provenance: with these the same bytes come out again, as `verify --repair` wants them."""
+        import torch
+
+        return {"device": str(self.teacher.device), "batch_size": self.config.batch_size, "threads": torch.get_num_threads()}
 
     def _store_tail(self, cache: Cache) -> None:
         """The teacher's last modules, if a method runs them."""
@@ -220,7 +227,9 @@ class _Run:
             from kdcache.preflight import first_views
 
             views, _, _ = first_views(self.plan, self.sources, self._scan, TAIL_VIEWS, cache)
-            create_tail(self.store, self.teacher_name, self.teacher, self.teacher_document, modules, views)
+            tail = create_tail(self.store, self.teacher_name, self.teacher, self.teacher_document, modules, views)
+            if self.progress:
+                self._say_tail(tail)
 
     def _layer(self) -> TeacherLayer | None:
         return self.cache.teachers.get(self.teacher_name) if self.cache is not None else None
@@ -294,6 +303,13 @@ class _Run:
                 f"teacher {self.config.teacher}: {top1:.1f} % top-1 on the first {found.labelled} labelled views, expected at least"
                 f" {wanted:g} %; check its normalisation, its class order and the labels; nothing was extracted"
             )
+
+    def _say_tail(self, tail: Document[TailIdentity]) -> None:
+        identity, distance = tail.identity, tail.measured.get("without_prefix")
+        prefix = ""
+        if identity.prefix_tokens and distance is not None:
+            prefix = f"; without prefix tokens, as scalekd runs it, {distance:.2g} away from the teacher (relative L2)"
+        say(f"tail: {', '.join(identity.modules)}{' and the head' if identity.head else ''}, {human_bytes(identity.weights.size)}{prefix}")
 
     def _say_estimate(self, plans: Sequence[TargetPlan], seconds_per_view: float) -> None:
         samples, ranks = self._estimated_samples(self.pending), self.launch.world_size
@@ -379,6 +395,7 @@ class _Run:
         from kdcache.rendering import FailedTask, rendered_blocks
 
         committing: tuple[int, Future[JobResult]] | None = None
+        making = self._making()
         blocks = rendered_blocks(self.plan, self._tasks(insist), num_workers=self.num_workers, cache=self.cache)
         with contextlib.closing(blocks), ThreadPoolExecutor(1, thread_name_prefix="kdcache-commit") as committer:
             for block in blocks:
@@ -401,7 +418,7 @@ class _Run:
                             job.commit,
                             teacher_name=self.teacher_name,
                             teacher_digest=self.teacher_document.identity_digest,
-                            provenance={"device": str(self.teacher.device), "batch_size": self.config.batch_size},
+                            provenance=making,
                         ),
                     )
                     self.summary.teacher_seconds += job.teacher_seconds

@@ -25,7 +25,8 @@ from kdcache.plan import Policy, RandomResizedCrop, ViewPlan
 from .extract import ExtractConfig, extract
 from .pack import PackConfig, pack
 from .train import TrainConfig, train
-from .verify import Verdict, verify
+from .verdict import Verdict
+from .verify import verify
 
 SIZE = 32
 VIEWS = 8
@@ -195,7 +196,9 @@ def _pack_digits(out: Path, *, progress: bool) -> tuple[int, int]:
 # --- teacher ---------------------------------------------------------------------------------------------------------
 
 
-def _train_teacher(out: Path, seed: int, *, progress: bool) -> tuple[float, float]:
+def _train_teacher(
+    out: Path, seed: int, *, name: str = TEACHER_MODEL, args: Mapping[str, Any] = TEACHER_ARGS, epochs: int = TEACHER_EPOCHS, progress: bool
+) -> tuple[float, float]:
     """Train the teacher on all training labels and save it for `local-dir:`; (top-1 in percent, seconds)."""
     import timm
     import torch
@@ -208,17 +211,18 @@ def _train_teacher(out: Path, seed: int, *, progress: bool) -> tuple[float, floa
 
     begin = time.perf_counter()
     torch.manual_seed(seed)
-    model = timm.create_model(TEACHER_MODEL, pretrained=False, **TEACHER_ARGS)
-    normalize = Normalize(*mean_std_of(model), SIZE)
-    plan = ViewPlan(dataset="digits-teacher", policy=POLICY, size=SIZE, seed=seed)
+    model = timm.create_model(name, pretrained=False, **args)
+    size = args["img_size"]
+    normalize = Normalize(*mean_std_of(model), size)
+    plan = ViewPlan(dataset="digits-teacher", policy=POLICY, size=size, seed=seed)
     train_images, val_images = _load(out / "shards" / "train"), _load(out / "shards" / "val")
     optimizer = create_optimizer_v2(model, opt="adamw", lr=3e-3, weight_decay=0.05, betas=(0.9, 0.98))
-    steps = TEACHER_EPOCHS * (len(train_images) // TEACHER_BATCH)
+    steps = epochs * (len(train_images) // TEACHER_BATCH)
     scheduler = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=steps // 10, warmup_prefix=True, t_in_epochs=False)
     loss_fn = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
     step = 0
     with tqdm(total=steps, unit="step", desc="teacher", disable=not progress) as bar:
-        for epoch in range(TEACHER_EPOCHS):
+        for epoch in range(epochs):
             views, labels = _render_all(plan, train_images, view=epoch)
             model.train()
             order = torch.randperm(len(views))
@@ -234,12 +238,12 @@ def _train_teacher(out: Path, seed: int, *, progress: bool) -> tuple[float, floa
                 bar.update()
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
     model.eval()
-    whole = ViewPlan(dataset="digits-teacher", policy=Policy(crop=RandomResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0))), size=SIZE)
+    whole = ViewPlan(dataset="digits-teacher", policy=Policy(crop=RandomResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0))), size=size)
     views, labels = _render_all(whole, val_images, view=0)
     with torch.inference_mode():
         correct = int((model(normalize(views)).argmax(dim=1) == labels).sum())
     data_config = {"crop_pct": 1.0}
-    save_for_hf(model, str(out / "teacher"), model_args=dict(TEACHER_ARGS), data_config=data_config, safe_serialization=True)
+    save_for_hf(model, str(out / "teacher"), model_args=dict(args), data_config=data_config, safe_serialization=True)
     return 100 * correct / len(views), time.perf_counter() - begin
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-NOT_RECIPE = ("id", "plan", "places", "session")
-"""What args.yaml says beside the recipe."""
+OPTIONAL = ("teachers", "amp", "amp_dtype", "model_ema_decay", "model_ema_warmup")
+"""Fields that a recipe has only where they say something; the other fields that args.yaml has beside the recipe's are none of a recipe."""
 
 
 def read_args(path: Path) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def read_args(path: Path) -> dict[str, Any]:
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted field, their value, our value) of every leaf of a recipe that differs, in the recipe's order; None where there is none."""
-    extra = [name for name in theirs if name not in ours and (prefix or name not in NOT_RECIPE)]
+    extra = [name for name in theirs if name not in ours and (prefix or name in OPTIONAL)]
     for name in [*ours, *extra] if prefix else [*extra, *ours]:
         a, b = theirs.get(name), ours.get(name)
         if isinstance(a, dict) and isinstance(b, dict):

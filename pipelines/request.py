@@ -46,6 +46,8 @@ class ExtractConfig:
     """Dataset id. Default: the shards' common name."""
     methods: Sequence[str] = ()
     """Record what these methods need."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of these methods, as train is given them: what a method needs may depend on them."""
     targets: Sequence[str] = ()
     """Specs. Default: `logits`, unless methods say more."""
     views: int | None = None
@@ -114,9 +116,12 @@ def requested_specs(config: ExtractConfig, card: TeacherCard, layer: TeacherLaye
     named = merge_targets(card.absolute(parse_target(text)) for text in config.targets)
     wishes: list[TargetSpec] = []
     if config.methods:
-        from kdcache.methods import requirements
+        from kdcache.methods import requirements, share_out
 
-        wishes = [card.absolute(parse_target(text)) for method in config.methods for text in requirements(method, card)]
+        shared = share_out(config.methods, config.settings)
+        wishes = [card.absolute(parse_target(text)) for method, settings in shared.items() for text in requirements(method, card, settings)]
+    elif config.settings:
+        raise UsageError(f"--set {next(iter(config.settings))}: a field of which method? expected --for METHOD beside it")
     settled = [spec.name for spec in named if spec.encoding is not None] + list(layer.targets if layer is not None else ())
     specs = merge_targets([*named, *merge_wishes(wishes, settled)])
     if config.methods and not specs:
@@ -130,9 +135,9 @@ def requested_tail(config: ExtractConfig, card: TeacherCard) -> list[str]:
     """Modules of the teacher that the methods run, in order; none for methods that need no tail. Raises UsageError."""
     if not config.methods:
         return []
-    from kdcache.methods import tail_of
+    from kdcache.methods import share_out, tail_of
 
-    return tail_of(config.methods, card)
+    return tail_of(share_out(config.methods, config.settings), card)
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

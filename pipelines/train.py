@@ -35,7 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 from kdcache.console import say
-from kdcache.device import fitting_threads, resolve_device
+from kdcache.device import autocast, fitting_threads, resolve_device
 from kdcache.errors import KDCacheError, StudentError, UsageError
 from kdcache.evaluate import Evaluation, EvaluationSet, Evaluator
 from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches, target_keys, to_device
@@ -53,6 +53,9 @@ from .watching import Watch, check_watchers, replace_file, write_summary
 
 SCHEDULES = ("cosine", "tanh", "constant", "none")
 """timm's schedules that need no options beyond ours."""
+
+AMP_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
+"""timm's names of them → ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,10 @@ class TrainConfig:
     warmup_epochs: float | None = None
     """Default: 5, or a tenth of the epochs if that is less."""
     min_lr: float = 0.0
+    amp: bool = False
+    """Autocast, in training and evaluation: products in half precision, sums, norms of losses and weights in float32."""
+    amp_dtype: str = "float16"
+    """One of AMP_DTYPES; float16 scales the loss, so that small gradients are not lost."""
 
     model_ema: bool = False
     """Keep a moving average of the student's weights: timm's ModelEmaV3. It is evaluated too, and is what is exported."""
@@ -126,6 +133,8 @@ class TrainConfig:
     """Loading processes; 0: load in this one. Default: one a core, at most 8."""
     device: str | None = None
     """Default: cuda, else mps, else cpu."""
+    channels_last: bool = False
+    """Maps and convolutions with channels innermost: another speed, the same values but for rounding."""
     log_interval: int = 50
     """Steps between lines in metrics.jsonl."""
     recovery_interval: int | None = None
@@ -160,6 +169,7 @@ class TrainConfig:
             ("--recovery-interval", self.recovery_interval, self.recovery_interval is None or self.recovery_interval >= 0, "at least 0"),
             ("--model-ema-decay", self.model_ema_decay, 0 <= self.model_ema_decay < 1, "a number from 0, below 1"),
             ("--sched", self.sched, self.sched in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("--amp-dtype", self.amp_dtype, self.amp_dtype in AMP_DTYPES, f"one of {', '.join(AMP_DTYPES)}"),
             ("--seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0, below 2^63"),
         ]
         for option, value, holds, expected in checks:
@@ -167,6 +177,11 @@ class TrainConfig:
                 raise UsageError(f"{option} {value!r}: expected {expected}")
         if self.allow_other_cache and not self.resume:
             raise UsageError("--allow-other-cache: a run begun now has no other cache; expected it with --resume")
+
+    @property
+    def precision(self) -> str:
+        """As `kdcache.device.autocast` calls it."""
+        return AMP_DTYPES[self.amp_dtype] if self.amp else "fp32"
 
 
 def train(config: TrainConfig, *, progress: bool = False) -> list[dict[str, Any]]:
@@ -214,7 +229,7 @@ class _Run:
         self._loop: _Loop | None = None
 
     def _resolve(self) -> dict[str, Any]:
-        """Everything that decides the result, JSON types. Workers, device, places and intervals are not here."""
+        """Everything that decides the result, JSON types. Workers, device, memory format, places and intervals are not here."""
         config, data = self.config, self.data
         return {
             "student": self.student_name,
@@ -236,6 +251,7 @@ class _Run:
             "sched": config.sched,
             "warmup_epochs": min(5.0, config.epochs / 10) if config.warmup_epochs is None else float(config.warmup_epochs),
             "min_lr": config.min_lr,
+            **({"amp": True, "amp_dtype": config.amp_dtype} if config.amp else {}),
             "val_crop_pct": config.val_crop_pct,
             "val_interval": config.val_interval,
             **({"model_ema_decay": config.model_ema_decay, "model_ema_warmup": config.model_ema_warmup} if config.model_ema else {}),
@@ -363,7 +379,13 @@ class _Run:
     def _write_args(self, device: torch.device, workers: int) -> None:
         config = self.config
         places = {"cache": self.data.cache.store.url, "root": self.data.cache.root, "shards_from": config.data, "val_from": config.val}
-        session = {"device": str(device), "workers": workers, "check_views": config.check_views, "log_interval": config.log_interval}
+        session = {
+            "device": str(device),
+            "channels_last": config.channels_last,
+            "workers": workers,
+            "check_views": config.check_views,
+            "log_interval": config.log_interval,
+        }
         body = {"id": self.id, **self.recipe, "plan": self.data.cache.plan.to_json(), "places": places, "session": session}
         text = yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
         replace_file(self.folder / "args.yaml", text)
@@ -386,7 +408,7 @@ class _Run:
         }
         crop_pct = loop.student.crop_pct if self.config.val_crop_pct is None else self.config.val_crop_pct  # of the figures
         student = dataclasses.replace(loop.student, model=loop.weights_to_export, crop_pct=crop_pct)
-        student.model.cpu()
+        student.model.cpu().to(memory_format=torch.contiguous_format)  # as safetensors wants it
         export_student(student, self.export, record=record, figures=final)
 
     def _report(self, history: Sequence[Mapping[str, Any]], seconds: float, status: str) -> dict[str, Any]:
@@ -424,12 +446,15 @@ class _Loop:
         self.run, self.student, self.device = run, student, device
         self.config, self.data = run.config, run.data
         self.method = method.to(device)
+        self.memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        self.method.to(memory_format=self.memory_format)
         self.normalize = student.normalize().to(device)
         data = self.data
         self.batches = EpochBatches(data.row_numbers, batch_size=self.config.batch_size, num_views=data.num_views, seed=self.config.seed)
         self.encodings = {key: data.cache.encoding(*one) for key, one in target_keys(data.targets).items()}
         self.optimizer = _optimizer(self.method, self.config)
         self.scheduler = self._scheduler()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.config.precision == "fp16")
         self.checkpoints = run.checkpoints()
         self.ema = _model_ema(student.model, self.config)
         self.epoch = 0
@@ -525,13 +550,14 @@ class _Loop:
     def _step(self, batch: Batch, step: int) -> dict[str, float]:
         """One update; {"loss", part…} as numbers."""
         device = self.device
-        images_BCHW = self.normalize(batch["views"].to(device, non_blocking=True))
+        images_BCHW = self.normalize(batch["views"].to(device, non_blocking=True)).contiguous(memory_format=self.memory_format)
         labels = batch["labels"].to(device, non_blocking=True)
         if "label_weights" in batch and self.method.needs_labels_with(self.method.settings):
             partners_B, weights_B = (batch[name].to(device, non_blocking=True) for name in ("partner_labels", "label_weights"))
             labels = soft_labels(labels, partners_B, weights_B, self.data.num_classes)
         targets = {target: encoding.decode(to_device(batch["targets"][target], device)) for target, encoding in self.encodings.items()}
-        parts = self.method(images_BCHW, labels, targets)
+        with autocast(device, self.config.precision):
+            parts = self.method(images_BCHW, labels, targets)
         loss = torch.stack(list(parts.values())).sum()
         values = dict(zip(["loss", *parts], torch.stack([loss, *parts.values()]).tolist(), strict=True))  # one transfer a step
         if not all(math.isfinite(value) for value in values.values()):
@@ -541,10 +567,12 @@ class _Loop:
                 f" expected a number; try a smaller --lr, or --clip-grad 1; run {self.run.folder} keeps its last checkpoint"
             )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.method.parameters(), self.config.clip_grad)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # without fp16 the scaler does nothing of its own
+        self.scaler.update()
         return values
 
     def _last_top1(self) -> dict[str, str]:
@@ -562,7 +590,7 @@ class _Loop:
         models = {"eval": self.weights_to_export, **({"eval_raw": self.method.student} if self.ema is not None else {})}
         row: dict[str, float] = {}
         for name, model in models.items():
-            evaluation = evaluator(model, self.device)
+            evaluation = evaluator(model, self.device, self.config.precision)
             row |= {f"{name}_loss": evaluation.loss, f"{name}_top1": evaluation.top1, f"{name}_top5": evaluation.top5}
             if name == "eval":
                 self._say_skipped(evaluation)
@@ -587,6 +615,7 @@ class _Loop:
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else {},
+            "scaler": self.scaler.state_dict(),
             "generators": generators,
             "history": self.history,
             "seconds": self.seconds,
@@ -611,6 +640,8 @@ class _Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.history, self.seconds = state["epoch"], list(state["history"]), state["seconds"]
         self.other_caches = list(state.get("other_caches", []))
         if changed:

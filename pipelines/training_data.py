@@ -11,7 +11,7 @@ import numpy as np
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import MissingError, ShardError, UsageError
 from kdcache.join import target_keys, usable_views
-from kdcache.methods import MethodSettings, method_class, needed_targets, parse_settings, teacher_weights
+from kdcache.methods import MethodSettings, method_class, needed_targets, parse_settings, teacher_weights, teachers_of_logits
 from kdcache.shards import NO_LABEL, ShardIndex, scan_shard
 from kdcache.sources import resolve_shards
 
@@ -74,7 +74,7 @@ def open_data(config: TrainConfig) -> TrainingData:
         raise MissingError(f"{cache.store.url}: its {len(shards)} shards have no rows; every sample was skipped when the cache was made")
     for shard in shards if cache.plan.stored_views is None else ():
         cache.check_source(shard)  # raises for a shard that --data lacks, a tar that is gone or one of another size and other members
-    num_classes = _num_classes(config, cache, targets)
+    num_classes = _num_classes(config, cache, targets, settings)
     label_key = config.label_key if config.label_key is not None else cache.label_key
     return TrainingData(
         cache=cache,
@@ -137,9 +137,9 @@ def _choose_views(cache: Cache, targets: Mapping[str, Sequence[str]], shards: Se
     return wanted
 
 
-def _num_classes(config: TrainConfig, cache: Cache, targets: Mapping[str, Sequence[str]]) -> int:
+def _num_classes(config: TrainConfig, cache: Cache, targets: Mapping[str, Sequence[str]], settings: MethodSettings) -> int:
     """The student's classes: the teacher's if its logits are matched, else what was asked for, else the largest label + 1."""
-    teacher = next((name for name, names in targets.items() if "logits" in names), None)
+    teacher = next(iter(teachers_of_logits(config.method, settings, targets)), None)
     if teacher is not None:
         of_teacher = cache.layer(teacher).document.identity.num_classes
         if config.num_classes not in (None, of_teacher):
@@ -178,7 +178,7 @@ def check_labels(data: TrainingData, config: TrainConfig) -> None:
         f"{where} has label {labels[bad[0]]}, the student has {data.num_classes} classes (0 to {data.num_classes - 1});"
         + (
             f" the teacher's classes are not the dataset's: {without_labels}"
-            if any("logits" in names for names in data.targets.values())
+            if teachers_of_logits(config.method, data.settings, data.targets)
             else " pass a larger --num-classes"
         )
     )

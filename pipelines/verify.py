@@ -1,88 +1,85 @@
 """Prove that a cache is what it claims to be: every byte against its record, every record against its parents, up to the root.
 
-With `views` also the pixels: views are drawn and rendered again from the tars, without a teacher or a GPU, and compared with
-the digests of what the teacher saw. Stored views are decoded and compared, and rendered again too where the tar is there.
-Nothing is changed; the verdict is a list of problems, empty for a sound cache.
+Story: read every document, hash every file that they name, compare the documents with each other and the index with them; on request
+render views again (`pipelines.replay`) and show them to the teacher again (`pipelines.recompute`, the only part that loads one). Nothing is
+changed; the verdict is a list of problems, empty for a sound cache. `pipelines.repair` mends what can be mended.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from kdcache.cache import Cache, document_problems
 from kdcache.errors import CacheError, CorruptError, FormatVersionError, KDCacheError, MissingError, NotACacheError
-from kdcache.format import DigestField, Document, Group, ViewsIdentity, digest_of_files, file_digest_holds
+from kdcache.format import (
+    DigestField,
+    Document,
+    Group,
+    ViewsIdentity,
+    digest_of_files,
+    file_digest_holds,
+    source_path,
+    targets_record_path,
+    views_record_path,
+)
 from kdcache.index import MAX_DOCUMENT_BYTES, document_paths, index_paths, read_document, read_index, read_table
 from kdcache.ownership import index_tables, owned_files
-from kdcache.plan import blake2b_128, canonical_json
-from kdcache.shards import Sample, ShardIndex, ShardSource, scan_shard
+from kdcache.plan import blake2b_128
 from kdcache.sources import locate_shards
 from kdcache.store import Store, open_store
 
-if TYPE_CHECKING:
-    from kdcache.rendering import Neighbours
+from .verdict import Problem, Verdict
 
-READ_BYTES = 4 << 20
-MAX_LISTED = 20
-"""Pixel problems listed a shard; the rest are counted."""
+READ_BYTES = 1 << 20
+"""Of one read: larger ones leave the core's cache before they are hashed."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is not as it should be."""
+@dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """How to run teachers again."""
 
-    kind: Literal["missing", "corrupt", "plan", "index", "pixels", "source", "teacher", "quarantined", "extra"]
-    shard: str
-    key: str
-    detail: str
-
-    def to_json(self) -> dict[str, str]:
-        return {"kind": self.kind, "shard": self.shard, "key": self.key, "detail": self.detail}
-
-
-@dataclass
-class Verdict:
-    """What verify found. `notes` are facts that are no problems."""
-
-    root: str | None = None
-    shards: int = 0
-    rows: int = 0
-    files: int = 0
-    bytes: int = 0
-    views_replayed: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "ok": self.ok,
-            "root": self.root,
-            "shards": self.shards,
-            "rows": self.rows,
-            "problems": [problem.to_json() for problem in self.problems],
-        }
+    rows: int
+    """A shard."""
+    teacher: str | None = None
+    """Its name in the cache. Default: every teacher."""
+    model: str | None = None
+    """Where the teacher lies now: timm name, `hf-hub:…` or `local-dir:…`. Default: as it was named when it was recorded."""
+    checkpoint: str | None = None
+    """Its weights file now. Default: as recorded."""
+    device: str | None = None
+    batch_size: int = 64
 
 
 def verify(
-    path: str, *, views: int | Literal["all"] | None = None, data: str | None = None, workers: int | None = None, progress: bool = False
+    path: str,
+    *,
+    views: int | Literal["all"] | None = None,
+    recompute: Recompute | None = None,
+    data: str | None = None,
+    workers: int | None = None,
+    progress: bool = False,
 ) -> Verdict:
-    """Verify a cache. views: how many views a shard to replay, or all. data: where the tars lie now. Raises NotACacheError, FormatVersionError."""
+    """Verify a cache. views: how many views a shard to replay, or all. data: where the tars lie now.
+
+    Raises NotACacheError, FormatVersionError; UsageError for a teacher that the cache does not have.
+    """
     store = open_store(path)
-    if store.size("cache.json") is None:
-        raise NotACacheError(f"{store.url}: no cache.json; expected a folder that 'kdcache extract' wrote")
     verdict = Verdict()
+    if store.size("cache.json") is None:
+        if not index_paths(store):
+            raise NotACacheError(f"{store.url}: no cache.json; expected a folder that 'kdcache extract' wrote")
+        verdict.problems.append(Problem("missing", "", "", "cache.json is not there; the index holds a copy: pass --repair", "cache.json"))
+        return verdict
     documents = _read_documents(store, verdict)
     if "cache.json" not in documents:
         return verdict
@@ -90,13 +87,19 @@ def verify(
     _check_files(store, documents, verdict, progress=progress)
     if cache is None:
         return verdict
-    verdict.root, verdict.shards, verdict.rows = cache.root, len(cache.views), cache.num_rows
+    verdict.root, verdict.fingerprint, verdict.shards, verdict.rows = cache.root, cache.fingerprint, len(cache.views), cache.num_rows
     verdict.problems += [Problem(_problem_kind(kind), shard, "", text) for kind, text, shard in document_problems(cache)]
     _check_index(store, cache, verdict)
     _check_pixel_columns(cache, verdict)
     _note_completeness(cache, verdict)
     if views is not None:
-        _replay(cache, views, verdict, workers=workers, progress=progress)
+        from .replay import replay
+
+        replay(cache, views, verdict, workers=workers, progress=progress)
+    if recompute is not None:
+        from .recompute import recompute_targets
+
+        recompute_targets(cache, recompute, verdict, progress=progress)
     return verdict
 
 
@@ -117,15 +120,30 @@ def _read_documents(store: Store, verdict: Verdict) -> dict[str, Document[Any]]:
             if isinstance(error, FormatVersionError) and file_digest_holds(store.get(path, max_size=MAX_DOCUMENT_BYTES)):
                 raise  # a sound file of a later version, not a damaged one of ours
             kind: Literal["missing", "corrupt"] = "missing" if isinstance(error, MissingError) else "corrupt"
-            verdict.problems.append(Problem(kind, _shard_in(path), "", str(error)))
+            verdict.problems.append(Problem(kind, _shard_in(path), "", str(error), path))
+            continue
+        place = place_of(path, documents[path])
+        if place != path:
+            detail = f"{path} holds the document that belongs at {place}: it was moved, or copied over another"
+            verdict.problems.append(Problem("plan", _shard_in(path), "", detail, path))
     return documents
+
+
+def place_of(path: str, document: Document[Any]) -> str:
+    """Where a document belongs by what it says of itself; `path` for one that says nothing of it."""
+    identity = document.identity
+    if document.kind == "views":
+        return views_record_path(identity.shard, identity.views)
+    if document.kind == "targets":
+        return targets_record_path(path.split("/")[1], identity.shard, identity.targets, identity.views)
+    return source_path(identity) if document.kind == "source" else path
 
 
 def _shard_in(path: str) -> str:
     """The shard that a record's or group's path speaks of, as far as its name tells."""
     parts = path.split("/")
     name = parts[1] if parts[0] == "views" and len(parts) > 1 else parts[2] if parts[0] == "teachers" and len(parts) > 2 else ""
-    if name in ("", "teacher.json", "targets"):
+    if name == "teacher.json" or not name.endswith((".json", ".zarr")):
         return ""
     stem = name.removesuffix(".json").removesuffix(".zarr")
     return stem.rsplit(".", 1)[0] if name.endswith(".json") else stem.rsplit(".", 2)[0]
@@ -137,6 +155,7 @@ def _build_cache(store: Store, documents: Mapping[str, Document[Any]], data: str
         return Cache(store, documents, None, sources=sources, check=False)
     except CorruptError as error:
         verdict.problems.append(Problem("missing", "", "", str(error)))
+        verdict.finished = False
         return None
 
 
@@ -156,11 +175,12 @@ def _check_files(store: Store, documents: Mapping[str, Document[Any]], verdict: 
     present = [(path, field) for path, (field, _) in expected.items() if path in found]
     for path, (_, shard) in expected.items():
         if path not in found:
-            verdict.problems.append(Problem("missing", shard, "", f"{path} is not there; the segment's record names it"))
+            verdict.problems.append(Problem("missing", shard, "", f"{path} is not there; the segment's record names it", path))
     total = sum(field.size for _, field in present)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify bytes", disable=not progress) as bar:
-        for path, detail in _digest_all(store, present, bar.update):
-            verdict.problems.append(Problem("corrupt", expected[path][1], "", detail))
+        for path, detail in digest_all(store, present, bar.update):
+            verdict.problems.append(Problem("corrupt", expected[path][1], "", detail, path))
+    verdict.checked = set(expected)
     known = set(expected) | set(documents) | set(index_paths(store))
     known |= index_tables(store)
     for path in sorted(found):
@@ -172,13 +192,14 @@ def _check_files(store: Store, documents: Mapping[str, Document[Any]], verdict: 
                     _shard_in(path),
                     "",
                     f"{path}: no record names this file; run the extraction that was cut off again, or 'kdcache gc' to remove it",
+                    path,
                 )
             )
 
 
 def _check_table(record: str, group: Group, shard: str, verdict: Verdict) -> None:
     if digest_of_files(group.files) != group.digest or f".{group.digest[:12]}.zarr" not in group.name:
-        verdict.problems.append(Problem("corrupt", shard, "", f"{record}: the group's digest does not match its file table"))
+        verdict.problems.append(Problem("corrupt", shard, "", f"{record}: the group's digest does not match its file table", record))
 
 
 def _belongs_to_damaged(path: str, details: Iterable[str]) -> bool:
@@ -189,28 +210,38 @@ def _belongs_to_damaged(path: str, details: Iterable[str]) -> bool:
     return bool(stem) and any(f"/{stem}.json" in detail for detail in details)
 
 
-def _digest_all(store: Store, files: Sequence[tuple[str, DigestField]], advance: Callable[[int], Any]) -> Iterator[tuple[str, str]]:
-    """(path, what is wrong) of each file that is not as recorded; a few threads, since hashing leaves the GIL."""
+def digest_all(store: Store, files: Sequence[tuple[str, DigestField]], advance: Callable[[int], Any]) -> Iterator[tuple[str, str]]:
+    """(path, what is wrong) of each file that is not as recorded; a few threads, since reading and hashing leave the GIL.
+
+    Each thread has a store of its own: one store reads under a lock, and cold files would be read one after another.
+    """
+    own, stores = threading.local(), list[Store]()
+
+    def begin() -> None:
+        own.store = copy.copy(store)
+        stores.append(own.store)
 
     def check(item: tuple[str, DigestField]) -> tuple[str, str | None, int]:
         path, expected = item
-        size = store.size(path)
+        size = own.store.size(path)
         if size != expected.size:
             return path, f"{path} has {size} bytes, expected {expected.size}", expected.size
         digest = hashlib.blake2b(digest_size=16)
         try:
             for offset in range(0, expected.size, READ_BYTES):
-                digest.update(store.get_range(path, offset, min(READ_BYTES, expected.size - offset)))
+                digest.update(own.store.get_range(path, offset, min(READ_BYTES, expected.size - offset)))
         except KDCacheError as error:
             return path, str(error), expected.size
         wrong = digest.hexdigest() != expected.digest
         return path, f"{path}: bytes were changed: expected digest {expected.digest}, found {digest.hexdigest()}" if wrong else None, expected.size
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), initializer=begin) as pool:
         for path, detail, size in pool.map(check, files):
             advance(size)
             if detail is not None:
                 yield path, detail
+    for one in stores:
+        one.close()
 
 
 # --- index, pixels ---------------------------------------------------------------------------------------------------
@@ -226,18 +257,18 @@ def _check_index(store: Store, cache: Cache, verdict: Verdict) -> None:
             index = read_index(store, path)
             table = read_table(store, index)
         except KDCacheError as error:
-            verdict.problems.append(Problem("index", "", "", str(error)))
+            verdict.problems.append(Problem("index", "", "", str(error), path))
             continue
         wrong = sorted(p for p, document in index.documents.items() if cache.documents.get(p) != document)
         if wrong or (index.documents.keys() == cache.documents.keys() and index.root != cache.root):
             detail = f"{path} does not say what the documents say, for example of {wrong[:1]}; run 'kdcache extract' again to rebuild it"
-            verdict.problems.append(Problem("index", "", "", detail))
+            verdict.problems.append(Problem("index", "", "", detail, path))
         behind = cache.documents.keys() - index.documents.keys()
         if behind:
             verdict.notes.append(f"{path} is behind: it lacks {len(behind)} documents; run 'kdcache extract' again to finish the cache and its index")
         for shard, expected in table.items():
             if shard in cache.views and not _table_agrees(cache, shard, expected):
-                verdict.problems.append(Problem("index", shard, "", f"{index.table_path}: the rows of this shard differ from its views group"))
+                verdict.problems.append(Problem("index", shard, "", f"{index.table_path}: the rows of this shard differ from its views group", path))
 
 
 def _table_agrees(cache: Cache, shard: str, table: np.ndarray[Any, Any]) -> bool:
@@ -264,6 +295,7 @@ def _check_pixel_columns(cache: Cache, verdict: Verdict) -> None:
 
 
 def _note_completeness(cache: Cache, verdict: Verdict) -> None:
+    before = len(verdict.notes)
     missing = [shard for shard in cache.all_shards if shard not in cache.views]
     if missing:
         verdict.notes.append(f"unfinished: {len(cache.views)} of {len(cache.all_shards)} shards are done, {missing[0]} is the first that is not")
@@ -274,180 +306,9 @@ def _note_completeness(cache: Cache, verdict: Verdict) -> None:
                 verdict.notes.append(
                     f"unfinished: teacher {name}, {target}: {len(lacking)} of {len(cache.views)} shards lack it, {lacking[0]} is the first"
                 )
+    verdict.finished = len(verdict.notes) == before
     for shard, records in cache.views.items():
         if records[0].identity.cut is not None:
             verdict.notes.append(
                 f"shard {shard}: the tar was cut short when it was read ({records[0].identity.cut}); its samples before the cut are cached"
             )
-
-
-# --- replay ----------------------------------------------------------------------------------------------------------
-
-
-def _replay(cache: Cache, views: int | Literal["all"], verdict: Verdict, *, workers: int | None, progress: bool) -> None:
-    """Render views again from the tars and compare params and pixel digests."""
-    from kdcache.rendering import FailedTask, rendered_blocks
-
-    plan = _Replay(cache, views, verdict)
-    total = sum(plan.count(shard) for shard in cache.shards)
-    num_workers = workers if workers is not None else min(8, os.cpu_count() or 1)
-    with tqdm(total=total, unit="view", desc="verify views", disable=not progress) as bar:
-        for block in rendered_blocks(cache.plan, plan.tasks(), num_workers=num_workers, cache=cache):
-            if isinstance(block, FailedTask):
-                verdict.problems.append(Problem("corrupt" if block.task.stored else "source", block.task.source.name, "", str(block.error)))
-            else:
-                plan.compare(block)
-            bar.update(len(block.task.samples) * len(block.task.views))
-    if plan.gone:
-        verdict.notes.append(
-            f"{len(plan.gone)} of {len(cache.shards)} tars are gone, {plan.gone[0]} is the first: their stored views were compared, not rendered again"
-        )
-    for shard, more in plan.unlisted.items():
-        verdict.problems.append(Problem("pixels", shard, "", f"{more} more views of this shard differ"))
-
-
-class _Replay:
-    """Which views to render again, and what they should be."""
-
-    def __init__(self, cache: Cache, views: int | Literal["all"], verdict: Verdict) -> None:
-        self.cache, self.views, self.verdict = cache, views, verdict
-        self.unlisted: dict[str, int] = {}
-        self.gone: list[str] = []
-        """Tars that are not there, of a cache that stores its views."""
-        self._listed: dict[str, int] = {}
-
-    def count(self, shard: str) -> int:
-        every = sum(record.identity.rows * len(record.identity.views) for record in self.cache.views[shard])
-        once = every if self.views == "all" else min(every, self.views)
-        return 2 * once if self.cache.plan.stored_views is not None else once
-
-    def tasks(self) -> Iterator[Any]:
-        """Render tasks, shard after shard; a tar that is gone or was changed becomes a problem instead."""
-        from kdcache.rendering import Neighbours
-
-        for shard in self.cache.shards:
-            if self.cache.plan.stored_views is not None:
-                yield from self._stored_tasks(shard)
-            source, index = self._source(shard)
-            if source is None or index is None:
-                continue
-            by_key = {sample.key: (position, sample) for position, sample in enumerate(index.samples)}
-            try:
-                rows = [by_key[key] for key in self.cache.keys(shard)]
-            except KDCacheError as error:
-                self.verdict.problems.append(Problem("corrupt", shard, "", str(error)))
-                continue
-            except KeyError as error:
-                self.verdict.problems.append(
-                    Problem("plan", shard, "", f"key {error} of the cache is not in the tar, though its member table is the same")
-                )
-                continue
-            neighbours = Neighbours.of(index, self._skipped(shard)) if self.cache.plan.policy.mix is not None else None
-            yield from self._cut(source, rows, stored=False, neighbours=neighbours)
-
-    def _skipped(self, shard: str) -> list[int]:
-        return [skip.index for skip in self.cache.views[shard][0].identity.skipped]
-
-    def _stored_tasks(self, shard: str) -> Iterator[Any]:
-        """Tasks that read the stored views and need no tar."""
-        skipped = set(self._skipped(shard))
-        positions = [position for position in range(self.cache.views[shard][0].identity.samples) if position not in skipped]
-        try:
-            rows = [(position, Sample(key, 0, 0, -1, None)) for position, key in zip(positions, self.cache.keys(shard), strict=True)]
-        except KDCacheError:  # reported with the bytes
-            return
-        yield from self._cut(ShardSource(shard, ""), rows, stored=True)
-
-    def _cut(
-        self, source: ShardSource, samples: Sequence[tuple[int, Sample]], *, stored: bool, neighbours: Neighbours | None = None
-    ) -> Iterator[Any]:
-        """A shard's rows, all or a sample of them, as tasks. samples: position in the tar and sample of every row."""
-        from kdcache.rendering import RenderTask, samples_per_task
-
-        records = self.cache.views[source.name]
-        all_views = tuple(view for record in records for view in range(record.identity.views.start, record.identity.views.stop))
-        wanted: list[tuple[Sequence[int], tuple[int, ...]]]
-        if self.views == "all":
-            step = samples_per_task(self.cache.plan, len(all_views))
-            wanted = [(range(start, min(start + step, len(samples))), all_views) for start in range(0, len(samples), step)]
-        else:
-            wanted = [([row], (view,)) for row, view in self._chosen(source.name, len(samples), all_views)]
-        for rows, views in wanted:
-            chosen = tuple(samples[row] for row in rows)
-            yield RenderTask(0, source, chosen, views, False, frozenset(views if stored else ()), tuple(rows), neighbours)
-
-    def _source(self, shard: str) -> tuple[ShardSource | None, ShardIndex | None]:
-        record = self.cache.views[shard][0].identity
-        try:
-            source = self.cache.source(shard)
-            if self.cache.plan.stored_views is not None and not os.path.exists(source.path):
-                self.gone.append(source.path)
-                return None, None
-            index = scan_shard(source)
-        except KDCacheError as error:
-            self.verdict.problems.append(Problem("source", shard, "", f"{error}; pass --data with SHARDS where the tars lie now"))
-            return None, None
-        if index.member_table != record.member_table:
-            detail = (
-                f"{source.path} is not the tar that the cache was made from: expected member table {record.member_table}, found {index.member_table}"
-            )
-            self.verdict.problems.append(Problem("source", shard, "", f"{detail}; restore the tar"))
-            return None, None
-        return source, index
-
-    def _chosen(self, shard: str, num_rows: int, all_views: Sequence[int]) -> list[tuple[int, int]]:
-        """A sample of (row, view) that is the same in every run."""
-        assert self.views != "all"
-        total = num_rows * len(all_views)
-        if total == 0:
-            return []
-        seed = hashlib.blake2b(canonical_json([self.cache.fingerprint, shard]), digest_size=16).digest()
-        words = np.random.Philox(key=np.frombuffer(seed, "<u8").astype(np.uint64)).random_raw(total)
-        chosen = np.sort(np.argsort(words, kind="stable")[: self.views])
-        return [(int(place) // len(all_views), all_views[int(place) % len(all_views)]) for place in chosen]
-
-    def compare(self, block: Any) -> None:
-        """A block of views that were rendered or read, against the stored params and digests."""
-        task = block.task
-        stores = self.cache.plan.stored_views is not None
-        shard = task.source.name
-        for place, reason in block.reasons.items():
-            text = f"can't be decoded now ({reason}), it could when the cache was made"
-            self._problem(shard, task.samples[place][1], text, kind="source" if stores else "pixels")
-        for column, view in enumerate(task.views):
-            try:
-                rows = [self.cache.row_at(shard, task.samples[place][0]) for place in block.kept]
-                digests = self.cache.read_pixel_digests(shard, view, rows)
-                params = self.cache.read_params(shard, view, rows)
-            except CacheError as error:
-                self.verdict.problems.append(Problem("corrupt", shard, "", str(error)))
-                return
-            for i, place in enumerate(block.kept):
-                self.verdict.views_replayed += view in task.stored or not stores  # a stored view is counted once
-                sample = task.samples[place][1]
-                if block.digests[i, column] != digests[i]:
-                    found = f"expected pixel digest {int(digests[i]):016x}, found {int(block.digests[i, column]):016x}"
-                    if view in task.stored:
-                        self._problem(shard, sample, f"view {view}: decoded as stored: {found}; {self._decoders(shard)}")
-                    elif stores:  # what the teacher saw lies in the cache
-                        text = f"view {view}: rendered again: {found}; training reads what is stored; {self._decoders(shard)}"
-                        self._problem(shard, sample, text, kind="source")
-                    else:
-                        self._problem(shard, sample, f"view {view}: {found}; {self._decoders(shard)}")
-                elif view in task.stored:
-                    continue
-                elif not np.array_equal(block.params[i, column], params[i].to_row()):
-                    self._problem(shard, sample, f"view {view}: the stored params are not those that the plan draws")
-
-    def _decoders(self, shard: str) -> str:
-        from importlib.metadata import version
-
-        then = self.cache.views[shard][0].provenance.get("packages", {}).get("pillow")
-        return f"rendered with Pillow {then} then and {version('pillow')} now: the image or its decoder changed"
-
-    def _problem(self, shard: str, sample: Sample, detail: str, *, kind: Literal["pixels", "source"] = "pixels") -> None:
-        self._listed[shard] = self._listed.get(shard, 0) + 1
-        if self._listed[shard] > MAX_LISTED:
-            self.unlisted[shard] = self.unlisted.get(shard, 0) + 1
-        else:
-            self.verdict.problems.append(Problem(kind, shard, sample.key, detail))

@@ -46,5 +46,33 @@ class NoSkips:
             terminalreporter.write_line(f"SKIPPED WITHOUT THE gpu MARK, which fails the session: {nodeid}", red=True)
 
 
+class Browsers:
+    """Leaves out the tests marked `browser` where there is no Chromium, and says so; with KDCACHE_BROWSER=1 that is an error instead, as CI wants it."""
+
+    def __init__(self) -> None:
+        self.left_out = 0
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        wanting = [item for item in items if item.get_closest_marker("browser")]
+        if not wanting:
+            return
+        from browser import CHROMIUM
+
+        if CHROMIUM is not None:
+            return
+        if os.environ.get("KDCACHE_BROWSER") == "1":
+            raise pytest.UsageError("KDCACHE_BROWSER=1, and there is no chromium on the PATH; install it, on Debian with: apt-get install chromium")
+        self.left_out = len(wanting)
+        config.hook.pytest_deselected(items=wanting)
+        items[:] = [item for item in items if item not in wanting]
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.left_out:
+            terminalreporter.write_line(
+                f"NO CHROMIUM: {self.left_out} browser tests were left out; to run them, on Debian: apt-get install chromium", yellow=True
+            )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(NoSkips(), "no-skips")
+    config.pluginmanager.register(Browsers(), "browsers")

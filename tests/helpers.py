@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -143,6 +144,20 @@ def make_cache(folder: Path, *, views: int = 3, targets: Sequence[str] = ("logit
     teacher = make_teacher_dir(folder / "teacher")
     extract(ExtractConfig(shards=str(folder / "shards"), cache=str(folder / "cache"), teacher=teacher, targets=targets, views=views, workers=0))
     return folder / "cache"
+
+
+def reseal(body: Mapping[str, Any], *, identity: bool = False) -> bytes:
+    """The bytes of a changed document whose digests hold again, as one who made it so would write them. identity: `identity_digest` too."""
+    changed = dict(body)
+    if identity and "identity" in changed:
+        changed["identity_digest"] = hashlib.blake2b(_as_python_has_it(changed["identity"], compact=True), digest_size=16).hexdigest()
+    data = _as_python_has_it({"file_digest": "0" * 32, **{name: value for name, value in changed.items() if name != "file_digest"}})
+    return data.replace(b"0" * 32, hashlib.blake2b(data, digest_size=16).hexdigest().encode(), 1)
+
+
+def _as_python_has_it(value: Any, *, compact: bool = False) -> bytes:
+    """JSON, NaN and lone surrogates included: nothing is refused here."""
+    return (json.dumps(value, sort_keys=True, separators=(",", ":")) if compact else json.dumps(value, indent=1) + "\n").encode()
 
 
 def run_python(code: str, *arguments: object, check: bool = True, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:

@@ -44,11 +44,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options_of(folder: Path, out: Path, **overrides: Any) -> dict[str, Any]:
-    """Of a run with everything that has a state: dropout, masks, an EMA, a schedule, momenta; every step in metrics.jsonl."""
+    """Of a run with everything that has a state: dropout, masks, an EMA, a loss scale, a schedule, momenta; every step in metrics.jsonl."""
     options = {
         "cache": str(folder / "cache"), "students": (TINY_VIT,), "model_kwargs": STUDENT_ARGS, "method": "nkd+vitkd", "val": str(folder / "val"),
         "out": str(out), "epochs": 3, "batch_size": 2, "workers": 0, "device": "cpu", "log_interval": 1, "recovery_interval": 2,
-        "model_ema": True, "model_ema_decay": 0.9,
+        "model_ema": True, "model_ema_decay": 0.9, "amp": True,
     }  # fmt: skip
     return {**options, **overrides}
 
@@ -116,7 +116,7 @@ def test_a_command_that_is_killed_again_and_again_equals_the_uninterrupted_one(f
         "--out",
         tmp_path / "runs",
     ]
-    arguments += ["--epochs", 3, "-b", 2, "-j", 0, "--device", "cpu", "--log-interval", 1, "--recovery-interval", 2, "--model-ema"]
+    arguments += ["--epochs", 3, "-b", 2, "-j", 0, "--device", "cpu", "--log-interval", 1, "--recovery-interval", 2, "--model-ema", "--amp"]
     arguments += ["--model-ema-decay", 0.9, *(part for name, value in STUDENT_ARGS.items() for part in ("--model-kwargs", f"{name}={value}"))]
     log, chance = tmp_path / "runs" / whole["id"] / "metrics.jsonl", random.Random(5)
     kills = 0
@@ -256,7 +256,10 @@ def test_two_torn_checkpoints_end_the_command_with_the_reason(folder: Path, stop
         train(TrainConfig(**options_of(folder, stopped.parent, resume=True)))
 
 
-SMALL = {"recipe": {}, "epoch": 1, "method": {"w": torch.arange(6.0)}, "optimizer": {}, "scheduler": {}, "generators": {}, "history": [0.5]}
+SMALL = {
+    "recipe": {}, "epoch": 1, "step": 3, "sums": {"loss": 2.5}, "method": {"w": torch.arange(6.0)}, "optimizer": {}, "scheduler": {},
+    "generators": {}, "history": [0.5], "seconds": 1.5, "epoch_seconds": 0.5,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

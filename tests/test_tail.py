@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,18 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import make_shards, run_python, save_local_dir, tiny_model
+from helpers import Forked, die_at, make_shards, run_python, save_local_dir, tiny_model
+from test_extract import groups
 from test_losses import load
 from torch import Tensor, nn
 
+from kdcache import methods
 from kdcache.cache import open_cache
-from kdcache.errors import CorruptError, MismatchError, MissingError, TeacherError
+from kdcache.errors import CorruptError, MismatchError, MissingError, TeacherError, UsageError
 from kdcache.format import DigestField, TailIdentity
 from kdcache.methods.scalekd import ScaleKDSettings, split_tail
 from kdcache.plan import blake2b_128
+from kdcache.store import open_store
 from kdcache.tail import Tail, build_tail, cut_tail, load_tail, tail_distance
 from kdcache.teacher import load_teacher
 from kdcache.teacher_card import TeacherCard
@@ -187,14 +192,50 @@ def test_a_swin_tail_and_its_gradient_equal_the_authors() -> None:
     np.testing.assert_allclose(z.grad, arrays["grad_z"], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("family", ["vit of 12 blocks", "beit", "eva, rope", "dinov2", "dinov3", "deit3"])
+def test_the_gradient_through_a_tail_is_the_teachers(family: str) -> None:
+    """Of the grid's and the prefix's tokens, against the teacher's own blocks; its weights get none."""
+    name, args = FAMILIES[family]
+    model = tiny_model(name, **args)
+    identity, data = cut(model, name, args)
+    tail, model, images = build_tail(identity, data, with_prefix=True).double(), model.double(), images_of(args).double()
+    given, arguments = [tokens for tokens in inputs_of(model, tail, images) if tokens is not None], {}
+    handles = [
+        model.get_submodule(module).register_forward_pre_hook(lambda _m, _i, more, key=module: arguments.update({key: more}), with_kwargs=True)
+        for module in identity.modules
+    ]
+    with torch.no_grad():
+        model.forward_features(images)
+    for handle in handles:
+        handle.remove()
+    gradients = []
+    for run in ("tail", "teacher"):
+        grid, prefix = (tokens.clone().requires_grad_() for tokens in given)
+        if run == "tail":
+            value = tail(grid, prefix)
+            out = torch.cat([value["prefix"], value["grid"]], 1)
+        else:
+            out = torch.cat([prefix, grid], 1)
+            for module in identity.modules:
+                out = model.get_submodule(module)(out, **arguments[module])
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        gradients.append((grid.grad, prefix.grad))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+    assert all(gradient.abs().max() > 1e-3 for gradient in gradients[0])
+    assert all(parameter.grad is None for parameter in tail.parameters())
+
+
 def test_nothing_but_the_tail_takes_memory(tmp_path: Path) -> None:
-    """Of 24 blocks of a ViT, 680 MB, the last two are built: the process grows by little more than these."""
-    torch.manual_seed(0)
-    args = {"depth": 24, "num_classes": 10}
-    model = timm.create_model("vit_base_patch16_224", **args).eval()
-    identity, data = cut(model, "vit_base_patch16_224", args | {"img_size": 224})
+    """Of 16 blocks of a ViT, 460 MB, the last two are built: the process grows by little more than these."""
+    args = {"depth": 16, "num_classes": 10, "img_size": 32}
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224", **args)
+    model = model.to_empty(device="cpu").eval()
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.01)
+    identity, data = cut(model, "vit_base_patch16_224", args)
     whole = sum(parameter.nbytes for parameter in model.parameters())
-    assert len(data) < 0.1 * whole
+    assert len(data) < 0.15 * whole
     (tmp_path / "tail").write_bytes(data)
     (tmp_path / "card").write_text(json.dumps(identity.to_json()))
     result = run_python(
@@ -203,16 +244,21 @@ import json, resource, sys, timm, torch
 from pathlib import Path
 from kdcache.format import TailIdentity
 from kdcache.tail import build_tail
+def peak():
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # not ru_maxrss: on Linux a process inherits that of the one that started it
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 folder = Path(sys.argv[1])
 card, data = TailIdentity.model_validate(json.loads((folder / "card").read_text())), (folder / "tail").read_bytes()
 timm.create_model("test_vit")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 tail = build_tail(card, data)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak() - before)
 """,
         tmp_path,
     )
-    assert int(result.stdout) < 2 * len(data) < 0.2 * whole
+    assert 0.9 * len(data) < int(result.stdout) < 1.5 * len(data) < 0.2 * whole
 
 
 # --- in a cache ---
@@ -247,7 +293,7 @@ def test_extract_stores_the_tail_and_train_builds_it(folder: Path) -> None:
     cache = open_cache(folder / "cache")
     layer = cache.layer(None)
     assert layer.tail is not None and layer.tail.identity.modules == ("layers.3", "norm") and layer.tail.identity.head == ("head",)
-    assert layer.tail.measured == {"without_prefix": 0.0}
+    assert layer.tail.measured == {"with_prefix": 0.0, "without_prefix": 0.0}
     model = load_teacher(f"local-dir:{folder / 'teacher'}").model
     assert tail_distance(load_tail(cache.store, layer), model, images_of(SWIN_ARGS)) == 0
     assert verify(str(folder / "cache")).ok
@@ -285,12 +331,135 @@ def test_a_changed_or_missing_tail_is_found_and_made_again(folder: Path) -> None
     assert weights.read_bytes() == data and open_cache(folder / "damaged").root == root
 
 
-def test_a_tail_that_is_there_must_be_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import kdcache.methods.scalekd as scalekd
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `folder`, of a ViT of four blocks; its cache holds no logits."""
+    folder = tmp_path_factory.mktemp("vit")
+    make_shards(folder / "shards", num_shards=1, num_samples=3)
+    save_local_dir(tiny_model("vit_tiny_patch16_224", **_VIT), folder / "teacher", _VIT)
+    run_extract(folder, "cache", settings={"logits": "head"})
+    return folder
 
-    monkeypatch.setattr(scalekd.ScaleKD, "tail_modules", classmethod(lambda cls, settings, teacher: ("layers.2", "layers.3", "norm")))
-    with pytest.raises(MismatchError, match="differs: the cache has 64, this run has 32"):
-        run_extract(folder, "cache")
+
+def test_settings_decide_what_is_recorded_and_train_names_those_that_matter(vit: Path) -> None:
+    cache = open_cache(vit / "cache")
+    layer = cache.layer(None)
+    assert list(layer.targets) == ["features@norm"] and layer.tail is not None and layer.tail.identity.modules == ("blocks.2", "blocks.3", "norm")
+    assert 0 == layer.tail.measured["with_prefix"] < 1e-4 < layer.tail.measured["without_prefix"]
+    student = tiny_model("vit_tiny_patch16_224", **_VIT)
+    asked = {"logits": "head", "alpha_s4": (0.1, 0.1), "s3_blocks": 2, "s4_blocks": 1}
+    line = r"--for scalekd --set logits=head --set s4_blocks=1' to add it"
+    with pytest.raises(MissingError, match=rf"runs blocks\.1, blocks\.2, blocks\.3, norm .* whose tail has modules blocks\.2, .*{line}"):
+        methods.build("scalekd", student=student, cache=cache, settings=asked)
+    with pytest.raises(MissingError, match="no target 'logits'"):
+        methods.build("scalekd", student=student, cache=cache)
+    repeating = asked | {"s4_repeats": True}  # the last block serves both stages: the tail that is there is enough
+    method = methods.build("scalekd", student=student, cache=cache, settings=repeating)
+    assert (method.s3_modules, method.s4_modules) == (["blocks.2", "blocks.3"], ["blocks.3", "norm"])
+    grid = torch.randn(2, 16, 32)
+    assert all(part.isfinite() for part in method(images_of(_VIT), torch.tensor([1, 2]), {"features@norm": {"grid": grid}}).values())
+    with pytest.raises(UsageError, match=r"--set s5_blocks: none of the methods scalekd has this field; did you mean 's._blocks'\?"):
+        run_extract(vit, "cache", settings={"s5_blocks": 1})
+    with pytest.raises(UsageError, match="expected --for METHOD beside it"):
+        run_extract(vit, "cache", methods=(), settings={"s4_blocks": 1})
+
+
+def test_settings_go_to_every_method_that_has_them_or_to_the_one_that_is_named() -> None:
+    given = {"temperature": 2, "scalekd.logits": "head", "vitkd.alpha": 1, "heads_s3": 4}
+    assert methods.share_out(["kd", "scalekd", "nkd+vitkd"], given) == {
+        "kd": {"temperature": 2},
+        "scalekd": {"temperature": 2, "logits": "head", "heads_s3": 4},
+        "nkd+vitkd": {"temperature": 2, "vitkd.alpha": 1},
+    }
+
+
+def test_a_longer_tail_takes_the_place_of_a_shorter_one_and_serves_both(vit: Path) -> None:
+    run_extract(vit, "grown", settings={"logits": "head"})
+    whole = {"logits": "head", "s4_blocks": 1, "s3_blocks": 3}
+    assert run_extract(vit, "grown", settings=whole).resumed_shards == 1
+    assert open_cache(vit / "grown").layer(None).tail.identity.modules == ("blocks.0", "blocks.1", "blocks.2", "blocks.3", "norm")
+    run_extract(vit, "whole", settings=whole)
+    assert run_extract(vit, "grown", settings={"logits": "head"}).resumed_shards == 1  # within it: nothing to do
+    assert open_cache(vit / "grown").root == open_cache(vit / "whole").root != open_cache(vit / "cache").root
+    assert verify(str(vit / "grown")).ok
+    student = tiny_model("vit_tiny_patch16_224", **_VIT)
+    parts = []
+    for name in ("cache", "grown"):
+        torch.manual_seed(0)
+        method = methods.build("scalekd", student=student, cache=open_cache(vit / name), settings={"logits": "head"}).eval()
+        parts.append(method(images_of(_VIT), torch.tensor([1, 2]), {"features@norm": {"grid": torch.ones(2, 16, 32)}}))
+    assert parts[0] == parts[1]
+
+
+def test_a_tail_of_maps_serves_one_split(folder: Path) -> None:
+    with pytest.raises(MismatchError, match=r"'modules' differs: the cache has 'layers\.3, norm', this run has 'layers\.2, layers\.3, norm'"):
+        run_extract(folder, "cache", settings={"s3_blocks": 2})
+
+
+def test_killed_while_it_stores_the_tail_a_run_resumes_to_the_same_bytes(vit: Path, tmp_path: Path) -> None:
+    """SIGKILL before its file appears, before its card does, and at what comes before and after; two processes finish at once."""
+    cache = vit / "killed"
+    moments = [("/teacher.json", 1), *(("/tmp/", count) for count in range(1, 26, 4)), ("/tail.safetensors", 1), ("/tail.json", 1), ("/targets/", 1)]
+    struck = 0
+    for where, count in moments:
+
+        def action(where: str = where, count: int = count) -> None:
+            die_at(cache, where, count)
+            run_extract(vit, "killed", settings={"logits": "head"})
+
+        child = Forked(action, tmp_path / "log")
+        assert child.wait() == -signal.SIGKILL, f"the kill at {where} {count} did not strike: {child.output()}"
+        struck = max(struck, len(tail_files(cache)))
+        assert len(tail_files(cache)) >= {"/tail.json": 1, "/targets/": 2}.get(where, 0)
+    assert struck == 2
+    shutil.rmtree(cache)
+    runs = [Forked(lambda: run_extract(vit, "killed", settings={"logits": "head"}) and 0, tmp_path / f"log{i}") for i in range(2)]
+    assert [run.wait() for run in runs] == [0, 0], [run.output() for run in runs]
+    compare_tails(cache, vit / "cache")
+
+
+def compare_tails(cache: Path, other: Path) -> None:
+    assert [path.name for path in tail_files(cache)] == ["tail.json", "tail.safetensors"]
+    assert [path.read_bytes() for path in tail_files(cache)] == [path.read_bytes() for path in tail_files(other)]
+    assert groups(cache) == groups(other) and open_cache(cache).root == open_cache(other).root
+    assert verify(str(cache)).ok
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_of_two_runs_that_make_other_bytes_the_cards_file_stays(vit: Path, monkeypatch: pytest.MonkeyPatch, ours_first: bool) -> None:
+    """Another device may compute other last bits of what the file holds. Whose card is there, his file is there."""
+    import kdcache.cards as cards
+
+    _, weights = tail_files(vit / "cache")
+    tensors = safetensors.torch.load(weights.read_bytes())
+    theirs = safetensors.torch.save({name: tensor + (1e-6 if name == "norm.weight" else 0) for name, tensor in tensors.items()})
+    other = vit / f"race{ours_first}"
+    store = open_store(other)
+    own = cards.create_document
+
+    def create(target: Any, path: str, identity: Any, **more: Any) -> Any:
+        if path.endswith("tail.json"):  # now the other run comes in between
+            found = other / "teachers" / "teacher" / "tail.safetensors"
+            if ours_first:  # it has found our file, and replaced it, before our card is there
+                store.delete("teachers/teacher/tail.safetensors")
+                store.put_new("teachers/teacher/tail.safetensors", theirs)
+            else:  # its file was there first; its card comes before ours
+                assert found.read_bytes() == weights.read_bytes()
+                digest = DigestField(size=len(theirs), digest=blake2b_128(theirs))
+                own(target, path, identity.model_copy(update={"weights": digest}))
+        return own(target, path, identity, **more)
+
+    if not ours_first:
+        store.put_new("teachers/teacher/tail.safetensors", theirs)
+    monkeypatch.setattr(cards, "create_document", create)
+    if ours_first:
+        run_extract(vit, other.name, settings={"logits": "head"})
+        assert (other / "teachers" / "teacher" / "tail.safetensors").read_bytes() == weights.read_bytes()
+    else:
+        with pytest.raises(MismatchError, match="another run has just recorded it otherwise"):
+            run_extract(vit, other.name, settings={"logits": "head"})
+        assert (other / "teachers" / "teacher" / "tail.safetensors").read_bytes() == theirs
+    open_cache(other)
 
 
 def test_copy_takes_the_tail_along_and_gc_drops_it_with_its_teacher(folder: Path) -> None:

@@ -127,6 +127,28 @@ class Encoding(ABC):
         """Take the statistics that the calibrator's `result` gave."""
         self.calibration = {name: tensor.float() for name, tensor in tensors.items()}
 
+    def calibration_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of the tensors of this encoding's calibration."""
+        if self.shape.num_classes:
+            return {}
+        shapes: dict[str, tuple[int, ...]] = {f"grid_{name}": (self.shape.channels,) for name in ("mean", "std")}
+        if self.shape.prefix_tokens:
+            shapes |= {f"prefix_{name}": (self.shape.prefix_tokens, self.shape.channels) for name in ("mean", "std")}
+        return shapes
+
+    def calibration_problem(self) -> str | None:
+        """What is expected of the calibration that was loaded and not so, or None. A cache from elsewhere may say anything."""
+        if not hasattr(self, "calibration"):
+            return None
+        found = {name: tuple(tensor.shape) for name, tensor in self.calibration.items()}
+        if found != self.calibration_shapes():
+            return f"expected tensors {self.calibration_shapes()}, found {found!r:.300}"
+        for name, tensor in self.calibration.items():
+            is_scale = name.endswith("_std") or name == "step"
+            if not bool(tensor.isfinite().all()) or (is_scale and not bool((tensor > 0).all())):
+                return f"expected finite numbers{', above 0' if is_scale else ''} in {name!r}"
+        return None
+
     def statistic(self, name: str, device: torch.device) -> Tensor:
         """A calibration tensor on `device`, moved once."""
         tensor = self.calibration[name]

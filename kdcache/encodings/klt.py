@@ -66,6 +66,10 @@ class KltFeatures(Encoding):
         grid = {"grid": Component(dtype="uint16", shape=(channels, tokens)), "grid_scale": Component(dtype="float16", shape=(tokens,))}
         return grid | token_components("prefix", self.shape.prefix_tokens, channels)
 
+    def calibration_shapes(self) -> dict[str, tuple[int, ...]]:
+        channels = self.shape.channels
+        return super().calibration_shapes() | {"basis": (channels, channels), "variance": (channels,), "step": ()}
+
     def encode(self, value: Mapping[str, Tensor], labels_B: Tensor | None = None) -> dict[str, Tensor]:
         device = value["grid"].device
         mean, std, basis_CC, step = (self.statistic(name, device) for name in ("grid_mean", "grid_std", "basis", "step"))

@@ -7,13 +7,14 @@ is, and more at higher temperatures, where the tail is the knowledge (research: 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import CorruptError, UsageError
 from ..format import Component
 from .base import Encoding, TargetShape
 
@@ -40,9 +41,9 @@ class TopKLogits(Encoding):
     def __init__(self, shape: TargetShape, argument: str | None = None) -> None:
         super().__init__(shape, argument)
         assert argument is not None
-        if not argument.isascii() or not argument.isdecimal() or int(argument) < 1:
+        if not re.fullmatch("[1-9][0-9]{0,8}", argument):
             raise UsageError(
-                f"encoding {self.full_name!r}: expected a whole number of classes from 1 on, e.g. topk={self.example}, found {argument!r}"
+                f"encoding {self.full_name!r}: expected a whole number of classes from 1 on, e.g. topk={self.example}, found {argument!r:.40}"
             )
         self.k = int(argument)
         if self.k > shape.num_classes:
@@ -90,6 +91,8 @@ class TopKLogits(Encoding):
         index_BN = components["index"].to(torch.int64)
         if components["index"].dtype == torch.int16:
             index_BN = index_BN & 0xFFFF
+        if bool(((index_BN < 0) | (index_BN >= self.shape.num_classes)).any()):  # on a GPU the error would end the process
+            raise CorruptError(f"{self.full_name}: expected classes below {self.shape.num_classes}, found others; run 'kdcache verify' on the cache")
         top_B1 = components["top"].to(torch.int64).unsqueeze(1)
         ranked_BK = top_B1 - torch.cat([torch.zeros_like(top_B1), gaps_BN[:, : k - 1].cumsum(dim=1)], dim=1)
         others_BM = ranked_BK[:, -1:] - gaps_BN[:, k - 1 :]  # the label, if there is a place for it, and the tail

@@ -9,8 +9,9 @@ A name is one of METHODS, `package.module:Class` for a method of one's own (docs
 from __future__ import annotations
 
 import difflib
+import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
 from pathlib import PurePath
@@ -137,15 +138,44 @@ def own_first(model: type[BaseModel]) -> list[str]:
     return sorted(model.model_fields, key=lambda field: field in shared)
 
 
-def requirements(name: str, teacher: TeacherCard = ANY_TEACHER) -> list[str]:
-    """Specs of the targets that method `name` needs with its default settings, as `extract --for` records them. Raises UsageError."""
-    return list(method_class(name).requires(parse_settings(name), teacher))
+def requirements(name: str, teacher: TeacherCard = ANY_TEACHER, settings: Mapping[str, Any] | None = None) -> list[str]:
+    """Specs of the targets that method `name` needs with these settings, as `extract --for` records them. Raises UsageError."""
+    return list(method_class(name).requires(parse_settings(name, settings), teacher))
 
 
-def tail_of(names: Iterable[str], teacher: TeacherCard) -> list[str]:
-    """Modules of the teacher's tail that any of these methods runs with its default settings, in order. Raises UsageError."""
-    wanted = {module for name in names for module in method_class(name).tail_modules(parse_settings(name), teacher)}
+def tail_of(settings: Mapping[str, Mapping[str, Any]], teacher: TeacherCard) -> list[str]:
+    """Modules of the teacher's tail that any of these methods (name → settings) runs, in order. Raises UsageError."""
+    wanted = {module for name, given in settings.items() for module in method_class(name).tail_modules(parse_settings(name, given), teacher)}
     return sorted(wanted, key=teacher.nodes.index)
+
+
+def share_out(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Method → those of the settings that are its own: a field goes to every method that has it, `method.field` to that one alone.
+
+    Raises UsageError for a field that none of them has.
+    """
+    shared: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in settings.items():
+        owners = {name: field for name in shared if (field := _own_field(name, key)) is not None}
+        if not owners:
+            known = sorted({field for name in shared for field, _ in _constants(method_class(name).Settings)})
+            near = _suggest(key, known) or f"; their fields: {', '.join(known)}"
+            raise UsageError(f"--set {key}: none of the methods {', '.join(shared) or 'that were asked for'} has this field{near}")
+        for name, field in owners.items():
+            shared[name][field] = value
+    return shared
+
+
+def _own_field(name: str, key: str) -> str | None:
+    """The field of method `name` that a setting means, as `parse_settings` takes it; None if it has none of that name."""
+    method = method_class(name)
+    part, _, field = key.partition(".")
+    if issubclass(method, Sum):
+        fields = {one for part in method.parts.values() for one in part.Settings.model_fields} | set(method.Settings.model_fields)
+        return key if key in fields or part in method.parts else None
+    if part == method.name and field:
+        return field
+    return key if key in method.Settings.model_fields else None
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -209,7 +239,7 @@ def needed(name: str, settings: MethodSettings, cache: Cache, teacher: str | Non
         found = f"has modules {', '.join(layer.tail.identity.modules)}" if layer.tail is not None else "is not there"
         raise MissingError(
             f"{cache.store.url}: method {name!r} runs {', '.join(method.tail_modules(settings, card))} of teacher {layer.name!r}, whose tail {found}:"
-            f" run '{_extract_line(cache, layer, [], method=name)}' to add it"
+            f" run '{_extract_line(cache, layer, [], method=name, settings=_that_matter(name, settings, card))}' to add it"
         )
     return layer, targets
 
@@ -222,7 +252,7 @@ def needed_targets(name: str, settings: MethodSettings, cache: Cache, teacher: T
     """
     if isinstance(settings, SeveralSettings):
         targets = {one: needed(name, own, cache, one)[1] for one, own in settings.teachers.items()}
-        classes = {one: cache.layer(one).document.identity.num_classes for one, names in targets.items() if "logits" in names}
+        classes = {one: cache.layer(one).document.identity.num_classes for one in teachers_of_logits(name, settings, targets)}
         if len({*classes.values()}) > 1:
             counts = ", ".join(f"{one!r} has {count}" for one, count in classes.items())
             raise UsageError(
@@ -237,13 +267,47 @@ def needed_targets(name: str, settings: MethodSettings, cache: Cache, teacher: T
     return {layer.name: names} if layer is not None else {}
 
 
+def teachers_of_logits(name: str, settings: MethodSettings, targets: Mapping[str, Sequence[str]]) -> list[str]:
+    """The teachers among `needed_targets` whose logits the student's are compared with, read from the cache or computed by the method."""
+    method = method_class(name)
+    own = settings.teachers if isinstance(settings, SeveralSettings) else dict.fromkeys(targets, settings)
+    return [teacher for teacher, names in targets.items() if "logits" in names or method.computes_logits(own[teacher])]
+
+
 def uses_labels(name: str, settings: MethodSettings) -> bool:
     """Whether method `name` looks at any label, with settings as `parse_settings` gave them."""
     method = method_class(name)
     return several_of(method).needs_labels_with(settings) if isinstance(settings, SeveralSettings) else method.needs_labels_with(settings)
 
 
-def _extract_line(cache: Cache, layer: TeacherLayer, specs: Iterable[str], *, method: str | None = None) -> str:
+def _that_matter(name: str, settings: MethodSettings, card: TeacherCard) -> dict[str, Any]:
+    """Of the settings that differ from the default, flat, those without which other targets or another tail are needed."""
+    method = method_class(name)
+
+    def needs(given: Mapping[str, Any]) -> tuple[Any, ...]:
+        parsed = parse_settings(name, given)
+        return tuple(method.requires(parsed, card)), tuple(method.tail_modules(parsed, card))
+
+    given = dict(_flat(settings.model_dump(exclude_unset=True)))
+    wanted = needs(given)
+    for key in list(given):
+        without = {other: value for other, value in given.items() if other != key}
+        if needs(without) == wanted:
+            given = without
+    return given
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _extract_line(
+    cache: Cache, layer: TeacherLayer, specs: Iterable[str], *, method: str | None = None, settings: Mapping[str, Any] | None = None
+) -> str:
     """The command that adds targets of a teacher, or all that a method needs of it, as far as the cache remembers how it was made."""
     provenance = layer.document.provenance
     folders = {str(PurePath(cache.source(shard).path).parent) for shard in cache.shards}
@@ -258,6 +322,8 @@ def _extract_line(cache: Cache, layer: TeacherLayer, specs: Iterable[str], *, me
         words += ["--target", spec]
     if method is not None:
         words += ["--for", shlex.quote(method)]
+    for field, value in (settings or {}).items():
+        words += ["--set", shlex.quote(f"{field}={value if isinstance(value, str) else json.dumps(value)}")]
     return " ".join(words)
 
 
@@ -284,5 +350,6 @@ def _suggest(name: str, known: Iterable[str]) -> str:
 
 __all__ = [
     "METHODS", "DecodedTargets", "DistillationSettings", "Method", "MethodSettings", "SeveralSettings", "TeacherCard", "TeacherChoice", "build", "describe",
-    "method_class", "needed", "needed_targets", "own_first", "parse_settings", "requirements", "tail_of", "teacher_weights", "uses_labels",
+    "method_class", "needed", "needed_targets", "own_first", "parse_settings", "requirements", "share_out", "tail_of", "teacher_weights",
+    "teachers_of_logits", "uses_labels",
 ]  # fmt: skip

@@ -113,6 +113,11 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         """Modules of the teacher that `losses` runs (`kdcache.tail`), by their timm names in order: `extract --for` stores them. Default: none."""
         return ()
 
+    @classmethod
+    def computes_logits(cls, settings: SettingsT) -> bool:
+        """Whether `losses` matches logits of the teacher that are no target, but come out of its tail: the student then has its classes."""
+        return False
+
     def student_nodes(self) -> Sequence[str]:
         """Nodes of the student whose maps `losses` finds in `outputs`, e.g. ['blocks.0', 'norm']. Default: none, logits are enough."""
         return ()

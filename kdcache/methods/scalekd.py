@@ -17,7 +17,7 @@ import torch
 from pydantic import BeforeValidator, Field, field_validator
 from torch import Tensor, nn
 
-from ..dual_view import frequency_loss, spatial_loss
+from ..dual_view import View, directions, in_view, mimicking_loss
 from ..encodings.dct import BANDS
 from ..errors import StudentError, UsageError
 from ..losses import soft_cross_entropy
@@ -32,7 +32,7 @@ from .base import DecodedTargets, DistillationSettings, Method, MethodSettings
 if TYPE_CHECKING:
     from ..cache import Cache, TeacherLayer
 
-VIEWS = ("spatial", "frequency")
+VIEWS: tuple[View, ...] = ("spatial", "frequency")
 TARGET = f"features@{NORM}"
 
 Pair = tuple[float, float]
@@ -69,9 +69,7 @@ PRESETS: dict[str, Preset] = {
     "swin_l-vit_b": Preset(teachers=_SWIN_L, students=_VIT_B),
     "swin_l-mixer_s": Preset(teachers=_SWIN_L, students=("mixer_s",)),
     "swin_l-mixer_b": Preset(teachers=_SWIN_L, students=("mixer_b",)),
-    "swin_l-convnext_t": Preset(
-        teachers=_SWIN_L, students=("convnext_tiny",), softmax_scale=(1.0, 1.0), heads_s3=8, heads_s4=16, projector_norm="layer"
-    ),
+    "swin_l-convnext_t": Preset(teachers=_SWIN_L, students=("convnext_tiny",), softmax_scale=(1.0, 1.0), heads_s3=8, heads_s4=16),
     "swin_l-swin_t": Preset(teachers=_SWIN_L, students=("swin_tiny",), softmax_scale=(1.0, 1.0), heads_s3=24, heads_s4=48, projector_norm="layer"),
     "swin_s-resnet50": Preset(teachers=_SWIN_S, students=("resnet50", "resnetv2_50"), alpha_s4=(0.08, 0.0), heads_s3=3, heads_s4=6, kd_alpha=0.0),
     "eva_l-resnet50": Preset(teachers=_EVA_L, students=("resnet50", "resnetv2_50"), softmax_scale=(0.2, 0.2), **_SMALL),
@@ -101,7 +99,7 @@ class ScaleKDSettings(DistillationSettings):
     heads_s4: int | None = Field(default=None, ge=1)
     """Attention heads of stage 4's projectors: a divisor of the final map's channels. Default: 8, or the pair's."""
     projector_norm: ProjectorNorm | None = None
-    """Behind the projectors' convolution: batch, or layer (over channels). Default: batch; layer for ConvNeXt and Swin students."""
+    """Behind the projectors' convolution: batch, or layer (over channels). Default: batch; layer for Swin-L → Swin-T."""
     kd_alpha: float | None = Field(default=None, ge=0, le=1)
     """Weight of the logits' loss; the labels' cross-entropy has 1 - kd_alpha, unless task_loss_weight says otherwise. Default: .5."""
     temperature: float = Field(default=1.0, gt=0)
@@ -116,6 +114,8 @@ class ScaleKDSettings(DistillationSettings):
     """Blocks (stages) of the teacher that stage 3 passes through. Default: Swin 1 stage; a plain ViT of 12 blocks 3, others 2."""
     s4_blocks: int | None = Field(default=None, ge=0)
     """Blocks after those, which stage 4 passes through. Default: 1 of a plain ViT of 12 blocks, else none."""
+    s4_repeats: bool = False
+    """Whether these are not after those, but the last of them once more: s3_blocks=2, s4_blocks=1 as the originals' VisionTransformerN."""
 
     @field_validator("preset")
     @classmethod
@@ -198,7 +198,7 @@ class ScaleKD(Method[ScaleKDSettings]):
                     self.student_channels[self.s4], self.teacher_shapes[TARGET].channels, grid=self.features.grids[self.s4], num_queries=None,
                     num_heads=settings.heads_s4, softmax_scale=settings.softmax_scale[i], norm=settings.projector_norm,
                 )  # fmt: skip
-        if settings.logits == "head" and settings.logits_weight > 0:
+        if self.computes_logits(settings):
             self._check_head(teacher)
 
     def _check_grids(self) -> None:
@@ -228,7 +228,11 @@ class ScaleKD(Method[ScaleKDSettings]):
         if not teacher.nodes:
             return ()
         s3, s4 = split_tail(settings, teacher)
-        return [*s3, *s4]
+        return [*s3, *(module for module in s4 if module not in s3)]
+
+    @classmethod
+    def computes_logits(cls, settings: ScaleKDSettings) -> bool:
+        return settings.logits == "head" and settings.logits_weight > 0
 
     def student_nodes(self) -> Sequence[str]:
         return (self.settings.student_s3 or stage_3_of(self.student), self.settings.student_s4)
@@ -245,25 +249,28 @@ class ScaleKD(Method[ScaleKDSettings]):
         return self
 
     def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
-        teacher_BTC = targets[TARGET]["grid"]
         s3_BCHW, s4_BCHW = (outputs[f"features@{node}"] for node in (self.s3, self.s4))
+        views = [view for view in VIEWS if any(self.alphas[view])]
+        passed = self._through_tail({view: self.projectors[f"s3_{view}"](s3_BCHW) for view in views}, self.s3_modules)
+        queries = {view: tokens_BTC for view, tokens_BTC in passed.items() if self.alphas[view][1] > 0}
+        asked = self._through_tail({view: self.projectors[f"s4_{view}"](s4_BCHW, queries[view]) for view in queries}, self.s4_modules)
         parts: dict[str, Tensor] = {}
-        for view, mimicking in zip(VIEWS, (spatial_loss, frequency_loss), strict=True):
-            alpha_s3, alpha_s4 = self.alphas[view]
-            if alpha_s3 == alpha_s4 == 0:
-                continue
-            passed_BTC = self.tail(self.projectors[f"s3_{view}"](s3_BCHW), modules=self.s3_modules)["grid"]
-            if alpha_s3 > 0:
-                parts[f"s3_{view}"] = alpha_s3 * mimicking(passed_BTC, teacher_BTC)
-            if alpha_s4 > 0:
-                asked_BTC = self.projectors[f"s4_{view}"](s4_BCHW, passed_BTC)
-                if self.s4_modules:
-                    asked_BTC = self.tail(asked_BTC, modules=self.s4_modules)["grid"]
-                parts[f"s4_{view}"] = alpha_s4 * mimicking(asked_BTC, teacher_BTC)
+        for view in views:
+            wanted_BTC = directions(in_view(targets[TARGET]["grid"], view))  # the same for both stages
+            for stage, alpha, found in zip(("s3", "s4"), self.alphas[view], (passed, asked), strict=True):
+                if alpha > 0:
+                    parts[f"{stage}_{view}"] = alpha * mimicking_loss(in_view(found[view], view), wanted_BTC)
         weight = self.settings.logits_weight
         if weight > 0:
             parts["logits"] = weight * soft_cross_entropy(outputs["logits"], self._teacher_logits(targets), temperature=self.settings.temperature)
         return parts
+
+    def _through_tail(self, tokens: Mapping[View, Tensor], modules: Sequence[str]) -> dict[View, Tensor]:
+        """View → its tokens behind these modules of the tail, in one pass: nothing in there looks beyond an image, and its weights are read once."""
+        if not tokens or not modules:
+            return dict(tokens)
+        passed_NTC = self.tail(torch.cat([*tokens.values()]), modules=modules)["grid"]
+        return dict(zip(tokens, passed_NTC.chunk(len(tokens)), strict=True))
 
     def _teacher_logits(self, targets: DecodedTargets) -> Tensor:
         if self.settings.logits == "cache":
@@ -278,8 +285,9 @@ def split_tail(settings: ScaleKDSettings, teacher: TeacherCard) -> tuple[list[st
     """Modules that stage 3 passes through, and those that stage 4 passes through after its projector, by their timm names.
 
     Swin: its last stage, downsample included, and the norm; nothing for stage 4. A plain ViT of 12 blocks: 8 to 10; 11 and the norm, as in the
-    originals. BEiT and EVA: the last two blocks; nothing (their norm comes after the pooling). Other depths as BEiT, with the norm. Raises
-    UsageError for a teacher of another kind, or with fewer blocks.
+    originals. BEiT and EVA: the last two blocks; nothing (their norm comes after the pooling). Other depths as BEiT, with the norm. The norm
+    follows the last block of stage 4 if it has one, also where that is stage 3's last block too. Raises UsageError for a teacher of another
+    kind, or with fewer blocks.
     """
     container = next((name for name in ("layers", "blocks") if name in teacher.containers), None)
     if container is None:
@@ -290,18 +298,20 @@ def split_tail(settings: ScaleKDSettings, teacher: TeacherCard) -> tuple[list[st
     as_original_vit = container == "blocks" and depth == 12 and not teacher.model.startswith(("beit", "eva"))
     s4 = settings.s4_blocks if settings.s4_blocks is not None else int(as_original_vit)
     s3 = settings.s3_blocks if settings.s3_blocks is not None else 1 if container == "layers" else 3 if as_original_vit else min(2, depth - s4)
-    if s3 < 1 or s3 + s4 > depth:
-        raise UsageError(
-            f"method 'scalekd': s3_blocks {s3} and s4_blocks {s4}: teacher {teacher.model} has {depth} {container}; expected at most that together"
-        )
-    names = [f"{container}.{i}" for i in range(depth - s3 - s4, depth)]
+    if container == "layers" and s4 > 0:
+        raise UsageError(f"method 'scalekd': s4_blocks {s4}: a stage of a Swin halves the grid and takes no final map; expected 0")
+    count = s3 if settings.s4_repeats else s3 + s4
+    if s3 < 1 or count > depth or s4 > count:
+        together = "s4_blocks at most s3_blocks, these at most that" if settings.s4_repeats else "at most that together"
+        raise UsageError(f"method 'scalekd': s3_blocks {s3} and s4_blocks {s4}: teacher {teacher.model} has {depth} {container}; expected {together}")
+    names = [f"{container}.{i}" for i in range(depth - count, depth)]
     if teacher.nodes and not {*names} <= {*teacher.nodes}:
         raise UsageError(
             f"method 'scalekd' needs a ViT or a Swin for a teacher; {teacher.model} has nodes {', '.join(teacher.nodes)}; mimic takes any teacher"
         )
     if s4 == 0:
         return [*names, FINAL_NORM], []
-    return names[:s3], [*names[s3:], FINAL_NORM]
+    return names[:s3], [*names[count - s4 :], FINAL_NORM]
 
 
 def stage_3_of(student: nn.Module) -> str:

@@ -83,6 +83,10 @@ class Sum(Method[Any]):
         wanted = {module for name, method in cls.parts.items() for module in method.tail_modules(getattr(settings, name), teacher)}
         return sorted(wanted, key=teacher.nodes.index)
 
+    @classmethod
+    def computes_logits(cls, settings: Any) -> bool:
+        return any(method.computes_logits(getattr(settings, name)) for name, method in cls.parts.items())
+
     def losses(self, outputs: Mapping[str, Tensor], labels: Tensor, targets: DecodedTargets) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
         for name, part in self.terms.items():

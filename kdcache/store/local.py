@@ -23,6 +23,8 @@ from .base import Spool, Store, check_relative
 MAX_OPEN_FILES = 128
 """Descriptors kept for reading, per process; well under the usual limit of 1024."""
 
+_UNASKED_BYTES = 1 << 20
+"""A read of more is first compared with the file's size."""
 _SPOOL = "tmp"
 _LOCK = "lock"
 _MAX_LABEL_BYTES = 4096
@@ -69,11 +71,14 @@ class LocalStore(Store):
             self._descriptors.move_to_end(path)
             return descriptor
         try:
-            descriptor = os.open(self._path(path), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self._path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for who writes
         except (FileNotFoundError, NotADirectoryError) as error:
             raise self._missing(path) from error
         except OSError as error:
             raise StoreError(f"{self.url}: {path} can't be opened: {error.strerror}") from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise CorruptError(f"{self.url}: {path} is no file; run 'kdcache verify' on the cache")
         self._descriptors[path] = descriptor
         if len(self._descriptors) > MAX_OPEN_FILES:
             os.close(self._descriptors.popitem(last=False)[1])
@@ -83,6 +88,10 @@ class LocalStore(Store):
         with self._descriptor_lock():
             descriptor = self._open(path)
             try:
+                if size > _UNASKED_BYTES:  # it is allocated before it is read
+                    size_there = max(0, os.fstat(descriptor).st_size - offset)
+                    if size_there < size:
+                        raise self._too_short(path, offset, size, size_there)
                 data = os.pread(descriptor, size, offset)
                 while len(data) < size:  # pread may stop early, at 2 GiB or on a network file system
                     more = os.pread(descriptor, size - len(data), offset + len(data))
@@ -92,10 +101,11 @@ class LocalStore(Store):
             except OSError as error:
                 raise StoreError(f"{self.url}: {path}: reading {size} bytes at {offset} failed: {error.strerror}") from error
         if len(data) != size:
-            raise CorruptError(
-                f"{self.url}: {path} is too short: expected {size} bytes at {offset}, found {len(data)}; run 'kdcache verify' on the cache"
-            )
+            raise self._too_short(path, offset, size, len(data))
         return data
+
+    def _too_short(self, path: str, offset: int, size: int, found: int) -> CorruptError:
+        return CorruptError(f"{self.url}: {path} is too short: expected {size} bytes at {offset}, found {found}; run 'kdcache verify' on the cache")
 
     def get(self, path: str, *, max_size: int) -> bytes:
         size = self.size(path)

@@ -1,0 +1,175 @@
+"""Numbers to the geometry of small charts; the template draws them as SVG. Coordinates are pixels of a box 360 wide, y downwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 360, 200
+LEFT, RIGHT, TOP, BOTTOM = 46, 348, 10, 158
+"""The box in which values are drawn."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A number on an axis."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar, and what it says when it is pointed at."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    title: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A vertical line with a word."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """What the template draws."""
+
+    x_title: str
+    y_title: str
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    bars: tuple[Bar, ...] = ()
+    line: str = ""
+    """An SVG path."""
+    dots: tuple[tuple[float, float], ...] = ()
+    marks: tuple[Mark, ...] = ()
+    diagonal: bool = False
+
+
+def histogram(values: Sequence[float], high: float, *, bins: int, x_title: str, y_title: str, marks: Sequence[tuple[float, str]] = ()) -> Chart:
+    """Counts of values between 0 and `high`."""
+    counts = [0] * bins
+    for value in values:
+        counts[min(bins - 1, max(0, int(value / high * bins)))] += 1
+    top = max(counts, default=1) or 1
+    step = (RIGHT - LEFT) / bins
+    drawn = []
+    for number, count in enumerate(counts):
+        height = (BOTTOM - TOP) * count / top
+        title = f"{high * number / bins:.2f} to {high * (number + 1) / bins:.2f}: {count:,}"
+        drawn.append(Bar(LEFT + step * number + 0.5, BOTTOM - height, step - 1, height, title))
+    ticks = _nice(high, 5)
+    return Chart(
+        x_title=x_title,
+        y_title=y_title,
+        x_ticks=tuple(Tick(LEFT + (RIGHT - LEFT) * value / high, f"{value:g}") for value in ticks),
+        y_ticks=_y_ticks(top),
+        bars=tuple(drawn),
+        marks=tuple(Mark(LEFT + (RIGHT - LEFT) * min(value, high) / high, text) for value, text in marks),
+    )
+
+
+def bars(items: Sequence[tuple[str, float]], *, x_title: str, y_title: str) -> Chart:
+    """A bar an item, from 0."""
+    top = max((value for _, value in items), default=1.0) or 1.0
+    step = (RIGHT - LEFT) / len(items)
+    every = -(-len(items) // 10)
+    return Chart(
+        x_title=x_title,
+        y_title=y_title,
+        x_ticks=tuple(Tick(LEFT + step * (i + 0.5), name) for i, (name, _) in enumerate(items) if i % every == 0),
+        y_ticks=_y_ticks(top),
+        bars=tuple(
+            Bar(
+                LEFT + step * i + 0.1 * step, BOTTOM - (BOTTOM - TOP) * value / top, 0.8 * step, (BOTTOM - TOP) * value / top, f"{name}: {value:,.0f}"
+            )
+            for i, (name, value) in enumerate(items)
+        ),
+    )
+
+
+def curve(
+    points: Sequence[tuple[float, float]], *, x_title: str, y_title: str, log_y: bool = False, from_zero: bool = False, max_points: int = 160
+) -> Chart:
+    """A line through points whose x is at least 1, on a logarithmic x axis; y from 0, or logarithmic too."""
+    xs = [math.log10(x) for x, _ in points]
+    widest = max(xs[-1], 1e-9)
+    keep = sorted({round(10 ** (widest * i / (max_points - 1))) - 1 for i in range(max_points)} & set(range(len(points)))) if len(points) > 1 else [0]
+    values = [max(y, 1e-12) for _, y in points]
+    if log_y:
+        low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
+        high = max(high, low + 1)
+        place = [(math.log10(value) - low) / (high - low) for value in values]
+        y_ticks = tuple(Tick(BOTTOM - (BOTTOM - TOP) * i / (high - low), f"{10.0 ** (low + i):g}") for i in range(high - low + 1))
+    else:
+        top = max(values)
+        place = [value / top for value in values]
+        y_ticks = _y_ticks(top)
+    assert from_zero or log_y
+    drawn = [(LEFT + (RIGHT - LEFT) * xs[i] / widest, BOTTOM - (BOTTOM - TOP) * place[i]) for i in keep]
+    line = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in drawn)
+    decades = [10**i for i in range(int(widest) + 1)]
+    return Chart(
+        x_title=x_title,
+        y_title=y_title,
+        x_ticks=tuple(Tick(LEFT + (RIGHT - LEFT) * math.log10(value) / widest, f"{value:,}") for value in decades),
+        y_ticks=y_ticks,
+        line=line,
+    )
+
+
+def reliability(points: Sequence[tuple[float, float, int]]) -> Chart:
+    """Accuracy against confidence: (mean confidence, accuracy, rows) of each bin, both from 0 to 1."""
+    ticks = [0, 0.25, 0.5, 0.75, 1]
+    drawn = [(LEFT + (RIGHT - LEFT) * confidence, BOTTOM - (BOTTOM - TOP) * accuracy) for confidence, accuracy, _ in points]
+    return Chart(
+        x_title="confidence, %",
+        y_title="correct, %",
+        x_ticks=tuple(Tick(LEFT + (RIGHT - LEFT) * value, f"{100 * value:g}") for value in ticks),
+        y_ticks=tuple(Tick(BOTTOM - (BOTTOM - TOP) * value, f"{100 * value:g}") for value in ticks),
+        line="M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in drawn),
+        dots=tuple(drawn),
+        diagonal=True,
+    )
+
+
+def _y_ticks(top: float) -> tuple[Tick, ...]:
+    return tuple(Tick(BOTTOM - (BOTTOM - TOP) * value / top, f"{value:,g}") for value in _nice(top, 4))
+
+
+def _nice(high: float, about: int) -> list[float]:
+    """Round numbers from 0 to at most `high`, near `about` of them."""
+    rough = high / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    return [round(i * step, 12) for i in range(int(high / step + 1e-9) + 1)]
+
+
+@dataclass(frozen=True)
+class CellMap:
+    """Cells in rows from left to right, one unit a side; neighbours of one kind are drawn as one."""
+
+    columns: int
+    rows: int
+    paths: tuple[tuple[str, str], ...]
+    """(kind, SVG path) of each kind that occurs."""
+
+
+def cell_map(kinds: Sequence[str]) -> CellMap:
+    """A map about three times as wide as high. A run ends within the gap after its last cell, which the template draws over it."""
+    columns = min(160, max(24, math.ceil(math.sqrt(3 * len(kinds)))))
+    paths: dict[str, list[str]] = {}
+    start = 0
+    for i in range(1, len(kinds) + 1):
+        if i == len(kinds) or kinds[i] != kinds[start] or i % columns == 0:
+            paths.setdefault(kinds[start], []).append(f"M{start % columns},{start // columns}h{i - start - 0.07:g}v.93h-{i - start - 0.07:g}z")
+            start = i
+    return CellMap(columns, max(1, -(-len(kinds) // columns)), tuple((kind, "".join(path)) for kind, path in sorted(paths.items())))
