@@ -44,8 +44,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], *, fingerprint: str, root
                 os.fsync(file.fileno())
             if previous is not None and path.exists():
                 previous.parent.mkdir(exist_ok=True)
-                os.replace(path, previous)
-                sync_folder(previous.parent)
+                os.replace(path, previous)  # not synced: whichever of the two names a loss of power undoes, one whole checkpoint is left
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
