@@ -93,14 +93,30 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     "--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True,
     help="Of --amp; float16 scales the loss. CPUs want bfloat16.",
 )  # fmt: skip
+@click.option("--model-ema", is_flag=True, help="Keep a moving average of the weights, measure it beside them and export it.")
+@click.option(
+    "--model-ema-decay", type=click.FloatRange(0, 1, max_open=True), default=0.9998, show_default=True, metavar="D",
+    help="Share that the average keeps at each update.",
+)  # fmt: skip
+@click.option("--model-ema-warmup", is_flag=True, help="Begin with a smaller share; for runs of few updates.")
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True, metavar="S", help="Of the weights, dropout and the order of the rows.")
 # where, and what to show
 @click.option("--out", default="runs", show_default=True, metavar="RUNS", help="Folder of run folders.")
-@click.option("--resume", is_flag=True, help="Continue unfinished runs from their last epoch. Finished ones are left alone in any case.")
+@click.option("--resume", is_flag=True, help="Continue unfinished runs from their last checkpoint. Finished ones are left alone in any case.")
+@click.option(
+    "--allow-other-cache", is_flag=True, help="With --resume: continue a run that was begun with another cache, or other rows of it, with this one."
+)
+@click.option(
+    "--recovery-interval", type=click.IntRange(0), metavar="N",
+    help="Steps between checkpoints within an epoch; 0 saves at its end only. Default: one every 10 minutes.",
+)  # fmt: skip
 @workers_option
 @device_option
 @click.option("--channels-last", is_flag=True, help="Memory format of images and convolutions; on a GPU faster with --amp for most CNNs.")
 @click.option("--log-interval", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="Steps between lines in metrics.jsonl.")
+@click.option("--log-tensorboard", is_flag=True, help="Write TensorBoard's event files too. Needs kdcache[tensorboard].")
+@click.option("--log-wandb", is_flag=True, help="Log to Weights & Biases too; WANDB_MODE=offline needs no account. Needs kdcache[wandb].")
+@click.option("--wandb-project", default="kdcache", show_default=True, metavar="NAME", help="Project of --log-wandb.")
 @json_option
 def command(
     cache: str, *, students: tuple[str, ...], model_kwargs: tuple[str, ...], settings: tuple[str, ...], as_json: bool, **options: object
@@ -137,7 +153,7 @@ def command(
                 if as_json:
                     print_json({"runs": runs})
 
-    run_command(action, resume="the checkpoint of the last whole epoch is kept: run the same command again with --resume to go on")
+    run_command(action, resume="the last checkpoint is kept: run the same command again with --resume to go on")
 
 
 def _table(runs: Sequence[Mapping[str, Any]]) -> str:

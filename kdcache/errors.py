@@ -53,7 +53,7 @@ class NotACacheError(CacheError):
 
 
 class FormatVersionError(CacheError):
-    """The cache is of a format version that this kdcache does not read."""
+    """The cache or checkpoint is of a format version that this kdcache does not read."""
 
 
 class CorruptError(CacheError):

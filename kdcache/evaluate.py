@@ -58,6 +58,7 @@ class EvaluationSet(Dataset[Item]):
             mean=student.mean,
             std=student.std,
             crop_pct=student.crop_pct if crop_pct is None else crop_pct,
+            crop_mode=student.crop_mode,
         )
         self._files: ShardFiles | None = None
 

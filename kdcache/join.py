@@ -88,19 +88,20 @@ class EpochBatches(Sampler[list[Item]]):
         assert len(self._rows) > 0
         assert num_views > 0
         self.batch_size = min(batch_size, len(self._rows))
-        self.num_views, self.seed, self.epoch = num_views, seed, 0
+        self.num_views, self.seed, self.epoch, self.start = num_views, seed, 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, *, start: int = 0) -> None:
+        """Choose the epoch that the next iteration gives, and the batch of it that it begins with."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
+        """Batches of a whole epoch."""
         return len(self._rows) // self.batch_size
 
     def __iter__(self) -> Iterator[list[Item]]:
         view = self.epoch % self.num_views
         order = self._rows[epoch_order(len(self._rows), self.seed, self.epoch)]
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
+        for start in range(self.start * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield [Item(row, view, self.epoch) for row in order[start : start + self.batch_size].tolist()]
 
 
@@ -358,10 +359,12 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch. Raises what the dataset raises, StoreError if a worker was killed or has no shared memory left."""
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, without its first `start`, of which nothing is read.
+
+        Raises what the dataset raises, StoreError if a worker was killed or has no shared memory left."""
         assert self._loader is not None, "the loader is closed"
-        self._batches.set_epoch(epoch)
+        self._batches.set_epoch(epoch, start=start)
         yield from iterate(self._loader)
 
     def close(self) -> None:

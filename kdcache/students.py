@@ -39,6 +39,8 @@ class Student:
     """Of the evaluation transform, from the model's data config."""
     crop_pct: float
     """Of the evaluation transform, from the model's data config."""
+    crop_mode: str
+    """Likewise: center, squash or border."""
 
     def normalize(self) -> Normalize:
         """From uint8 views to this student's input."""
@@ -79,6 +81,7 @@ def build_student(
         std=std,
         interpolation=str(config["interpolation"]),
         crop_pct=float(config["crop_pct"]),
+        crop_mode=str(config["crop_mode"]),
     )
 
 
@@ -131,6 +134,7 @@ def export_student(student: Student, folder: Path, *, record: Mapping[str, Any],
             "std": student.std,
             "interpolation": student.interpolation,
             "crop_pct": student.crop_pct,
+            "crop_mode": student.crop_mode,
         },
         safe_serialization=True,
     )
@@ -144,6 +148,8 @@ def _card(student: Student, record: Mapping[str, Any], figures: Mapping[str, flo
     taught = f"distilled from a cached {named}" if teachers else "trained on labels, with no teacher"
     recipe = "\n".join(f"| {name} | `{value}` |" for name, value in record.get("recipe", {}).items())
     measured = "\n".join(f"| {name} | {value:.6g} |" for name, value in figures.items())
+    before = "".join(f" Its first {other['epoch']} epochs: cache `{other['fingerprint']}`." for other in record.get("other_caches", []))
+    averaged = " The weights are a moving average." if "model_ema_decay" in record.get("recipe", {}) else ""
     return f"""---
 library_name: timm
 pipeline_tag: image-classification
@@ -159,7 +165,7 @@ tags:
 model = timm.create_model("local-dir:PATH/TO/THIS/FOLDER", pretrained=True)
 ```
 
-Trained with kdcache, method `{record.get("method")}`, on the views of cache `{record.get("fingerprint")}` (root `{record.get("root")}`).
+Trained with kdcache, method `{record.get("method")}`, on the views of cache `{record.get("fingerprint")}` (root `{record.get("root")}`).{before}{averaged}
 Input: {student.input_size} × {student.input_size} pixels, mean {student.mean}, std {student.std}; {student.num_classes} classes.
 The teacher's licence and the images' apply to this model as they do to any made from them.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-OPTIONAL = ("teachers", "amp", "amp_dtype")
+OPTIONAL = ("teachers", "amp", "amp_dtype", "model_ema_decay", "model_ema_warmup")
 """Fields that a recipe has only where they say something; the other fields that args.yaml has beside the recipe's are none of a recipe."""
 
 
@@ -40,6 +40,8 @@ def how_to_continue(field_name: str, value: Any) -> str:
     group, _, name = field_name.partition(".")
     if group == "teachers":
         return "give --teacher as that run was given to continue it"
+    if field_name.startswith("model_ema"):
+        return "leave --model-ema out to continue it" if value is None else f"pass --model-ema{_of_ema(group, value)} to continue it"
     if not name:
         name = field_name
     if group in ("settings", "model_kwargs"):
@@ -48,3 +50,7 @@ def how_to_continue(field_name: str, value: Any) -> str:
         option = f"--{name.replace('_', '-')}"
         shown = "" if isinstance(value, bool) else " " + (" ".join(map(str, value)) if isinstance(value, list) else str(value))
     return f"leave {option} out to continue it" if value is None or value is False else f"pass {option}{shown} to continue it"
+
+
+def _of_ema(field_name: str, value: Any) -> str:
+    return f" --model-ema-decay {value}" if field_name == "model_ema_decay" else " --model-ema-warmup" if value else ", without --model-ema-warmup,"

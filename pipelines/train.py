@@ -7,8 +7,9 @@ A run's folder is named by a digest of all that decides its result, so that a re
         args.yaml            the resolved recipe and where the run was started
         summary.csv          one row an epoch, timm's columns
         metrics.jsonl        one line every --log-interval steps and one an epoch
-        last/checkpoint.pt   resumable, after every epoch
+        last/checkpoint.pt   resumable, after every epoch and every ten minutes; the one before is in previous/
         best/checkpoint.pt   of the epoch with the best eval_top1, with --val
+        tensorboard/ wandb/  if asked for
         export/              timm.create_model("local-dir:…/export", pretrained=True); made last: a run that has it is finished
 
 Legend: B batch.
@@ -16,10 +17,9 @@ Legend: B batch.
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import difflib
 import glob
-import io
 import json
 import math
 import os
@@ -34,7 +34,6 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.console import say
 from kdcache.device import autocast, fitting_threads, resolve_device
 from kdcache.errors import KDCacheError, StudentError, UsageError
@@ -48,7 +47,9 @@ from kdcache.students import Student, build_student, export_student
 from kdcache.workers import naming_killed_workers
 
 from .recipes import differences, how_to_continue, read_args
+from .run_checkpoints import RunCheckpoints, can_resume, describe, describe_plan_differences
 from .training_data import TrainingData, check_labels, open_data
+from .watching import Watch, check_watchers, replace_file, write_summary
 
 SCHEDULES = ("cosine", "tanh", "constant", "none")
 """timm's schedules that need no options beyond ours."""
@@ -114,6 +115,12 @@ class TrainConfig:
     amp_dtype: str = "float16"
     """One of AMP_DTYPES; float16 scales the loss, so that small gradients are not lost."""
 
+    model_ema: bool = False
+    """Keep a moving average of the student's weights: timm's ModelEmaV3. It is evaluated too, and is what is exported."""
+    model_ema_decay: float = 0.9998
+    model_ema_warmup: bool = False
+    """Begin with a smaller decay, for runs of few updates."""
+
     kd_temperature: float | None = None
     """The method's field `temperature`; likewise the three below."""
     distill_loss_weight: float | None = None
@@ -130,8 +137,16 @@ class TrainConfig:
     """Maps and convolutions with channels innermost: another speed, the same values but for rounding."""
     log_interval: int = 50
     """Steps between lines in metrics.jsonl."""
+    recovery_interval: int | None = None
+    """Steps between checkpoints within an epoch; 0: at its end only. Default: one every ten minutes."""
+    log_tensorboard: bool = False
+    """Event files in the run's tensorboard/."""
+    log_wandb: bool = False
+    wandb_project: str = "kdcache"
     resume: bool = False
     """Continue unfinished runs."""
+    allow_other_cache: bool = False
+    """With `resume`: continue a run that was begun with another cache or other rows."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for values that can't be right."""
@@ -151,6 +166,8 @@ class TrainConfig:
             ("--val-interval", self.val_interval, self.val_interval >= 1, "at least 1"),
             ("--num-classes", self.num_classes, self.num_classes is None or self.num_classes >= 1, "at least 1"),
             ("--log-interval", self.log_interval, self.log_interval >= 1, "at least 1"),
+            ("--recovery-interval", self.recovery_interval, self.recovery_interval is None or self.recovery_interval >= 0, "at least 0"),
+            ("--model-ema-decay", self.model_ema_decay, 0 <= self.model_ema_decay < 1, "a number from 0, below 1"),
             ("--sched", self.sched, self.sched in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             ("--amp-dtype", self.amp_dtype, self.amp_dtype in AMP_DTYPES, f"one of {', '.join(AMP_DTYPES)}"),
             ("--seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0, below 2^63"),
@@ -158,6 +175,8 @@ class TrainConfig:
         for option, value, holds, expected in checks:
             if not holds:
                 raise UsageError(f"{option} {value!r}: expected {expected}")
+        if self.allow_other_cache and not self.resume:
+            raise UsageError("--allow-other-cache: a run begun now has no other cache; expected it with --resume")
 
     @property
     def precision(self) -> str:
@@ -180,6 +199,7 @@ def train_each(config: TrainConfig, *, progress: bool = False) -> Iterator[dict[
     All students are built once before the first is trained. Of a run that fails the entry has status "failed", and the epochs that are kept;
     then its error is raised.
     """
+    check_watchers(tensorboard=config.log_tensorboard, wandb=config.log_wandb)
     data = open_data(config)
     runs = [_Run(config, data, name) for name in config.students]
     for run in runs:
@@ -206,9 +226,6 @@ class _Run:
         self.recipe = self._resolve()
         self.id = f"{_folder_name(student_name)}-{_folder_name(method_class(config.method).name)}-{blake2b_128(canonical_json(self.recipe))[:8]}"
         self.folder = Path(config.out).expanduser().absolute() / self.id
-        self.last = self.folder / "last" / "checkpoint.pt"
-        self.best = self.folder / "best" / "checkpoint.pt"
-        self.export = self.folder / "export"
         self._loop: _Loop | None = None
 
     def _resolve(self) -> dict[str, Any]:
@@ -237,12 +254,22 @@ class _Run:
             **({"amp": True, "amp_dtype": config.amp_dtype} if config.amp else {}),
             "val_crop_pct": config.val_crop_pct,
             "val_interval": config.val_interval,
+            **({"model_ema_decay": config.model_ema_decay, "model_ema_warmup": config.model_ema_warmup} if config.model_ema else {}),
             "data": data.describe(),
         }
 
     @property
+    def export(self) -> Path:
+        return self.folder / "export"
+
+    @property
     def is_finished(self) -> bool:
         return self.export.is_dir()
+
+    def checkpoints(self) -> RunCheckpoints:
+        """Those of its folder."""
+        config = self.config
+        return RunCheckpoints(self.folder, self.data.cache, interval=config.recovery_interval, allow_other_cache=config.allow_other_cache)
 
     def check_folder(self) -> None:
         """Raise StudentError for an unfinished run that was not asked to be resumed: nothing is overwritten.
@@ -255,24 +282,43 @@ class _Run:
                 f"run {self.folder} is there already and unfinished; pass --resume to continue it, or delete the folder to begin again"
             )
         if self.config.resume and not self.folder.exists():
-            self._refuse_another()
+            self._find_another()
 
-    def _refuse_another(self) -> None:
+    def _find_another(self) -> None:
+        """Take the folder of a run that went on with another cache, or may; raise StudentError if the one that was meant can't be told."""
         ours = json.loads(canonical_json(self.recipe))
-        differing: list[tuple[int, str, tuple[str, Any, Any]]] = []
+        differing: list[tuple[int, str, list[tuple[str, Any, Any]]]] = []
         for path in sorted(self.folder.parent.glob(f"{glob.escape(self.id.rpartition('-')[0])}-*/args.yaml")):
             theirs = read_args(path)
-            same = all(theirs.get(name) == ours[name] for name in ("student", "method"))
-            unfinished = (path.parent / "last" / "checkpoint.pt").is_file() and not (path.parent / "export").is_dir()
-            if same and unfinished and (differing_fields := list(differences(theirs, ours))):
-                differing.append((len(differing_fields), str(path.parent), differing_fields[0]))
-        if differing:
-            count, folder, (field_name, theirs_value, ours_value) = min(differing)
-            more = f" (and {count - 1} more)" if count > 1 else ""
-            raise StudentError(
-                f"--resume: no run {self.folder}, but {folder} of the same student and method is unfinished: field {field_name!r}{more} differs: that run"
-                f" has {theirs_value!r}, this command {ours_value!r}; {how_to_continue(field_name, theirs_value)}, or drop --resume to begin a new run"
-            )
+            found = list(differences(theirs, ours)) if all(theirs.get(name) == ours[name] for name in ("student", "method")) else None
+            if found == []:
+                self.folder, self.id = path.parent, path.parent.name
+                return
+            if found and can_resume(path.parent) and not (path.parent / "export").is_dir():
+                differing.append((len(found), str(path.parent), found))
+        if not differing:
+            return
+        of_others = [folder for _, folder, found in differing if all(name.startswith("data.") for name, _, _ in found)]
+        if self.config.allow_other_cache and of_others:
+            if len(of_others) > 1:
+                raise StudentError(
+                    f"--allow-other-cache: {len(of_others)} unfinished runs differ from this command in their data only: {', '.join(of_others)};"
+                    f" delete or finish all but one"
+                )
+            self.folder = Path(of_others[0])
+            self.id = self.folder.name
+            return
+        count, folder, found = min(differing)
+        field_name, theirs_value, ours_value = found[0]
+        more = f" (and {count - 1} more)" if count > 1 else ""
+        is_other = folder in of_others and field_name == "data.fingerprint"
+        views = describe_plan_differences(read_args(Path(folder, "args.yaml")).get("plan"), self.data.cache) if is_other else ""
+        allow = ", pass --allow-other-cache to continue it with this cache" if is_other else ""
+        raise StudentError(
+            f"--resume: no run {self.folder}, but {folder} of the same student and method is unfinished: field {field_name!r}{more} differs: that run"
+            f" has {theirs_value!r}, this command {ours_value!r}; {views}{how_to_continue(field_name, theirs_value)}{allow}, or drop --resume to begin"
+            f" a new run"
+        )
 
     def check_build(self) -> None:
         """Raise whatever building this student, its method, its optimizer and its evaluation raises, before any other student is trained."""
@@ -288,20 +334,21 @@ class _Run:
     def train(self, *, progress: bool) -> dict[str, Any]:
         """Do what is left to do of this run; its entry in the report."""
         if self.is_finished:
-            state = load_checkpoint(self.last, fingerprint=self.data.cache.fingerprint)
-            return self._report(state["history"], state["seconds"], "already done")
+            final = self.checkpoints().load_final(best=False)
+            return self._report(final["history"], final["seconds"], "already done")
         device = resolve_device(self.config.device)
         workers = min(8, os.cpu_count() or 1) if self.config.workers is None else self.config.workers
         student, method = self._build()
         evaluator = self._evaluator(student, workers)
         self._loop = loop = _Loop(self, student, method, device)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.last.is_file():
-            loop.load(load_checkpoint(self.last, fingerprint=self.data.cache.fingerprint))
+        loop.checkpoints.remove_debris()
+        if (state := loop.checkpoints.load()) is not None:
+            loop.load(state)
         self._write_args(device, workers)
         with fitting_threads(method, device), naming_killed_workers():
             loop.train(evaluator, workers, progress=progress)
-        self._export(student, method, loop.history)
+        self._export(loop)
         return self._report(loop.history, loop.seconds, "done")
 
     def failed(self) -> dict[str, Any]:
@@ -339,15 +386,16 @@ class _Run:
             "check_views": config.check_views,
             "log_interval": config.log_interval,
         }
-        text = yaml.safe_dump({"id": self.id, **self.recipe, "places": places, "session": session}, sort_keys=False, allow_unicode=True)
-        _replace_file(self.folder / "args.yaml", text)
+        body = {"id": self.id, **self.recipe, "plan": self.data.cache.plan.to_json(), "places": places, "session": session}
+        text = yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
+        replace_file(self.folder / "args.yaml", text)
 
-    def _export(self, student: Student, method: Method[Any], history: Sequence[Mapping[str, Any]]) -> None:
-        """The best epoch's weights with --val, else the last one's."""
-        cache = self.data.cache
+    def _export(self, loop: _Loop) -> None:
+        """The best epoch's weights with --val, else the last one's; with --model-ema their moving average."""
+        cache, history = self.data.cache, loop.history
         final = history[_best_epoch(history)] if self.data.val else history[-1]
         if self.data.val:
-            method.load_state_dict(load_checkpoint(self.best, fingerprint=cache.fingerprint)["method"])
+            loop.load_weights(loop.checkpoints.load_final(best=True))
         identities = {name: cache.layer(name).document.identity for name in self.data.teachers}
         teachers = [{"name": name, "model": one.model, "weights": one.weights} for name, one in identities.items()]
         record = {
@@ -356,7 +404,10 @@ class _Run:
             **({"teachers": teachers} if len(teachers) > 1 else {"teacher": next(iter(teachers), None)}),
             "method": self.config.method,
             "recipe": {key: value for key, value in self.recipe.items() if key != "data"},
+            **({"other_caches": loop.other_caches} if loop.other_caches else {}),
         }
+        crop_pct = loop.student.crop_pct if self.config.val_crop_pct is None else self.config.val_crop_pct  # of the figures
+        student = dataclasses.replace(loop.student, model=loop.weights_to_export, crop_pct=crop_pct)
         student.model.cpu().to(memory_format=torch.contiguous_format)  # as safetensors wants it
         export_student(student, self.export, record=record, figures=final)
 
@@ -404,9 +455,19 @@ class _Loop:
         self.optimizer = _optimizer(self.method, self.config)
         self.scheduler = self._scheduler()
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.config.precision == "fp16")
+        self.checkpoints = run.checkpoints()
+        self.ema = _model_ema(student.model, self.config)
         self.epoch = 0
+        self.step = 0
+        """Steps of the epoch that are done."""
+        self.sums: dict[str, float] = {}
+        """Loss parts, summed over them."""
         self.history: list[dict[str, Any]] = []
+        self.other_caches: list[dict[str, Any]] = []
+        """Those that the run was trained on before, each for so many epochs from the first."""
         self.seconds = 0.0
+        self.epoch_seconds = 0.0
+        self._counted = time.perf_counter()
 
     def _scheduler(self) -> Any:
         """timm's, stepped after every update; None for --sched none."""
@@ -426,55 +487,65 @@ class _Loop:
 
     def train(self, evaluator: Evaluator | None, workers: int, *, progress: bool) -> None:
         """All epochs that are left. Raises StudentError for a loss that is not finite."""
-        run, total = self.run, self.config.epochs
-        self._rewrite_logs()
+        run, total, steps = self.run, self.config.epochs, len(self.batches)
+        if self.history:
+            write_summary(run.folder / "summary.csv", self.history)
         if self.epoch >= total:
             return
         parts = self.method.target_parts()
         teacher = next(iter(self.data.teachers), None)  # of several each target says whose it is
         dataset = CachedViews(self.data.cache, teacher=teacher, targets=tuple(self.encodings), parts=parts, check_views=self.config.check_views)
         loader = BatchLoader(dataset, self.batches, num_workers=workers, pin_memory=self.device.type == "cuda")
-        images = len(self.batches) * self.batches.batch_size
-        bar = tqdm(total=total * images, initial=self.epoch * images, unit="img", unit_scale=True, desc=run.id, disable=not progress)
+        images = steps * self.batches.batch_size
+        done = self.epoch * images + self.step * self.batches.batch_size
+        bar = tqdm(total=total * images, initial=done, unit="img", unit_scale=True, desc=run.id, disable=not progress)
+        watch = self._watch()
+        self._counted = time.perf_counter()
         try:
             while self.epoch < total:
-                begin = time.perf_counter()
-                row = {"epoch": self.epoch, **self._train_epoch(loader, bar)}
+                row = {"epoch": self.epoch, **self._train_epoch(loader, bar, watch)}
                 measured = evaluator is not None and ((self.epoch + 1) % self.config.val_interval == 0 or self.epoch + 1 == total)
                 if evaluator is not None and measured:
-                    evaluation = evaluator(self.method.student, self.device, self.config.precision)
-                    row |= {"eval_loss": evaluation.loss, "eval_top1": evaluation.top1, "eval_top5": evaluation.top5}
-                    self._say_skipped(evaluation)
+                    row |= self._evaluate(evaluator)
                 row["lr"] = sum(group["lr"] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
+                self._count_seconds()
                 self.history.append(row)
-                self.epoch += 1
-                self.seconds += time.perf_counter() - begin
+                watch.write({**row, "images": images, "seconds": round(self.epoch_seconds, 3)})
+                self.epoch, self.step, self.sums, self.epoch_seconds = self.epoch + 1, 0, {}, 0.0
+                watch.flush()
                 if measured and _best_epoch(self.history) == len(self.history) - 1:
-                    self._save(run.best)  # before last/: a kill between the two repeats this epoch
-                self._save(run.last)
-                self._log({**row, "images": images, "seconds": round(time.perf_counter() - begin, 3)})
-                self._write_summary()
+                    self.checkpoints.save_best(self._state())  # before last/: a kill between the two repeats what came after the last one
+                self.checkpoints.save(self._state())
+                write_summary(run.folder / "summary.csv", self.history)
         finally:
             bar.close()
             loader.close()
+            watch.close(failed=self.epoch < total)
 
-    def _train_epoch(self, loader: BatchLoader, bar: tqdm[Any]) -> dict[str, float]:
-        """{"train_loss", "train_<part>"…}: means over the epoch's images."""
+    def _train_epoch(self, loader: BatchLoader, bar: tqdm[Any], watch: Watch) -> dict[str, float]:
+        """What is left of an epoch; {"train_loss", "train_<part>"…}: means over all its images."""
         steps, epoch, total = len(loader), self.epoch, self.config.epochs
-        sums: dict[str, float] = {}
         self.method.train()
-        for step, batch in enumerate(loader.epoch(epoch)):
-            losses = self._step(batch, step)
+        for batch in loader.epoch(epoch, start=self.step):
+            losses = self._step(batch, self.step)
+            self.step += 1
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            updates = epoch * steps + self.step
             if self.scheduler is not None:
-                self.scheduler.step_update(num_updates=epoch * steps + step + 1)
+                self.scheduler.step_update(num_updates=updates)
+            if self.ema is not None:
+                self.ema.update(self.method.student, step=updates)
             bar.update(len(batch["labels"]))
             shown = {name: f"{value:.3f}" for name, value in losses.items()}
             bar.set_postfix({"epoch": f"{epoch + 1}/{total}", **shown, **self._last_top1()}, refresh=False)
-            if (step + 1) % self.config.log_interval == 0:
-                self._log({"epoch": epoch, "step": step + 1, **losses, "lr": self.optimizer.param_groups[0]["lr"]})
-        return {f"train_{name}": value / steps for name, value in sums.items()}
+            if self.step % self.config.log_interval == 0:
+                watch.write({"epoch": epoch, "step": self.step, **losses, "lr": self.optimizer.param_groups[0]["lr"]})
+            if self.step < steps and self.checkpoints.is_due(self.step):
+                self._count_seconds()
+                watch.flush()
+                self.checkpoints.save(self._state())
+        return {f"train_{name}": value / steps for name, value in self.sums.items()}
 
     def _step(self, batch: Batch, step: int) -> dict[str, float]:
         """One update; {"loss", part…} as numbers."""
@@ -493,7 +564,7 @@ class _Loop:
             shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
             raise StudentError(
                 f"student {self.student.name}: the loss is not finite in epoch {self.epoch}, step {step + 1} of {len(self.batches)} ({shown});"
-                f" expected a number; try a smaller --lr, or --clip-grad 1; run {self.run.folder} keeps its checkpoint of the epoch before"
+                f" expected a number; try a smaller --lr, or --clip-grad 1; run {self.run.folder} keeps its last checkpoint"
             )
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -508,19 +579,39 @@ class _Loop:
         measured = [row["eval_top1"] for row in self.history if "eval_top1" in row]
         return {"top1": f"{measured[-1]:.2f}"} if measured else {}
 
+    @property
+    def weights_to_export(self) -> nn.Module:
+        """The student with the weights that count: their moving average, if there is one."""
+        model: nn.Module = self.ema.module if self.ema is not None else self.student.model
+        return model
+
+    def _evaluate(self, evaluator: Evaluator) -> dict[str, float]:
+        """{"eval_loss", "eval_top1", "eval_top5"} of what is exported; of a moving average also "eval_raw_…", of the weights it is of."""
+        models = {"eval": self.weights_to_export, **({"eval_raw": self.method.student} if self.ema is not None else {})}
+        row: dict[str, float] = {}
+        for name, model in models.items():
+            evaluation = evaluator(model, self.device, self.config.precision)
+            row |= {f"{name}_loss": evaluation.loss, f"{name}_top1": evaluation.top1, f"{name}_top5": evaluation.top5}
+            if name == "eval":
+                self._say_skipped(evaluation)
+        return row
+
     def _say_skipped(self, evaluation: Evaluation) -> None:
         if evaluation.skipped and not any("eval_top1" in row for row in self.history):
             say(f"--val: {len(evaluation.skipped)} images can't be read and are left out; first: {evaluation.skipped[0]}")
 
     # --- state ---
 
-    def _save(self, path: Path) -> None:
+    def _state(self) -> dict[str, Any]:
+        """All that decides what comes next, and what was measured."""
         generators = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {
+        return {
             "recipe": self.run.recipe,
             "epoch": self.epoch,
+            "step": self.step,
+            "sums": self.sums,
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else {},
@@ -528,49 +619,73 @@ class _Loop:
             "generators": generators,
             "history": self.history,
             "seconds": self.seconds,
+            "epoch_seconds": self.epoch_seconds,
+            **({"ema": self.ema.module.state_dict()} if self.ema is not None else {}),
+            **({"other_caches": self.other_caches} if self.other_caches else {}),
         }
-        save_checkpoint(path, state, fingerprint=self.data.cache.fingerprint, root=self.data.cache.root)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint as if nothing had happened. Raises StudentError for one of another recipe."""
-        if state["recipe"] != self.run.recipe:
-            changed = sorted(key for key in self.run.recipe if state["recipe"].get(key) != self.run.recipe[key])
+        """Continue from a checkpoint as if nothing had happened. Raises StudentError for one of another recipe.
+
+        With other data, if that is allowed, an epoch that was begun is begun again.
+        """
+        recipe, theirs = self.run.recipe, state["recipe"]
+        changed = sorted(key for key in {*recipe, *theirs} if theirs.get(key) != recipe.get(key))
+        if changed and not (changed == ["data"] and self.config.allow_other_cache):
             raise StudentError(
                 f"run {self.run.folder}: its checkpoint was made with other settings ({', '.join(changed)}), expected this run's;"
                 f" delete the folder to begin again"
             )
-        self.method.load_state_dict(state["method"])
+        self.load_weights(state)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.history, self.seconds = state["epoch"], list(state["history"]), state["seconds"]
+        self.other_caches = list(state.get("other_caches", []))
+        if changed:
+            name, before, now = next(differences(theirs["data"], recipe["data"], "data."))
+            say(f"run {self.run.id}: goes on with other data {describe(state)}: {name} was {before!r}, is {now!r}")
+            self.other_caches.append({name: state[name] for name in ("fingerprint", "root", "epoch")})
+        else:
+            self.step, self.sums = state.get("step", 0), dict(state.get("sums", {}))
+            self.epoch_seconds = state.get("epoch_seconds", 0.0)
         torch.set_rng_state(state["generators"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["generators"]:
             torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
 
-    # --- logs ---
+    def load_weights(self, state: Mapping[str, Any]) -> None:
+        """Those of the method, with its student, and their moving average."""
+        self.method.load_state_dict(state["method"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
 
-    def _log(self, line: Mapping[str, Any]) -> None:
-        with open(self.run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    # --- what is shown ---
 
-    def _rewrite_logs(self) -> None:
-        """Drop what was logged after the checkpoint: those epochs are trained again."""
-        path = self.run.folder / "metrics.jsonl"
-        if path.is_file():
-            _replace_file(path, "".join(line for line in _whole_lines(path) if json.loads(line)["epoch"] < self.epoch))
-        if self.history:
-            self._write_summary()
+    def _watch(self) -> Watch:
+        config, run = self.config, self.run
+        return Watch(
+            run.folder,
+            run_id=run.id,
+            recipe=run.recipe,
+            steps=len(self.batches),
+            epoch=self.epoch,
+            step=self.step,
+            tensorboard=config.log_tensorboard,
+            wandb_project=config.wandb_project if config.log_wandb else None,
+        )
 
-    def _write_summary(self) -> None:
-        text = io.StringIO()
-        columns = max(self.history, key=len)  # epochs that were not measured leave eval_* empty
-        writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.history)
-        _replace_file(self.run.folder / "summary.csv", text.getvalue())
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self.epoch_seconds, self._counted = self.seconds + now - self._counted, self.epoch_seconds + now - self._counted, now
+
+
+def _model_ema(model: nn.Module, config: TrainConfig) -> Any:
+    """timm's moving average of the student, on its device; None without --model-ema."""
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup) if config.model_ema else None
 
 
 def _optimizer(method: Method[Any], config: TrainConfig) -> torch.optim.Optimizer:
@@ -591,15 +706,3 @@ def _optimizer(method: Method[Any], config: TrainConfig) -> torch.optim.Optimize
     if betas and "betas" not in optimizer.defaults:  # timm drops what an optimizer does not take
         raise UsageError(f"--opt-betas {config.opt_betas}: {config.opt} has no betas; leave the option out")
     return optimizer
-
-
-def _replace_file(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _whole_lines(path: Path) -> Iterator[str]:
-    """Lines that end in a newline: a kill may leave half of the last one."""
-    with open(path, encoding="utf-8") as file:
-        yield from (line for line in file if line.endswith("\n"))

@@ -301,7 +301,7 @@ def test_a_signal_during_training_keeps_the_last_epoch_and_says_how_to_resume(tm
     wait_for(lambda: list(tmp_path.glob("runs/*/last/checkpoint.pt")), child)
     child.kill(signal.SIGTERM, group=True)
     assert child.wait(60) == 1, child.output()
-    assert "stopped by SIGTERM; the checkpoint of the last whole epoch is kept: run the same command again with --resume" in child.output()
+    assert "stopped by SIGTERM; the last checkpoint is kept: run the same command again with --resume" in child.output()
     assert child.group_is_gone(timeout_s=2)  # less than workers need to notice by themselves
     (last,) = tmp_path.glob("runs/*/last/checkpoint.pt")
     assert 1 <= load_checkpoint(last, fingerprint=open_cache(cache).fingerprint)["epoch"] < 6

@@ -352,6 +352,9 @@ STATE = {
     "generators": {"cpu": torch.zeros(3)},
     "history": [],
     "seconds": 1.0,
+    "step": 2,
+    "sums": {},
+    "epoch_seconds": 1.0,
 }
 
 
@@ -399,7 +402,7 @@ def test_any_changed_checkpoint_is_refused_and_any_changed_weights_are_weights_o
             read()
 
 
-@pytest.mark.parametrize("field", ["recipe", "epoch", "method", "optimizer", "scheduler", "generators", "history", "seconds"])
+@pytest.mark.parametrize("field", ["recipe", "epoch", "method", "optimizer", "scheduler", "generators", "history", "seconds", "step", "sums"])
 def test_a_checkpoint_with_a_field_of_another_type_is_refused(tmp_path: Path, field: str) -> None:
     save_checkpoint(tmp_path / "c.pt", STATE | {field: "x"}, fingerprint="f", root="r")
     with pytest.raises(CorruptError, match=field):

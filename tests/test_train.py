@@ -17,11 +17,16 @@ import yaml
 from click.testing import CliRunner
 from helpers import TINY_VIT, make_cache, make_shard, make_shards, make_teacher_dir, run_python
 
+import pipelines.run_checkpoints
 import pipelines.train
 from cli.main import main
 from kdcache.cache import open_cache
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.errors import CorruptError, DriftError, MismatchError, MissingError, ShardError, StudentError, UsageError
+from kdcache.evaluate import EvaluationSet
+from kdcache.images import decode_image
+from kdcache.shards import ShardFiles, scan_shard
+from kdcache.sources import resolve_shards
 from kdcache.students import build_student
 from pipelines.extract import ExtractConfig, extract
 from pipelines.train import TrainConfig, train
@@ -91,7 +96,7 @@ def test_a_run_writes_what_it_promises(config: Any, folder: Path) -> None:
     assert run["id"] == path.name
     assert run["id"].startswith(f"{TINY_VIT}-kd-")
     assert (run["student"], run["method"], run["epochs"], run["status"]) == (TINY_VIT, "kd", 3, "done")
-    assert sorted(child.name for child in path.iterdir()) == ["args.yaml", "best", "export", "last", "metrics.jsonl", "summary.csv"]
+    assert sorted(child.name for child in path.iterdir()) == ["args.yaml", "best", "export", "last", "metrics.jsonl", "previous", "summary.csv"]
     with open(path / "summary.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["epoch", "train_loss", "train_distill", "train_task", "eval_loss", "eval_top1", "eval_top5", "lr"]
@@ -181,7 +186,7 @@ def test_a_run_killed_in_any_epoch_and_resumed_equals_the_uninterrupted_one(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.train, "save_checkpoint", save_then_die)
+        patch.setattr(pipelines.run_checkpoints, "save_checkpoint", save_then_die)
         with pytest.raises(KeyboardInterrupt):
             train(config(**options))
     torch.manual_seed(999)
@@ -198,14 +203,15 @@ def test_a_run_killed_in_any_epoch_and_resumed_equals_the_uninterrupted_one(
 def test_a_process_killed_by_the_system_resumes_to_the_same_bits(config: Any, folder: Path, tmp_path: Path) -> None:
     code = """
 import os, signal, sys
+import pipelines.run_checkpoints
 import pipelines.train
 from pipelines.train import TrainConfig, train
-save = pipelines.train.save_checkpoint
+save = pipelines.run_checkpoints.save_checkpoint
 def save_then_die(path, state, **kwargs):
     save(path, state, **kwargs)
     if state["epoch"] == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-pipelines.train.save_checkpoint = save_then_die
+pipelines.run_checkpoints.save_checkpoint = save_then_die
 train(eval(sys.argv[1]))
 """
     killed = run_python(code, repr(config()), check=False)
@@ -286,7 +292,7 @@ def stopped(tmp_path: Path, config: Any, monkeypatch: pytest.MonkeyPatch) -> tup
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.train, "save_checkpoint", save_then_die)
+        patch.setattr(pipelines.run_checkpoints, "save_checkpoint", save_then_die)
         with pytest.raises(KeyboardInterrupt):
             train(make())
     (run,) = (tmp_path / "runs").iterdir()
@@ -470,6 +476,28 @@ def test_validation_can_be_rarer_than_epochs(config: Any, folder: Path) -> None:
         assert [bool(row["eval_top1"]) for row in csv.DictReader(file)] == [False, False, True, True]
 
 
+@pytest.mark.parametrize(("crop_mode", "crop_pct"), [("center", None), ("squash", None), ("border", 0.7)])
+def test_validation_sees_what_timms_transform_of_the_export_gives(
+    config: Any, folder: Path, tmp_path: Path, crop_mode: str, crop_pct: float | None
+) -> None:
+    (first,) = train(config(epochs=1))
+    body = json.loads(Path(first["path"], "export", "config.json").read_text())
+    body["pretrained_cfg"] |= {"crop_mode": crop_mode, "crop_pct": 0.8}
+    shutil.copytree(Path(first["path"], "export"), tmp_path / "student")
+    (tmp_path / "student" / "config.json").write_text(json.dumps(body))
+    name = f"local-dir:{tmp_path / 'student'}"
+    options: dict[str, Any] = {"students": (name,), "pretrained": True, "model_kwargs": {}, "val_crop_pct": crop_pct, "val": str(folder / "val")}
+    (run,) = train(config(epochs=1, **options))
+    transform = timm.data.create_transform(
+        **timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{run['path']}/export", pretrained=True))
+    )
+    (index,) = (scan_shard(source) for source in resolve_shards(str(folder / "val")))
+    seen = EvaluationSet([index], build_student(name, num_classes=10, view_size=32, pretrained=True), crop_pct=crop_pct)
+    sample = index.samples[3]
+    image = decode_image(ShardFiles().read(index.source, sample.key, sample.image_offset, sample.image_size))
+    assert torch.equal(seen[3][0], transform(image))
+
+
 # --- errors ---
 
 
@@ -644,7 +672,7 @@ def test_the_command_reports_finished_runs_when_a_later_one_fails(folder: Path, 
             raise StudentError("no more")
         save_checkpoint(path, state, **kwargs)
 
-    monkeypatch.setattr(pipelines.train, "save_checkpoint", break_second)
+    monkeypatch.setattr(pipelines.run_checkpoints, "save_checkpoint", break_second)
     arguments = ["train", str(folder / "cache"), "--out", str(tmp_path), "--epochs", "2", "-b", "4", "-j", "0", "--json"]
     for key, value in CNN_ARGS.items():
         arguments += ["--model-kwargs", f"{key}={value}"]
