@@ -15,9 +15,9 @@ Legend: B batch, T grid tokens, P prefix tokens, C channels, K classes.
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors.torch
@@ -53,7 +53,7 @@ class Tail(nn.Module):
         for name, tensor in arguments.items():
             self.register_buffer(_buffer_name(name), tensor if with_prefix else self._without_prefix(tensor))
         if not with_prefix and card.prefix_tokens:
-            _drop_prefix(model)
+            _drop_prefix(model, card.prefix_tokens)
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Tail:
@@ -105,19 +105,24 @@ def _buffer_name(tensor: str) -> str:
     return tensor.replace(".", "_")
 
 
-def _drop_prefix(model: nn.Module) -> None:
-    """Tell the attention modules that no prefix tokens come: rotary embeddings from the first token on, BEiT's bias between grid tokens."""
+def _drop_prefix(model: nn.Module, prefix_tokens: int) -> None:
+    """Tell the attention modules that no prefix tokens come: rotary embeddings from the first token on, position biases between grid tokens."""
     for name, module in model.named_modules():
         if name and isinstance(getattr(module, "num_prefix_tokens", None), int):
             module.num_prefix_tokens = 0
-        if getattr(module, "relative_position_bias_table", None) is not None and hasattr(module, "_get_rel_pos_bias"):
-            module._get_rel_pos_bias = types.MethodType(_bias_between_grid_tokens, module)
+        for method in _BIAS_METHODS:
+            if hasattr(module, method):
+                setattr(module, method, partial(_bias_between_grid_tokens, module, method, prefix_tokens))
 
 
-def _bias_between_grid_tokens(attention: Any) -> Tensor:
-    """BEiT's (1, heads, 1 + T, 1 + T) bias without the cls token's row and column."""
-    bias: Tensor = type(attention)._get_rel_pos_bias(attention)
-    return bias[..., 1:, 1:]
+_BIAS_METHODS = ("_get_rel_pos_bias", "get_bias")
+"""What timm's BEiT, and its ViTs with relative positions, make the (1, heads, P + T, P + T) bias of one block by."""
+
+
+def _bias_between_grid_tokens(module: nn.Module, method: str, prefix_tokens: int) -> Tensor:
+    """The bias without the prefix tokens' rows and columns."""
+    bias: Tensor = getattr(type(module), method)(module)
+    return bias[..., prefix_tokens:, prefix_tokens:]
 
 
 # --- cutting ---------------------------------------------------------------------------------------------------------

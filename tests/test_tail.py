@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import signal
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deit3": ("deit3_small_patch16_224", _VIT),
     "beit": ("beit_base_patch16_224", _VIT),
     "beit, shared bias": ("beit_base_patch16_224", _VIT | {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
+    "vit, relative positions": ("vit_relpos_base_patch16_cls_224", _VIT),
     "eva, no bias": ("eva_large_patch14_196", _VIT),
     "eva, rope": ("eva02_tiny_patch14_224", _VIT),
     "dinov2": ("vit_small_patch14_reg4_dinov2", _VIT | {"num_classes": 0}),
@@ -141,6 +144,13 @@ def test_a_tail_without_prefix_tokens_is_near_the_teacher_and_not_it(family: str
     grid, prefix = inputs_of(model, tail, images_of(args))
     with pytest.raises(ValueError, match="expected 0 prefix tokens"):
         tail(grid, prefix)
+    expected = tail(grid)["grid"]
+    for twin in (deepcopy(tail), pickle.loads(pickle.dumps(tail))):
+        assert torch.equal(twin(grid)["grid"], expected)
+        for parameter in tail.parameters():
+            parameter.data.zero_()
+        assert torch.equal(twin(grid)["grid"], expected)  # it looks at nothing of the tail it was made from
+        tail = twin
 
 
 def test_without_prefix_positions_are_those_of_the_grid() -> None:
