@@ -339,7 +339,10 @@ class _Run:
             "check_views": config.check_views,
             "log_interval": config.log_interval,
         }
-        text = yaml.safe_dump({"id": self.id, **self.recipe, "places": places, "session": session}, sort_keys=False, allow_unicode=True)
+        settings = self._loop.method.settings.to_json() if self._loop is not None else {}
+        resolved = {"resolved_settings": settings} if settings != self.recipe["settings"] else {}  # a preset that the pair chose, filled in
+        body = {"id": self.id, **self.recipe, **resolved, "places": places, "session": session}
+        text = yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
         _replace_file(self.folder / "args.yaml", text)
 
     def _export(self, student: Student, method: Method[Any], history: Sequence[Mapping[str, Any]]) -> None:
@@ -355,7 +358,7 @@ class _Run:
             "root": cache.root,
             **({"teachers": teachers} if len(teachers) > 1 else {"teacher": next(iter(teachers), None)}),
             "method": self.config.method,
-            "recipe": {key: value for key, value in self.recipe.items() if key != "data"},
+            "recipe": {key: value for key, value in self.recipe.items() if key != "data"} | {"settings": method.settings.to_json()},
         }
         student.model.cpu().to(memory_format=torch.contiguous_format)  # as safetensors wants it
         export_student(student, self.export, record=record, figures=final)

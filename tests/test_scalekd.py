@@ -13,6 +13,7 @@ import safetensors
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from helpers import make_shards, save_local_dir, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -298,6 +299,9 @@ def test_a_student_trains_from_the_cache_and_every_part_falls(family: str, folde
     for part in ("s3_spatial", "s3_frequency", "s4_spatial", "s4_frequency", "logits"):
         values = [next(value for key, value in flat(line).items() if key.endswith(part)) for line in steps]
         assert sum(values[-3:]) < sum(values[:3]), part  # two steps and their mean: of the last epoch, of the first
+    chosen = yaml.safe_load(Path(run["path"], "args.yaml").read_text())["resolved_settings"]
+    record = json.loads(Path(run["path"], "export", "config.json").read_text())["kdcache"]
+    assert (chosen["preset"], chosen["heads_s4"], chosen["kd_alpha"]) == ("general", 8, 0.5) and record["recipe"]["settings"] == chosen
     with safetensors.safe_open(Path(run["path"], "export", "model.safetensors"), "pt") as file:
         assert not any("projector" in key or "tail" in key for key in {*file.keys()})
 
@@ -340,6 +344,14 @@ def test_with_the_teachers_head_the_student_has_the_teachers_classes(folder: Pat
         assert json.loads(Path(run["path"], "export", "config.json").read_text())["num_classes"] == 10
 
 
+def test_a_teacher_without_a_classifier_is_told_to_leave_the_logits_out() -> None:
+    headless = TeacherCard(model="vit_small_patch16_dinov3", nodes=("blocks.0", "blocks.1", "norm"), containers={"blocks": 2})
+    for logits in ("cache", "head"):
+        with pytest.raises(UsageError, match=r"vit_small_patch16_dinov3 has no classifier.*kd_alpha=0"):
+            methods.requirements("scalekd", headless, {"logits": logits})
+    assert methods.requirements("scalekd", headless, {"kd_alpha": 0}) == ["features@norm"]
+
+
 def test_losses_without_weight_cost_nothing(cache: Cache) -> None:
     method = build(cache, alpha_s4=(0.5, 0.0), kd_alpha=0)
     assert list(method.projectors) == ["s3_spatial", "s4_spatial", "s3_frequency"] and method.target_names == ("features@norm",)
@@ -372,8 +384,8 @@ def test_real_pairs_have_the_authors_preset_stages_and_shapes(pair: Any, expecte
     (teacher, in_channels, in_grid, out_channels, out_grid), student = pair
     preset, stage_3, *shapes = expected
     settings = ScaleKDSettings()
-    assert settings._preset_for(student, teacher) is PRESETS[preset]
     settings = settings.resolve(student, teacher)
+    assert settings.preset == preset
     with torch.device("meta"):
         model = timm.create_model(student)
         assert stage_3_of(model) == stage_3
@@ -409,6 +421,8 @@ def test_presets_are_chosen_by_the_pair_and_overridden_by_what_is_given() -> Non
         "heads_s3": 24, "heads_s4": 2, "softmax_scale": (3.0, 3.0), "projector_norm": "layer",
     }  # fmt: skip
     assert resolved("resnet50", "swin_large", task_loss_weight=2.0, distill_loss_weight=3.0).weights == (3.0, 2.0)
+    assert resolved("resnet50", "swin_large", task_loss_weight=2.0).weights == (1.0, 2.0)
+    assert (resolved("resnet18", "x").preset, resolved("resnet50", "swin_large").preset) == ("general", "swin_l-resnet50")
     with pytest.raises(UsageError, match="no preset 'swin'"):
         methods.parse_settings("scalekd", {"preset": "swin"})
 
@@ -446,6 +460,7 @@ def test_train_names_a_missing_tail_and_the_command_that_adds_it(folder: Path) -
 def test_in_a_sum_the_tail_goes_along(cache: Cache) -> None:
     torch.manual_seed(0)
     method = methods.build("scalekd+kd", student=student_of("cnn"), cache=cache).double()
+    assert method.settings.scalekd.heads_s3 == 8  # its preset, filled in
     parts = method(*batch(torch.float64))
     assert {"scalekd_s3_spatial", "kd_distill", "task"} <= set(parts)
     assert next(method.terms["scalekd"].tail.parameters()).dtype == torch.float64
