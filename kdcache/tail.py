@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .errors import CorruptError, MissingError, TeacherError
 from .format import TailIdentity, tail_weights_path
+from .nodes import to_tokens
 from .plan import blake2b_128
 from .timm_models import build_model
 
@@ -148,8 +149,11 @@ def cut_tail(model: nn.Module, images_BCHW: Tensor, modules: Sequence[str], *, m
     """
     inputs, given = _watch(model, images_BCHW, modules, model_name=model_name)
     layout: Layout = "NLC" if inputs.ndim == 3 else "NHWC" if getattr(model, "output_fmt", "NCHW") == "NHWC" else "NCHW"
-    prefix = int(getattr(model, "num_prefix_tokens", 0) or 0) if layout == "NLC" else 0
-    grid, channels = _grid_and_channels(model, inputs, layout, prefix, model_name=model_name)
+    try:
+        value, grid = to_tokens(model, inputs)
+    except TeacherError as error:
+        raise TeacherError(f"teacher {model_name}: its tail can't be cut: {error}; choose another teacher") from error
+    prefix = value["prefix"].shape[1] if "prefix" in value else 0
     names = [name for name, _ in model.named_children()]
     has_head = int(getattr(model, "num_classes", 0) or 0) > 0 and FINAL_NORM in names
     head = tuple(names[names.index(FINAL_NORM) + 1 :]) if has_head else ()
@@ -161,7 +165,7 @@ def cut_tail(model: nn.Module, images_BCHW: Tensor, modules: Sequence[str], *, m
             name = same[0] if same else f"{_ARGUMENT}{sum(one.startswith(_ARGUMENT) for one in tensors)}"
             tensors[name] = _stored(tensor)
             arguments.setdefault(module, {})[keyword] = name
-    return CutTail(tensors=tensors, head=head, layout=layout, grid=grid, channels=channels, prefix_tokens=prefix, arguments=arguments)
+    return CutTail(tensors=tensors, head=head, layout=layout, grid=grid, channels=value["grid"].shape[2], prefix_tokens=prefix, arguments=arguments)
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -206,17 +210,6 @@ def _watch(model: nn.Module, images_BCHW: Tensor, modules: Sequence[str], *, mod
                 f"teacher {model_name}: its pass does not go through module {name!r} as a whole; its tail can't be cut; choose another teacher"
             )
     return taken[modules[0]], given
-
-
-def _grid_and_channels(model: nn.Module, inputs: Tensor, layout: Layout, prefix: int, *, model_name: str) -> tuple[tuple[int, int], int]:
-    if layout != "NLC":
-        rows, columns, channels = inputs.shape[1:] if layout == "NHWC" else (*inputs.shape[2:], inputs.shape[1])
-        return (rows, columns), channels
-    known = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    count = inputs.shape[1] - prefix
-    if known is None or known[0] * known[1] != count:
-        raise TeacherError(f"teacher {model_name}: expected {known} grid tokens after {prefix} prefix tokens, found {count}; its tail can't be cut")
-    return (int(known[0]), int(known[1])), inputs.shape[2]
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
