@@ -484,7 +484,8 @@ def test_of_two_runs_that_make_other_bytes_the_cards_file_stays(
 def test_copy_takes_the_tail_along_and_gc_drops_it_with_its_teacher(folder: Path) -> None:
     summary = copy(CopyConfig(cache=str(folder / "cache"), dest=str(folder / "copy")))
     assert summary.root == open_cache(folder / "cache").root and verify(str(folder / "copy")).ok
-    gc(GcConfig(cache=str(folder / "copy"), drop_teachers=("teacher",), delete=True))
+    report = gc(GcConfig(cache=str(folder / "copy"), drop_teachers=("teacher",), delete=True))
+    assert report.bytes > tail_files(folder / "cache")[1].stat().st_size and "and its tail, 1.73 MB" in report.dropped[0]
     assert not tail_files(folder / "copy") and verify(str(folder / "copy")).ok
 
 
