@@ -48,12 +48,15 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     "--teacher", multiple=True, metavar="N[=W]",
     help="The teacher's name in the cache. Default: the only one. Repeatable: several teach at once, with equal weights or with weight W each.",
 )  # fmt: skip
-@click.option("--kd-temperature", type=_POSITIVE, metavar="T", help="Softmax temperature of student and teacher. Default: 4.")
+@click.option("--kd-temperature", type=_POSITIVE, metavar="T", help="Softmax temperature of student and teacher. Default: the method's; 4 of kd.")
 @click.option(
     "--distill-loss-weight", type=click.FloatRange(0), metavar="W",
-    help="Weight of the distillation loss. Default, as in timm: 1; 1 - W if only the task's weight W is given.",
+    help="Weight of the distillation loss. Default, as in timm: 1; 1 - W if only the task's weight W is given (scalekd: 1).",
 )  # fmt: skip
-@click.option("--task-loss-weight", type=click.FloatRange(0), metavar="W", help="Weight of the labels' cross-entropy; 0 needs no labels. Default: 1.")
+@click.option(
+    "--task-loss-weight", type=click.FloatRange(0), metavar="W",
+    help="Weight of the labels' cross-entropy; 0 needs no labels. Default: 1; of scalekd 1 - kd_alpha.",
+)  # fmt: skip
 @click.option("--smoothing", type=click.FloatRange(0, 1, max_open=True), metavar="S", help="Label smoothing of the cross-entropy. Default: 0.1.")
 # on what data
 @click.option("--data", metavar="SHARDS", help="Where the tars lie now. Default: where they lay when the cache was made.")

@@ -26,6 +26,7 @@ from .format import (
     TargetIdentity,
     TeacherIdentity,
     calibration_path,
+    digest_of_identity,
     tail_path,
     tail_weights_path,
     target_path,
@@ -171,44 +172,88 @@ def _is_near(encoding: Encoding, data: bytes, statistics: Mapping[str, Tensor]) 
 # --- the tail --------------------------------------------------------------------------------------------------------
 
 
-def create_tail(
-    store: Store, teacher_name: str, teacher: Teacher, document: Document[TeacherIdentity], modules: Sequence[str], views_BHWC: Tensor
-) -> Document[TailIdentity]:
-    """The card of the teacher's tail as it is now, its file made before it. modules: timm names in order; a tail that is there and has these serves,
-    a shorter one gives way to theirs.
+@dataclass(frozen=True, kw_only=True)
+class TailPlan:
+    """A tail to be recorded, cut and proved to be the teacher's."""
+
+    known: TailIdentity | None
+    """That of the cache, when the plan was made."""
+    identity: TailIdentity
+    data: bytes
+    """Its file."""
+    measured: Mapping[str, float]
+
+
+def plan_tail(store: Store, teacher_name: str, teacher: Teacher, modules: Sequence[str], views_BHWC: Tensor) -> TailPlan:
+    """Cut the teacher's tail, before anything of the teacher is recorded. modules: timm names in order; a tail that is there and has these serves.
 
     views_BHWC: uint8 views to try the tail on. Raises TeacherError for a teacher whose tail, built again, is not the teacher;
-    MismatchError if another one is recorded.
+    MismatchError if the cache has one that can't give way to it.
     """
-    path, weights = tail_path(teacher_name), tail_weights_path(teacher_name)
-    known = read_document(store, path).identity if store.size(path) is not None else None
+    known = _known_tail(store, teacher_name)
     if known is not None and set(modules) <= set(known.modules):
         modules = known.modules
-    identity, data, measured = _cut(teacher, document.identity_digest, modules, views_BHWC)
-    what = f"the tail of teacher {teacher_name!r}"
-    if known is not None and set(known.modules) < set(identity.modules) and known.layout == identity.layout == "NLC":
-        _drop_tail(store, teacher_name)
-        known = None
-    if known is not None and known.modules != identity.modules:
+    identity, data, measured = _cut(teacher, modules, views_BHWC)
+    if known is not None and known.modules != identity.modules and not _gives_way(known, identity):
         raise MismatchError(
-            what, "modules", expected=", ".join(known.modules), found=", ".join(identity.modules),
+            f"the tail of teacher {teacher_name!r}", "modules", expected=", ".join(known.modules), found=", ".join(identity.modules),
             remedy="a tail that takes maps serves one split only: ask for the one that is there, or record this one under another --name",
         )  # fmt: skip
-    if known is not None:
-        require_same(what, known, identity, remedy="a teacher has one tail: record this one under another --name")
+    return TailPlan(known=known, identity=identity, data=data, measured=measured)
+
+
+def create_tail(store: Store, teacher_name: str, plan: TailPlan, teacher: Teacher, views_BHWC: Tensor) -> Document[TailIdentity]:
+    """The card of the teacher's tail as it is now, its file made before it; a shorter tail gives way to a longer one.
+
+    One that is there serves if it is the teacher's too: another device may give other last bits of what a pass computes beside the tokens.
+    Raises MismatchError if another one is recorded.
+    """
+    if _known_tail(store, teacher_name) != plan.known:  # another run has just recorded one
+        plan = plan_tail(store, teacher_name, teacher, plan.identity.modules, views_BHWC)
+    path, weights = tail_path(teacher_name), tail_weights_path(teacher_name)
+    known, identity, data = plan.known, plan.identity, plan.data
+    if known is not None and _gives_way(known, identity):
+        _drop_tail(store, teacher_name)
+        known = None
     at_hand = [data]
-    if not store.put_new(weights, data) and known is None:
+    if known is None and not store.put_new(weights, data):
         found = store.get(weights, max_size=MAX_TAIL_BYTES)
         if found != data:
             store.delete(weights)  # no card vouches for it
             store.put_new(weights, data)
             at_hand.append(found)
-    card, _ = create_document(store, path, identity, measured=measured)
+    card, _ = create_document(store, path, identity, measured=plan.measured)
     for one in at_hand:
         if blake2b_128(one) == card.identity.weights.digest:
             _put_right(store, weights, one)
-    require_same(what, card.identity, identity, remedy="another run has just recorded it otherwise; pass another --name")
+    if card.identity != identity:
+        _require_as_good(store, teacher_name, card.identity, identity, teacher, views_BHWC)
     return card
+
+
+def _known_tail(store: Store, teacher_name: str) -> TailIdentity | None:
+    path = tail_path(teacher_name)
+    return read_document(store, path).identity if store.size(path) is not None else None
+
+
+def _gives_way(known: TailIdentity, identity: TailIdentity) -> bool:
+    return set(known.modules) < set(identity.modules) and known.layout == identity.layout == "NLC"
+
+
+def _require_as_good(store: Store, teacher_name: str, known: TailIdentity, identity: TailIdentity, teacher: Teacher, views_BHWC: Tensor) -> None:
+    """Raise MismatchError for a recorded tail that differs from this run's in more than last bits."""
+    what, remedy = f"the tail of teacher {teacher_name!r}", "a teacher has one tail: record this one under another --name"
+    require_same(what, known.model_copy(update={"weights": identity.weights}), identity, remedy=remedy)
+    path = tail_weights_path(teacher_name)
+    if store.size(path) is None:
+        raise CorruptError(
+            f"{store.url}/{path} is missing, and comes out otherwise now (expected digest {known.weights.digest}, found"
+            f" {identity.weights.digest}): make it on the device that it was made on, or record under another --name"
+        )
+    data = store.get(path, max_size=MAX_TAIL_BYTES)
+    tail = build_tail(known, data, with_prefix=True).to(teacher.device)
+    if not tail_distance(tail, teacher.model, teacher.normalize(views_BHWC.to(teacher.device))) <= _MAX_TAIL_DISTANCE:
+        require_same(what, known, identity, remedy=remedy)
 
 
 def _drop_tail(store: Store, teacher_name: str) -> None:
@@ -225,14 +270,14 @@ def _put_right(store: Store, path: str, data: bytes) -> None:
         store.put_new(path, data)
 
 
-def _cut(teacher: Teacher, digest: str, modules: Sequence[str], views_BHWC: Tensor) -> tuple[TailIdentity, bytes, dict[str, float]]:
+def _cut(teacher: Teacher, modules: Sequence[str], views_BHWC: Tensor) -> tuple[TailIdentity, bytes, dict[str, float]]:
     """The tail's identity, the bytes of its file, and its distances from the teacher. Proves that with prefix tokens it is the teacher."""
     model, images_BCHW = teacher.model, teacher.normalize(views_BHWC.to(teacher.device))
     cut = cut_tail(model, images_BCHW, modules, model_name=teacher.source)
     data = safetensors.torch.save(cut.tensors)
     size = built_size_of(model)
     identity = TailIdentity(
-        teacher=digest,
+        teacher=digest_of_identity(teacher.identity),
         model=teacher.identity.model,
         model_args={
             **teacher.identity.model_args,

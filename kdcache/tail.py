@@ -15,9 +15,9 @@ Legend: B batch, T grid tokens, P prefix tokens, C channels, K classes.
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors.torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .errors import CorruptError, MissingError, TeacherError
 from .format import TailIdentity, tail_weights_path
+from .nodes import to_tokens
 from .plan import blake2b_128
 from .timm_models import SAFETENSORS_ERRORS, bounded_modules, build_model, check_described_model
 
@@ -52,7 +53,7 @@ class Tail(nn.Module):
         for name, tensor in arguments.items():
             self.register_buffer(_buffer_name(name), tensor if with_prefix else self._without_prefix(tensor))
         if not with_prefix and card.prefix_tokens:
-            _drop_prefix(model)
+            _drop_prefix(model, card.prefix_tokens)
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Tail:
@@ -104,19 +105,24 @@ def _buffer_name(tensor: str) -> str:
     return tensor.replace(".", "_")
 
 
-def _drop_prefix(model: nn.Module) -> None:
-    """Tell the attention modules that no prefix tokens come: rotary embeddings from the first token on, BEiT's bias between grid tokens."""
+def _drop_prefix(model: nn.Module, prefix_tokens: int) -> None:
+    """Tell the attention modules that no prefix tokens come: rotary embeddings from the first token on, position biases between grid tokens."""
     for name, module in model.named_modules():
         if name and isinstance(getattr(module, "num_prefix_tokens", None), int):
             module.num_prefix_tokens = 0
-        if getattr(module, "relative_position_bias_table", None) is not None and hasattr(module, "_get_rel_pos_bias"):
-            module._get_rel_pos_bias = types.MethodType(_bias_between_grid_tokens, module)
+        for method in _BIAS_METHODS:
+            if hasattr(module, method):
+                setattr(module, method, partial(_bias_between_grid_tokens, module, method, prefix_tokens))
 
 
-def _bias_between_grid_tokens(attention: Any) -> Tensor:
-    """BEiT's (1, heads, 1 + T, 1 + T) bias without the cls token's row and column."""
-    bias: Tensor = type(attention)._get_rel_pos_bias(attention)
-    return bias[..., 1:, 1:]
+_BIAS_METHODS = ("_get_rel_pos_bias", "get_bias")
+"""What timm's BEiT, and its ViTs with relative positions, make the (1, heads, P + T, P + T) bias of one block by."""
+
+
+def _bias_between_grid_tokens(module: nn.Module, method: str, prefix_tokens: int) -> Tensor:
+    """The bias without the prefix tokens' rows and columns."""
+    bias: Tensor = getattr(type(module), method)(module)
+    return bias[..., prefix_tokens:, prefix_tokens:]
 
 
 # --- cutting ---------------------------------------------------------------------------------------------------------
@@ -142,8 +148,11 @@ def cut_tail(model: nn.Module, images_BCHW: Tensor, modules: Sequence[str], *, m
     """
     inputs, given = _watch(model, images_BCHW, modules, model_name=model_name)
     layout: Layout = "NLC" if inputs.ndim == 3 else "NHWC" if getattr(model, "output_fmt", "NCHW") == "NHWC" else "NCHW"
-    prefix = int(getattr(model, "num_prefix_tokens", 0) or 0) if layout == "NLC" else 0
-    grid, channels = _grid_and_channels(model, inputs, layout, prefix, model_name=model_name)
+    try:
+        value, grid = to_tokens(model, inputs)
+    except TeacherError as error:
+        raise TeacherError(f"teacher {model_name}: its tail can't be cut: {error}; choose another teacher") from error
+    prefix = value["prefix"].shape[1] if "prefix" in value else 0
     names = [name for name, _ in model.named_children()]
     has_head = int(getattr(model, "num_classes", 0) or 0) > 0 and FINAL_NORM in names
     head = tuple(names[names.index(FINAL_NORM) + 1 :]) if has_head else ()
@@ -155,7 +164,7 @@ def cut_tail(model: nn.Module, images_BCHW: Tensor, modules: Sequence[str], *, m
             name = same[0] if same else f"{_ARGUMENT}{sum(one.startswith(_ARGUMENT) for one in tensors)}"
             tensors[name] = _stored(tensor)
             arguments.setdefault(module, {})[keyword] = name
-    return CutTail(tensors=tensors, head=head, layout=layout, grid=grid, channels=channels, prefix_tokens=prefix, arguments=arguments)
+    return CutTail(tensors=tensors, head=head, layout=layout, grid=grid, channels=value["grid"].shape[2], prefix_tokens=prefix, arguments=arguments)
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -200,17 +209,6 @@ def _watch(model: nn.Module, images_BCHW: Tensor, modules: Sequence[str], *, mod
                 f"teacher {model_name}: its pass does not go through module {name!r} as a whole; its tail can't be cut; choose another teacher"
             )
     return taken[modules[0]], given
-
-
-def _grid_and_channels(model: nn.Module, inputs: Tensor, layout: Layout, prefix: int, *, model_name: str) -> tuple[tuple[int, int], int]:
-    if layout != "NLC":
-        rows, columns, channels = inputs.shape[1:] if layout == "NHWC" else (*inputs.shape[2:], inputs.shape[1])
-        return (rows, columns), channels
-    known = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    count = inputs.shape[1] - prefix
-    if known is None or known[0] * known[1] != count:
-        raise TeacherError(f"teacher {model_name}: expected {known} grid tokens after {prefix} prefix tokens, found {count}; its tail can't be cut")
-    return (int(known[0]), int(known[1])), inputs.shape[2]
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

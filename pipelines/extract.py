@@ -14,7 +14,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,6 +197,7 @@ class _Run:
         statistics: dict[str, dict[str, Tensor]] = {}
         if self.pending or any(plan.needs_statistics for plan in plans):
             statistics = self._preflight(plans)
+        record_tail = self._plan_tail()
         self.cache = self._create_cache()
         config = self.config
         provenance = {
@@ -209,7 +210,7 @@ class _Run:
         }
         self.teacher_document = create_teacher(self.store, self.teacher_name, self.teacher.identity, provenance=provenance)
         self.cache.teachers.setdefault(self.teacher_name, TeacherLayer(self.teacher_name, self.teacher_document))  # to take records of others
-        self._store_tail(self.cache)
+        record_tail()
         making = {"shards": self.calibrated_on, **self._making()}
         self.recorded = create_cards(self.store, self.teacher_name, plans, statistics, making=making)
 
@@ -219,17 +220,23 @@ class _Run:
 
         return {"device": str(self.teacher.device), "batch_size": self.config.batch_size, "threads": torch.get_num_threads()}
 
-    def _store_tail(self, cache: Cache) -> None:
-        """The teacher's last modules, if a method runs them."""
+    def _plan_tail(self) -> Callable[[], None]:
+        """Cut the teacher's last modules, if a method runs them; what records them. A teacher that has no such tail leaves nothing in the cache."""
         modules = requested_tail(self.config, self.teacher.card)
-        if modules:
-            from kdcache.cards import create_tail
-            from kdcache.preflight import first_views
+        if not modules:
+            return lambda: None
+        from kdcache.cards import create_tail, plan_tail
+        from kdcache.preflight import first_views
 
-            views, _, _ = first_views(self.plan, self.sources, self._scan, TAIL_VIEWS, cache)
-            tail = create_tail(self.store, self.teacher_name, self.teacher, self.teacher_document, modules, views)
+        views, _, _ = first_views(self.plan, self.sources, self._scan, TAIL_VIEWS, self.cache)
+        plan = plan_tail(self.store, self.teacher_name, self.teacher, modules, views)
+
+        def record() -> None:
+            tail = create_tail(self.store, self.teacher_name, plan, self.teacher, views)
             if self.progress:
                 self._say_tail(tail)
+
+        return record
 
     def _layer(self) -> TeacherLayer | None:
         return self.cache.teachers.get(self.teacher_name) if self.cache is not None else None

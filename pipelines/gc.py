@@ -122,7 +122,8 @@ class _Collection:
         self.found.alive = [spool.path for spool in self.store.spools() if spool.is_alive]
         self.found.removed_records = sum(change.part is None for change in self.changes)
         self.found.rewritten_records = len(self.changes) - self.found.removed_records
-        self.found.bytes = sum(one.size for one in self.found.garbage) + sum(change.size for change in self.changes)
+        of_cards = sum(self.store.size(path) or 0 for path in self.cards)  # a tail's file is hundreds of MB
+        self.found.bytes = sum(one.size for one in self.found.garbage) + sum(change.size for change in self.changes) + of_cards
         self.found.dropped = list(_drops_in_words(config, self.cache, self.selection, self.changes))
 
     # --- removing ---
@@ -252,7 +253,8 @@ def _drops_in_words(config: GcConfig, cache: Cache, selection: Selection, change
         of_teacher = [change for change in changes if change.path.startswith(f"teachers/{name}/")]
         if name not in selection.targets:
             size = sum(change.size for change in of_teacher)
-            yield f"teacher {name} ({', '.join(sorted(layer.targets)) or 'no targets'}): {len(of_teacher)} segments, {human_bytes(size)}"
+            tail = f", and its tail, {human_bytes(layer.tail.identity.weights.size)}" if layer.tail is not None else ""
+            yield f"teacher {name} ({', '.join(sorted(layer.targets)) or 'no targets'}): {len(of_teacher)} segments, {human_bytes(size)}{tail}"
             continue
         for target in sorted(set(layer.targets) - selection.targets[name]):
             holding = [change for change in of_teacher if target in change.document.identity.targets]

@@ -676,7 +676,7 @@ class _Repair:
         self.store.put_new(path, data)
 
     def _make_tail(self, teacher_name: str) -> None:
-        from kdcache.cards import create_tail
+        from kdcache.cards import create_tail, plan_tail
         from kdcache.preflight import first_views
 
         from .extract import TAIL_VIEWS
@@ -686,8 +686,8 @@ class _Repair:
         teacher = self._teacher(teacher_name, None)
         sources = [self.cache.source(shard) for shard in self.cache.shards]
         views, _, _ = first_views(self.cache.plan, sources, scan_shard, TAIL_VIEWS, self.cache)
-        self.store.delete(tail_weights_path(teacher_name))
-        create_tail(self.store, teacher_name, teacher, layer.document, layer.tail.identity.modules, views)
+        plan = plan_tail(self.store, teacher_name, teacher, layer.tail.identity.modules, views)
+        create_tail(self.store, teacher_name, plan, teacher, views)
 
 
 def _blank_encoding(card: Document[Any]) -> Any:

@@ -386,7 +386,9 @@ class _Run:
             "check_views": config.check_views,
             "log_interval": config.log_interval,
         }
-        body = {"id": self.id, **self.recipe, "plan": self.data.cache.plan.to_json(), "places": places, "session": session}
+        settings = self._loop.method.settings.to_json() if self._loop is not None else {}
+        resolved = {"resolved_settings": settings} if settings != self.recipe["settings"] else {}  # a preset that the pair chose, filled in
+        body = {"id": self.id, **self.recipe, **resolved, "plan": self.data.cache.plan.to_json(), "places": places, "session": session}
         text = yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
         replace_file(self.folder / "args.yaml", text)
 
@@ -403,7 +405,7 @@ class _Run:
             "root": cache.root,
             **({"teachers": teachers} if len(teachers) > 1 else {"teacher": next(iter(teachers), None)}),
             "method": self.config.method,
-            "recipe": {key: value for key, value in self.recipe.items() if key != "data"},
+            "recipe": {key: value for key, value in self.recipe.items() if key != "data"} | {"settings": loop.method.settings.to_json()},
             **({"other_caches": loop.other_caches} if loop.other_caches else {}),
         }
         crop_pct = loop.student.crop_pct if self.config.val_crop_pct is None else self.config.val_crop_pct  # of the figures

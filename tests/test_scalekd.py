@@ -316,6 +316,14 @@ def test_with_the_teachers_head_the_student_has_the_teachers_classes(folder: Pat
         assert json.loads(Path(run["path"], "export", "config.json").read_text())["num_classes"] == 10
 
 
+def test_a_teacher_without_a_classifier_is_told_to_leave_the_logits_out() -> None:
+    headless = TeacherCard(model="vit_small_patch16_dinov3", nodes=("blocks.0", "blocks.1", "norm"), containers={"blocks": 2})
+    for logits in ("cache", "head"):
+        with pytest.raises(UsageError, match=r"vit_small_patch16_dinov3 has no classifier.*kd_alpha=0"):
+            methods.requirements("scalekd", headless, {"logits": logits})
+    assert methods.requirements("scalekd", headless, {"kd_alpha": 0}) == ["features@norm"]
+
+
 def test_losses_without_weight_cost_nothing(cache: Cache) -> None:
     method = build(cache, alpha_s4=(0.5, 0.0), kd_alpha=0)
     assert list(method.projectors) == ["s3_spatial", "s4_spatial", "s3_frequency"] and method.target_names == ("features@norm",)
@@ -348,8 +356,8 @@ def test_real_pairs_have_the_authors_preset_stages_and_shapes(pair: Any, expecte
     (teacher, in_channels, in_grid, out_channels, out_grid), student = pair
     preset, stage_3, *shapes = expected
     settings = ScaleKDSettings()
-    assert settings._preset_for(student, teacher) is PRESETS[preset]
     settings = settings.resolve(student, teacher)
+    assert settings.preset == preset
     with torch.device("meta"):
         model = timm.create_model(student)
         assert stage_3_of(model) == stage_3
@@ -385,6 +393,8 @@ def test_presets_are_chosen_by_the_pair_and_overridden_by_what_is_given() -> Non
         "heads_s3": 24, "heads_s4": 2, "softmax_scale": (3.0, 3.0), "projector_norm": "layer",
     }  # fmt: skip
     assert resolved("resnet50", "swin_large", task_loss_weight=2.0, distill_loss_weight=3.0).weights == (3.0, 2.0)
+    assert resolved("resnet50", "swin_large", task_loss_weight=2.0).weights == (1.0, 2.0)
+    assert (resolved("resnet18", "x").preset, resolved("resnet50", "swin_large").preset) == ("general", "swin_l-resnet50")
     with pytest.raises(UsageError, match="no preset 'swin'"):
         methods.parse_settings("scalekd", {"preset": "swin"})
 
@@ -422,6 +432,7 @@ def test_train_names_a_missing_tail_and_the_command_that_adds_it(folder: Path) -
 def test_in_a_sum_the_tail_goes_along(cache: Cache) -> None:
     torch.manual_seed(0)
     method = methods.build("scalekd+kd", student=student_of("cnn"), cache=cache).double()
+    assert method.settings.scalekd.heads_s3 == 8  # its preset, filled in
     parts = method(*batch(torch.float64))
     assert {"scalekd_s3_spatial", "kd_distill", "task"} <= set(parts)
     assert next(method.terms["scalekd"].tail.parameters()).dtype == torch.float64

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+import yaml
 from click.testing import CliRunner
 from helpers import make_shards, save_local_dir
 from torch.nn.functional import cross_entropy
@@ -94,6 +96,9 @@ def test_every_part_of_the_loss_falls_from_the_first_epochs_to_the_last(family: 
     for part in PARTS:
         first, last = (sum(float(epoch[f"train_{part}"]) for epoch in some) for some in (epochs[:2], epochs[-2:]))
         assert last < 0.8 * first, part
+    chosen = yaml.safe_load((run / "args.yaml").read_text())["resolved_settings"]
+    record = json.loads((run / "export" / "config.json").read_text())["kdcache"]
+    assert (chosen["preset"], chosen["heads_s4"], chosen["kd_alpha"]) == ("general", 8, 0.5) and record["recipe"]["settings"] == chosen
     student = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True)
     assert sum(p.numel() for p in student.parameters()) == sum(p.numel() for p in build(open_cache(folder / "cache"), family).student.parameters())
 

@@ -59,7 +59,7 @@ class DistillationSettings(MethodSettings):
 
     @model_validator(mode="after")
     def _check_weights(self) -> DistillationSettings:
-        loss_weights(distill=self.distill_loss_weight, task=self.task_loss_weight)
+        _ = self.weights  # raises
         return self
 
     @property

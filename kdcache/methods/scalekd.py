@@ -86,6 +86,10 @@ def _as_pair(value: Any) -> Any:
 class ScaleKDSettings(DistillationSettings):
     """Constants of `scalekd`. Those that are not given are the preset's."""
 
+    distill_loss_weight: float | None = Field(default=None, ge=0)
+    """Weight of all but the labels' cross-entropy. Default: 1, whatever the task's weight."""
+    task_loss_weight: float | None = Field(default=None, ge=0)
+    """Weight of the labels' cross-entropy; 0 leaves it out. Default: 1 - kd_alpha."""
     preset: str = AUTO
     """Constants of a pair, such as swin_l-resnet50; auto: those of this student and teacher, else general's, which are Swin-L → ViT's."""
     alpha_s3: Pair | None = None
@@ -133,14 +137,9 @@ class ScaleKDSettings(DistillationSettings):
 
     def resolve(self, student: str, teacher: str) -> ScaleKDSettings:
         """With every constant of the preset filled in. student, teacher: timm architecture names."""
-        constants = self._preset_for(student, teacher).model_dump(exclude={"teachers", "students"})
-        return self.model_copy(update={name: value for name, value in constants.items() if getattr(self, name) is None})
-
-    def _preset_for(self, student: str, teacher: str) -> Preset:
-        if self.preset != AUTO:
-            return PRESETS[self.preset]
-        matching = (preset for preset in PRESETS.values() if teacher.startswith(preset.teachers) and student.startswith(preset.students))
-        return next(matching, PRESETS[GENERAL])
+        name = self.preset if self.preset != AUTO else preset_for(student, teacher)
+        constants = PRESETS[name].model_dump(exclude={"teachers", "students"})
+        return self.model_copy(update={"preset": name} | {field: value for field, value in constants.items() if getattr(self, field) is None})
 
     @property
     def logits_weight(self) -> float:
@@ -154,6 +153,12 @@ class ScaleKDSettings(DistillationSettings):
         """(distillation weight, task weight): 1 and 1 - kd_alpha, unless given."""
         task = 1 - self.logits_weight if self.task_loss_weight is None else self.task_loss_weight
         return 1.0 if self.distill_loss_weight is None else self.distill_loss_weight, task
+
+
+def preset_for(student: str, teacher: str) -> str:
+    """The preset of a pair of timm architectures; the general one where it has none."""
+    matching = (name for name, preset in PRESETS.items() if teacher.startswith(preset.teachers) and student.startswith(preset.students))
+    return next(matching, GENERAL)
 
 
 class ScaleKD(Method[ScaleKDSettings]):
@@ -221,6 +226,8 @@ class ScaleKD(Method[ScaleKDSettings]):
 
     @classmethod
     def requires(cls, settings: ScaleKDSettings, teacher: TeacherCard) -> Sequence[str]:
+        if teacher.model and teacher.num_classes == 0 and settings.logits_weight > 0:
+            raise UsageError(f"method 'scalekd': teacher {teacher.model} has no classifier, hence no logits to match; expected --set kd_alpha=0")
         return (TARGET, "logits") if settings.logits == "cache" and settings.logits_weight > 0 else (TARGET,)
 
     @classmethod

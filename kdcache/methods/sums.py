@@ -58,6 +58,7 @@ class Sum(Method[Any]):
             nodes += [node for node in part.student_nodes() if node not in nodes]
             part.give_up_student()
             self.terms[name] = part
+        self.settings = settings.model_copy(update={name: part.settings for name, part in self.terms.items()})  # presets filled in
         self.features = StudentFeatures(student, nodes, view_size=cache.plan.size) if nodes else None
 
     def target_parts(self) -> Mapping[str, Sequence[str]]:
