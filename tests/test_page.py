@@ -306,7 +306,7 @@ def _flip_logits(cache: Path) -> str:
     data = bytearray(chunk.read_bytes())
     data[30] ^= 1
     chunk.write_bytes(data)
-    return "fails its crc32c"
+    return "logits/codes/c"
 
 
 def _drop_teacher_card(cache: Path) -> str:
@@ -375,7 +375,7 @@ def test_views_that_render_otherwise_now_are_marked(plain: Path, tmp_path: Path,
     import kdcache.cache as reading
     from kdcache.views import render
 
-    monkeypatch.setattr(reading, "render", lambda *given: render(*given) ^ 1)  # another decoder
+    monkeypatch.setattr(reading, "render", lambda *given, **named: render(*given, **named) ^ 1)  # another decoder
     page, summary = build_page(str(plain / "cache"), PageConfig(samples=2))
     assert "not the pixels that the teacher saw" in Parsed(page).text()
     assert len(summary.problems) == 4
