@@ -19,7 +19,7 @@ from kdcache import open_cache
 from kdcache.class_names import read_class_names, teacher_class_names
 from kdcache.errors import UsageError
 from kdcache.format import Document, TeacherIdentity
-from kdcache.plan import POLICIES
+from kdcache.plan import POLICIES, MixedViews, RandAugment
 from pipelines.copy import CopyConfig, copy
 from pipelines.facts import find_lacks, sample_logits, sample_rows, spread
 from pipelines.inspect import cache_as_text, inspect_cache, inspect_row, row_as_text
@@ -77,13 +77,20 @@ def test_the_worst_shard_is_named_and_sizes_add_up(made: Path) -> None:
         assert by_shard[target["worst"]["shard"]] == pytest.approx(max(by_shard.values())) == pytest.approx(target["worst"]["value"])
         assert target["worst"]["value"] >= target[figure]
     parts = {part["name"]: part["bytes"] for part in facts["sizes"]}
-    assert parts.keys() == {"views", "teacher: logits", "teacher: features@norm"}
+    assert parts.keys() == {"views", "teacher: logits", "teacher: features@norm", "array metadata, calibration"}
     assert parts["views"] == facts["views_bytes"]
-    assert 0 <= facts["bytes"] - sum(parts.values()) < 1000 * len(cache.documents)  # the groups' own metadata
+    documents = {*cache.documents, *(path for path, _ in cache.store.list() if path.startswith("index/"))}
+    assert facts["bytes"] == sum(parts.values()) == sum(size for path, size in cache.store.list() if path not in documents)
     text = cache_as_text(facts, "cache")
     assert facts["root"] in text and facts["teachers"]["teacher"]["weights"] in text
     assert all(f"in {target['worst']['shard']}" in text for target in facts["teachers"]["teacher"]["targets"].values())
     assert "UNFINISHED" not in text and "complete" in text
+    long = cache.plan.policy.model_copy(update={"rand_augment": RandAugment(), "mix": MixedViews(mixup_alpha=0.8, cutmix_alpha=1.0)})
+    facts["policy"]["words"] = policy_in_words(long)
+    facts["made_with"] = facts["provenance"] = {
+        name: ["1.2.3+cu126"] for name in ("kdcache", "torch", "timm", "numpy", "numcodecs", "pillow", "zarr")
+    }
+    assert max(len(line) for line in cache_as_text(facts, "cache").splitlines()) <= 100
 
 
 def test_what_is_unfinished_is_named_and_nothing_else(tmp_path: Path) -> None:

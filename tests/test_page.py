@@ -179,7 +179,7 @@ def test_views_opinions_and_partners_are_those_of_the_cache(photos: Path) -> Non
         p = np.exp(read["logits"] - read["logits"].max())
         p /= p.sum()
         assert f"{int(digest):016x}" in text
-        assert f"{-(p * np.log2(p)).sum():.2f} bits" in text
+        assert f"{-(p * np.log(p)).sum():.2f} nats" in text
         if read["params"].mix is not None:
             partner = cache.keys(HOSTILE_SHARD)[read["params"].mix.partner]
             assert f"mixed with {visible(partner)}" in text
@@ -366,7 +366,7 @@ def test_without_its_tars_the_page_shows_what_the_cache_holds(plain: Path, tmp_p
         away.rename(shards)
     assert relocated == with_tars
     text = Parsed(without).text()
-    assert summary.problems == () and "its tar is not where it was" in text and "Not stored in the cache" in text and "bits" in text
+    assert summary.problems == () and "its tar is not where it was" in text and "Not stored in the cache" in text and "nats" in text
     pictures = [attrs for tag, attrs in Parsed(without).elements if tag == "img"]
     assert pictures and all("data-map" in attrs for attrs in pictures)  # features as colours are still there
 
@@ -403,6 +403,7 @@ def test_page_of_a_cache_that_holds_less(tmp_path: Path, plain: Path, targets: t
     page, summary = build_page(str(cache), PageConfig(samples=3))
     ids = {attrs.get("id") for _, attrs in Parsed(page).elements}
     assert summary.problems == () and "sample-3" in ids
+    assert "labels" in ids
     assert ("features" in ids, "logits" in ids) == (targets == ("features@norm:fp16",), targets == ("logits",))
 
 
