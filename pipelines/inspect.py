@@ -17,7 +17,7 @@ import numpy as np
 from kdcache.augment import OPS
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.class_names import ClassNames, teacher_class_names
-from kdcache.console import human_bytes
+from kdcache.console import human_bytes, one_line
 from kdcache.distance import log_softmax
 from kdcache.errors import UsageError
 from kdcache.fidelity import combine_fidelity
@@ -323,6 +323,7 @@ _FIGURES = ("rel_l2", "cosine", "z_l2", "kl_t1", "kl_t4")
 
 def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
     """A page for people."""
+    facts, path = one_line(facts), one_line(path)
     plan, shards, stored = facts["plan"], facts["shards"], facts["stored_views"]
     done = f"{shards['done']} of {shards['total']} shards"
     lines = [
@@ -431,7 +432,7 @@ def _teacher_in_words(name: str, teacher: Mapping[str, Any], *, mixes: bool) -> 
     lines = [
         f"  teacher      {name}: {teacher['model']}, {teacher['precision']}",
         f"  weights      {teacher['weights']}",
-        f"               {origin}" + (f", checkpoint {teacher['checkpoint']}" if teacher["checkpoint"] else "") + files,
+        *_block("", [origin + (f", checkpoint {teacher['checkpoint']}" if teacher["checkpoint"] else "") + files]),
         f"  input        {pre['input_size']} px, mean {_numbers(pre['mean'])}, std {_numbers(pre['std'])}",
     ]
     if teacher["num_classes"]:
@@ -493,6 +494,7 @@ def _targets_in_words(targets: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def shard_as_text(facts: Mapping[str, Any]) -> str:
     """A shard for people."""
+    facts = one_line(facts)
     views = ", ".join(f"{start} to {stop - 1}" for start, stop in facts["views"])
     lines = [
         f"shard {facts['shard']}",
@@ -521,6 +523,7 @@ def shard_as_text(facts: Mapping[str, Any]) -> str:
 
 def row_as_text(facts: Mapping[str, Any]) -> str:
     """A row for people."""
+    facts = one_line(facts)
     label = f"{facts['label']}" if facts["label"] >= 0 else "none"
     named = f" {facts['label_name']!r}" if facts["label_name"] is not None else ""
     lines = [f"shard {facts['shard']}, key {facts['key']} (row {facts['row']})", f"  label        {label}{named}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from cli.main import main
 from kdcache import open_cache
 from kdcache.class_names import read_class_names, teacher_class_names
 from kdcache.errors import UsageError
-from kdcache.format import Document, TeacherIdentity
+from kdcache.format import Document, TeacherIdentity, dump_document
 from kdcache.plan import POLICIES, MixedViews, RandAugment
 from pipelines.copy import CopyConfig, copy
+from pipelines.diff import diff, diff_as_text
 from pipelines.facts import find_lacks, sample_logits, sample_rows, spread
 from pipelines.inspect import cache_as_text, inspect_cache, inspect_row, row_as_text
+from pipelines.page import PageConfig, build_page
 from pipelines.words import policy_in_words, policy_name
 
 
@@ -90,7 +93,33 @@ def test_the_worst_shard_is_named_and_sizes_add_up(made: Path) -> None:
     facts["made_with"] = facts["provenance"] = {
         name: ["1.2.3+cu126"] for name in ("kdcache", "torch", "timm", "numpy", "numcodecs", "pillow", "zarr")
     }
+    facts["teachers"]["teacher"]["source"] = "local-dir:a-folder-of-usual-length/teacher"
     assert max(len(line) for line in cache_as_text(facts, "cache").splitlines()) <= 100
+
+
+def test_names_and_provenance_of_a_cache_from_elsewhere_write_no_line_of_their_own(made: Path, tmp_path: Path) -> None:
+    hostile = "x\n  root         0123\r\x1b[2J\u202e<script>alert(1)</script>"
+    path = Path(shutil.copytree(made / "cache", tmp_path / "cache"))
+    cache = open_cache(path)
+    for place, document in cache.documents.items():
+        made_by = {**document.provenance, "packages": {hostile: hostile, "torch": hostile}}
+        made_by |= {"host": hostile, "device": hostile, "source": hostile, "checkpoint": hostile} if "source" not in document.provenance else {}
+        if document.kind == "teacher":
+            made_by |= {"source": hostile, "checkpoint": hostile, "weight_files": {hostile: "0" * 32}}
+        (path / place).write_bytes(dump_document(document.identity, measured=document.measured, provenance=made_by))
+    shutil.rmtree(path / "index")
+    shard = cache.shards[0]
+    for arguments in ([path], [path, "--shard", shard], [path, "--shard", shard, "--key", cache.keys(shard)[0]]):
+        result = CliRunner().invoke(main, ["inspect", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        assert sum(line.startswith("  root  ") for line in result.stdout.splitlines()) == (len(arguments) == 1)
+        assert not set("\x1b\r\u202e") & set(result.stdout)
+    assert "<script>alert" not in build_page(str(path), PageConfig(samples=1))[0].decode()
+    facts = diff(str(path), str(made / "cache"), rows=0)
+    facts["plan"] = [{"field": "dataset", "a": hostile, "b": "x"}]
+    facts["identical"] = False
+    text = diff_as_text(facts)
+    assert "\\n  root" in text and not any(line.startswith("  root") for line in text.splitlines())
 
 
 def test_what_is_unfinished_is_named_and_nothing_else(tmp_path: Path) -> None:
