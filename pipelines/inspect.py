@@ -413,7 +413,7 @@ def _sizes_in_words(facts: Mapping[str, Any]) -> list[str]:
     width = max(len(part["name"]) for part in parts)
     lines = [f"{human_bytes(total)}"]
     for part in parts:
-        views = f"{part['views']:>4} views" if part["views"] is not None else f"{'':>10}"
+        views = f"{_count(part['views'], 'view'):>8}" if part["views"] is not None else f"{'':>8}"
         share = 100 * part["bytes"] / total if total else 0.0
         lines.append(f"  {part['name']:<{width}} {views} {human_bytes(part['bytes']):>8} {share:5.1f} %")
     return lines

@@ -411,6 +411,8 @@ def test_options_that_do_not_go_together_are_usage_errors(plain: Path, tmp_path:
     page = str(tmp_path / "page.html")
     for options in (
         ["--data", "shards"],
+        ["--samples", "3"],
+        ["--seed", "1"],
         ["--html", page, "--shard", "train-0000", "--key", "s0000", "--view", "1"],
         ["--html", page, "--key", "s0000"],
     ):

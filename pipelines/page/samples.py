@@ -253,6 +253,8 @@ class _Gatherer:
             view.params, view.digest = replay.params, f"{digest:016x}"
             view.partner = self._partner(sample, replay)
             view.words = tuple(params_in_words(replay.params, f"“{view.partner.key}”" if view.partner is not None else None))
+            if view.partner is not None:
+                view.words += (f"the partner: {', '.join(params_in_words(view.partner.params))}",)
             pixels = self._pixels(sample, number, replay)
         except KDCacheError as error:
             view.note = self._opened.tell(error, sample.shard)
