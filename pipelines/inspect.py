@@ -447,7 +447,7 @@ def _teacher_in_words(name: str, teacher: Mapping[str, Any], *, mixes: bool) -> 
     if (logits := teacher["logits"]) is not None and logits["rows"]:
         e, c = logits["entropy"], logits["confidence"]
         lines += [
-            f"  entropy      mean {e['mean']:.3g} nats of at most {e['most']:.3g}; 5 % below {e['q05']:.3g}, half below {e['q50']:.3g}, 95 % below {e['q95']:.3g}",
+            f"  entropy      mean {e['mean']:.4g} nats of at most {e['most']:.4g}; 5 % below {e['q05']:.4g}, half below {e['q50']:.4g}, 95 % below {e['q95']:.4g}",
             f"  confidence   mean {100 * c['mean']:.1f} % for the likeliest class; 5 % below {100 * c['q05']:.1f}, half below {100 * c['q50']:.1f} %",
             f"               (softmax of {logits['rows']:,} of {logits['of_rows']:,} rows, view {logits['view']}, from {_count(logits['shards'], 'shard')})",
         ]
