@@ -22,8 +22,8 @@ from .options import as_rows, json_option, parse_rows, print_json
     "--class-names", metavar="FILE", help="Names of the classes: a line each, class 0 first; or .json. Default: where they are known for sure."
 )
 @click.option("--html", metavar="FILE", help="Write a page with pictures, which loads nothing else; with --shard or --key, of these samples.")
-@click.option("--samples", type=click.IntRange(0, 200), default=12, show_default=True, metavar="N", help="Samples on the page.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="S", help="Chooses the page's samples.")
+@click.option("--samples", type=click.IntRange(0, 200), metavar="N", help="Samples on the page. Default: 12.")
+@click.option("--seed", type=int, metavar="S", help="Chooses the page's samples. Default: 0.")
 @click.option("--data", metavar="SHARDS", help="Where the tars lie now, for the page's originals. Default: where they lay.")
 @json_option
 def command(
@@ -34,8 +34,8 @@ def command(
     rows: int | str | None,
     class_names: str | None,
     html: str | None,
-    samples: int,
-    seed: int,
+    samples: int | None,
+    seed: int | None,
     data: str | None,
     as_json: bool,
 ) -> None:
@@ -61,15 +61,25 @@ def command(
         from pipelines.facts import SAMPLE_ROWS
 
         inspect.check_selection(shard, key, view, sampled=rows is not None)
-        if html is None and data is not None:
-            raise UsageError("--data needs --html: only the page shows what is in the tars")
+        if html is None:
+            for option, value in (("--data", data), ("--samples", samples), ("--seed", seed)):
+                if value is not None:
+                    raise UsageError(f"{option} needs --html: it is of the page")
         if html is not None and view is not None:
             raise UsageError("--view has no place beside --html: the page of a key shows all its views")
         names = read_class_names(class_names) if class_names is not None else None
         if html is not None:
-            from pipelines.page import PageConfig, write_page
+            from pipelines.page import DEFAULT_SAMPLES, PageConfig, write_page
 
-            chosen = PageConfig(samples=samples, seed=seed, shard=shard, key=key, data=data, rows=as_rows(rows, SAMPLE_ROWS), class_names=names)
+            chosen = PageConfig(
+                samples=samples if samples is not None else DEFAULT_SAMPLES,
+                seed=seed or 0,
+                shard=shard,
+                key=key,
+                data=data,
+                rows=as_rows(rows, SAMPLE_ROWS),
+                class_names=names,
+            )
             page = write_page(cache, html, chosen)
             if as_json:
                 print_json(page.to_json())

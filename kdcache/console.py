@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from tqdm import tqdm
 
@@ -25,6 +27,15 @@ def harmless(text: str) -> str:
 def visible(text: str) -> str:
     """Text for a terminal that holds names from tars and files: control characters but line ends as escapes, so that no name moves a cursor."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(value: Any) -> Any:
+    """A JSON value whose strings hold no line ends and nothing else that a terminal obeys: no name in a cache can pass for a line of ours."""
+    if isinstance(value, str):
+        return visible(value).replace("\n", "\\n")
+    if isinstance(value, Mapping):
+        return {one_line(name): one_line(part) for name, part in value.items()}
+    return [one_line(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def human_bytes(size: float) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kdcache.cache import Cache, TeacherLayer, open_cache
+from kdcache.console import one_line
 from kdcache.distance import Distance
 from kdcache.fidelity import combine_fidelity
 from kdcache.format import Document, TargetIdentity
@@ -348,6 +349,7 @@ def _stored_rel_l2(layer: TeacherLayer, target: str) -> float | None:
 
 def diff_as_text(facts: Mapping[str, Any]) -> str:
     """A short table for people: what is equal is said in a word, what differs with both values."""
+    facts = one_line(facts)
     lines = [_cache_in_words(side.upper(), facts[side]) for side in ("a", "b")]
     if facts["identical"]:
         lines.append(f"identical: the root {facts['a']['root']} names the content of both")
@@ -365,6 +367,8 @@ def diff_as_text(facts: Mapping[str, Any]) -> str:
     for side in ("a", "b"):
         if teachers[f"only_{side}"]:
             lines += _section("teachers", [f"only in {side.upper()}: {', '.join(teachers[f'only_{side}'])}"])
+    if teachers["only_a"] and teachers["only_b"] and not teachers["pairs"]:
+        lines += _section("", [f"--teacher {teachers['only_a'][0]}={teachers['only_b'][0]} compares these two"])
     for pair in teachers["pairs"]:
         lines += _pair_in_words(pair)
     return "\n".join(lines)
@@ -463,24 +467,24 @@ def _pair_in_words(pair: Mapping[str, Any]) -> list[str]:
 
 def _targets_in_words(targets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     rows: list[tuple[str, ...]] = [
-        ("target", "encoding", "views", "compared", "rel L2", "stored", "cosine", "max |B-A|", "KL(A|B)", "KL(B|A)", "top-1 =")
+        ("target", "encoding", "views", "compared", "rel L2", "stored", "cosine", "max diff", "KL(A|B)", "KL(B|A)", "top-1 =")
     ]
     farthest: list[str] = []
     for name, t in targets.items():
         encoding, views = (f"{t[key]['a']}" if t[key]["a"] == t[key]["b"] else f"{t[key]['a']} / {t[key]['b']}" for key in ("encoding", "views"))
-        stored = " / ".join("-" if t["stored_rel_l2"][side] is None else f"{t['stored_rel_l2'][side]:.1g}" for side in "ab")
+        stored = "/".join("-" if t["stored_rel_l2"][side] is None else f"{t['stored_rel_l2'][side]:.1g}" for side in "ab")
         if not t["comparable"]:
             rows.append((name, encoding, views, "other shapes", *[""] * 7))
         elif not t["rows"]:
             rows.append((name, encoding, views, "no row", "", stored, *[""] * 5))
         else:
             logits = (f"{t['kl_ab']:.2g}", f"{t['kl_ba']:.2g}", f"{t['top1_agreement']:.1f} %") if "kl_ab" in t else ("", "", "")
-            compared = f"{t['rows']:,}" + (", all equal" if t["equal_rows"] == t["rows"] else "")
-            rows.append((name, encoding, views, compared, f"{t['rel_l2']:.2g}", stored, f"{t['cosine']:.6f}", f"{t['max_abs']:.2g}", *logits))
+            error = "equal" if t["equal_rows"] == t["rows"] else f"{t['rel_l2']:.2g}"
+            rows.append((name, encoding, views, f"{t['rows']:,}", error, stored, f"{t['cosine']:.6f}", f"{t['max_abs']:.2g}", *logits))
             if t["worst"]["rel_l2"] > 0:
                 worst = t["worst"]
                 farthest.append(f"  farthest    {name}: {worst['rel_l2']:.2g} in shard {worst['shard']}, key {worst['key']}, view {worst['view']}")
     used = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
     widths = {column: max(len(row[column]) for row in rows) for column in used}
-    table = ["  " + "  ".join(f"{row[c]:<{widths[c]}}" if c < 2 else f"{row[c]:>{widths[c]}}" for c in used).rstrip() for row in rows]
+    table = ["  " + " ".join(f"{row[c]:<{widths[c]}}" if c < 2 else f"{row[c]:>{widths[c]}}" for c in used).rstrip() for row in rows]
     return [*table, *farthest]

@@ -23,6 +23,7 @@ from kdcache.distance import log_softmax
 from kdcache.fidelity import combine_fidelity
 from kdcache.format import Document, TargetIdentity
 from kdcache.layout import STORED_FOLDER, target_specs
+from kdcache.ownership import owned_files
 from kdcache.store import LocalStore
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ SAMPLE_BYTES = 4 << 20
 """Of chunks, before compression, that a sample of one target reads at most."""
 SAMPLE_CHUNKS = 64
 """That it reads at most, hence also shards: on an object store each costs two requests."""
+REST_NAME = "array metadata, calibration"
+"""Part of a size: what is named by records and cards and belongs to no target."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -181,14 +184,19 @@ class Part:
     """One part of a cache's size."""
 
     name: str
-    """'views', 'stored views', 'TEACHER: TARGET', or 'TEACHER: tail'."""
+    """'views', 'stored views', 'TEACHER: TARGET', 'TEACHER: tail', or REST_NAME."""
     views: int | None
     """Views of it, from 0 on, in the shard that has most; None for what has none."""
     bytes: int
 
 
+def owned_bytes(cache: Cache) -> int:
+    """Of every file that a record or a card names: all of a cache but its documents and its index."""
+    return sum(field.size for field, _ in owned_files(cache.documents).values())
+
+
 def sizes(cache: Cache) -> list[Part]:
-    """Where the bytes are, the largest part first. Documents, index and the groups' own metadata are the small rest."""
+    """Where `owned_bytes` are, the largest part first."""
     records = [document for documents in cache.views.values() for document in documents]
     views = max((_views_from_zero(documents) for documents in cache.views.values()), default=0)
     stored = sum(group_bytes(record, f"{STORED_FOLDER}/") for record in records)
@@ -204,6 +212,7 @@ def sizes(cache: Cache) -> list[Part]:
             )
         if layer.tail is not None:
             parts.append(Part(f"{name}: tail", None, layer.tail.identity.weights.size))
+    parts.append(Part(REST_NAME, None, owned_bytes(cache) - sum(part.bytes for part in parts)))
     return sorted(parts, key=lambda part: -part.bytes)
 
 

@@ -6,6 +6,7 @@ sample of rows is read for the entropy of logits, and single rows for a key.
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ import numpy as np
 from kdcache.augment import OPS
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.class_names import ClassNames, teacher_class_names
-from kdcache.console import human_bytes
+from kdcache.console import human_bytes, one_line
 from kdcache.distance import log_softmax
 from kdcache.errors import UsageError
 from kdcache.fidelity import combine_fidelity
@@ -32,6 +33,7 @@ from .facts import (
     group_bytes,
     label_histogram,
     made_with,
+    owned_bytes,
     sample_logits,
     sizes,
     when_written,
@@ -60,14 +62,13 @@ def inspect_cache(cache: Cache, *, rows: int | None = SAMPLE_ROWS, names: ClassN
     check_names(cache, names)
     reasons = Counter(skip.reason for records in cache.views.values() for skip in records[0].identity.skipped)
     lacks, written, policy = find_lacks(cache), when_written(cache), cache.plan.policy
-    total = sum(group_bytes(document) for document in cache.documents.values())
     return {
         "fingerprint": cache.fingerprint,
         "root": cache.root,
         "complete": not lacks,
         "views": cache.num_views,
         "rows": cache.num_rows,
-        "bytes": total,
+        "bytes": owned_bytes(cache),
         "shards": {"done": len(cache.views), "total": len(cache.all_shards)},
         "unfinished": [{"what": lack.what, "views": lack.views, "shards": list(lack.shards)} for lack in lacks],
         "teachers": {name: _teacher(cache, layer, rows, names) for name, layer in sorted(cache.teachers.items())},
@@ -315,11 +316,14 @@ def _top5(logits: np.ndarray[Any, Any], names: ClassNames | None) -> dict[str, A
 # --- words -----------------------------------------------------------------------------------------------------------
 
 _BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 100
+"""Columns that the text keeps to, but for a name that is longer."""
 _FIGURES = ("rel_l2", "cosine", "z_l2", "kl_t1", "kl_t4")
 
 
 def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
     """A page for people."""
+    facts, path = one_line(facts), one_line(path)
     plan, shards, stored = facts["plan"], facts["shards"], facts["stored_views"]
     done = f"{shards['done']} of {shards['total']} shards"
     lines = [
@@ -341,17 +345,22 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
     if facts["written"]:
         first, last = (time.replace("T", " ").removesuffix("+00:00") for time in facts["written"].values())
         lines.append(f"  written      from {first} to {last} UTC, by the times of its files")
-    lines.append(f"  made with    {_made_in_words(facts['provenance'])}")
+    lines += _block("made with", [_made_in_words(facts["provenance"])])
     for name, teacher in facts["teachers"].items():
         lines += ["", *_teacher_in_words(name, teacher, mixes="mix" in plan["policy"])]
     return "\n".join(lines)
 
 
 def _block(title: str, texts: Sequence[str], *, joined: bool = False) -> list[str]:
-    """Lines under one title; joined: the first text is a name that stands before the second."""
+    """Lines under one title, the longer ones wrapped; joined: the first text is a name that stands before the second."""
     if joined:
         texts = [" ".join(texts[:2]), *texts[2:]]
-    return [f"  {title if not place else '':<12} {text}" for place, text in enumerate(texts)]
+    lines = [line for text in texts for line in ([text] if len(text) <= WIDTH - 15 else _wrapped(text))]
+    return [f"  {title if not place else '':<12} {line}".rstrip() for place, line in enumerate(lines)]
+
+
+def _wrapped(text: str, width: int = WIDTH - 15) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _unfinished_in_words(unfinished: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -381,7 +390,9 @@ def _labels_in_words(facts: Mapping[str, Any]) -> list[str]:
     unused = labels["highest"] + 1 - labels["classes"]
     lines = [
         f"{some} labelled, {classes}, labels up to {labels['highest']}" + (f" ({unused:,} of them on no row)" if unused else ""),
-        f"{spread['min']:,} to {spread['max']:,} rows a class, median {spread['median']:,.0f}",
+        f"{spread['min']:,} to {spread['max']:,} rows a class, median {spread['median']:,.0f}"
+        if spread["min"] != spread["max"]
+        else f"{_count(spread['min'], 'row')} of each",
     ]
     if labels["classes"] > 1 and labels["bins"]:
         top = max(labels["bins"])
@@ -398,12 +409,11 @@ def _class_in_words(one: Mapping[str, Any]) -> str:
 
 
 def _sizes_in_words(facts: Mapping[str, Any]) -> list[str]:
-    parts = facts["sizes"]
-    total = sum(part["bytes"] for part in parts)
+    parts, total = facts["sizes"], facts["bytes"]
     width = max(len(part["name"]) for part in parts)
     lines = [f"{human_bytes(total)}"]
     for part in parts:
-        views = f"{part['views']:>4} views" if part["views"] is not None else f"{'':>10}"
+        views = f"{_count(part['views'], 'view'):>8}" if part["views"] is not None else f"{'':>8}"
         share = 100 * part["bytes"] / total if total else 0.0
         lines.append(f"  {part['name']:<{width}} {views} {human_bytes(part['bytes']):>8} {share:5.1f} %")
     return lines
@@ -422,7 +432,7 @@ def _teacher_in_words(name: str, teacher: Mapping[str, Any], *, mixes: bool) -> 
     lines = [
         f"  teacher      {name}: {teacher['model']}, {teacher['precision']}",
         f"  weights      {teacher['weights']}",
-        f"               {origin}" + (f", checkpoint {teacher['checkpoint']}" if teacher["checkpoint"] else "") + files,
+        *_block("", [origin + (f", checkpoint {teacher['checkpoint']}" if teacher["checkpoint"] else "") + files]),
         f"  input        {pre['input_size']} px, mean {_numbers(pre['mean'])}, std {_numbers(pre['std'])}",
     ]
     if teacher["num_classes"]:
@@ -437,7 +447,7 @@ def _teacher_in_words(name: str, teacher: Mapping[str, Any], *, mixes: bool) -> 
     if (logits := teacher["logits"]) is not None and logits["rows"]:
         e, c = logits["entropy"], logits["confidence"]
         lines += [
-            f"  entropy      mean {e['mean']:.3g} nats of at most {e['most']:.3g}; 5 % below {e['q05']:.3g}, half below {e['q50']:.3g}, 95 % below {e['q95']:.3g}",
+            f"  entropy      mean {e['mean']:.4g} nats of at most {e['most']:.4g}; 5 % below {e['q05']:.4g}, half below {e['q50']:.4g}, 95 % below {e['q95']:.4g}",
             f"  confidence   mean {100 * c['mean']:.1f} % for the likeliest class; 5 % below {100 * c['q05']:.1f}, half below {100 * c['q50']:.1f} %",
             f"               (softmax of {logits['rows']:,} of {logits['of_rows']:,} rows, view {logits['view']}, from {_count(logits['shards'], 'shard')})",
         ]
@@ -463,18 +473,20 @@ def _targets_in_words(targets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     figures = [figure for figure in _FIGURES if any(figure in t for t in targets.values())]
     titles = {"kl_t1": "KL T=1", "kl_t4": "KL T=4"}
     width, encoding_width = max(width, len("target")), max(encoding_width, len("encoding"))
-    head = f"  {'target':<{width}} {'encoding':<{encoding_width}} {'views':>5} {'shape':<12} {'B/view':>9}"
-    lines = [head + "".join(f" {titles.get(figure, figure):>9}" for figure in figures) + "  worst shard"]
+    head = f"  {'target':<{width}} {'encoding':<{encoding_width}} {'views':>5} {'shape':<11} {'B/view':>8}"
+    lines = [head + "".join(f" {titles.get(figure, figure):>8}" for figure in figures)]
     for target, t in targets.items():
         shape = "x".join(map(str, t["shape"])) + (f"+{t['prefix_tokens']}" if t["prefix_tokens"] else "")
-        cells = "".join(f" {t[f]:9.6f}" if f == "cosine" and f in t else f" {t[f]:9.2g}" if f in t else f" {'':>9}" for f in figures)
-        size = f"{t['bytes_per_view']:9,.0f}" if t["bytes_per_view"] is not None else f"{'':>9}"
-        worst = f"  {titles.get(t['worst']['figure'], t['worst']['figure'])} {t['worst']['value']:.2g} in {t['worst']['shard']}" if t["worst"] else ""
-        lines.append(f"  {target:<{width}} {t['encoding']:<{encoding_width}} {t['views']:5d} {shape:<12} {size}{cells}{worst}".rstrip())
+        cells = "".join(f" {t[f]:8.6f}" if f == "cosine" and f in t else f" {t[f]:8.2g}" if f in t else f" {'':>8}" for f in figures)
+        size = f"{t['bytes_per_view']:8,.0f}" if t["bytes_per_view"] is not None else f"{'':>8}"
+        lines.append(f"  {target:<{width}} {t['encoding']:<{encoding_width}} {t['views']:5d} {shape:<11} {size}{cells}".rstrip())
+        if t["worst"]:
+            figure = titles.get(t["worst"]["figure"], t["worst"]["figure"])
+            lines.append(f"      worst in {t['worst']['shard']}: {figure} {t['worst']['value']:.2g}")
         bands = [name.removeprefix("energy_") for name in t if name.startswith("energy_")]
         if bands:
             words = (f"{band} {100 * t[f'energy_{band}']:.2g} % (error {t[f'error_{band}']:.2g})" for band in bands)
-            lines.append(f"  {'':<{width}} energy by band: {', '.join(words)}")
+            lines += [f"      {line}" for line in _wrapped(f"energy by band: {', '.join(words)}", WIDTH - 6)]
     if any(t["measured_on_more"] for t in targets.values()):
         lines.append("  (measured when it was extracted, over views that copy or gc has left out since, too)")
     return lines
@@ -482,6 +494,7 @@ def _targets_in_words(targets: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def shard_as_text(facts: Mapping[str, Any]) -> str:
     """A shard for people."""
+    facts = one_line(facts)
     views = ", ".join(f"{start} to {stop - 1}" for start, stop in facts["views"])
     lines = [
         f"shard {facts['shard']}",
@@ -503,12 +516,14 @@ def shard_as_text(facts: Mapping[str, Any]) -> str:
         first, end = segment["measured_on"]
         over = f" (over views {first} to {end - 1})" if segment["measured_on"] != segment["views"] else ""
         for target, fidelity in segment["fidelity"].items():
-            lines.append(f"               {target}: " + ", ".join(f"{name} {value:.3g}" for name, value in fidelity.items()) + over)
+            words = ", ".join(f"{name} {value:.6f}" if name == "cosine" else f"{name} {value:.3g}" for name, value in fidelity.items())
+            lines += _block("", [f"{target}: {words}{over}"])
     return "\n".join(lines)
 
 
 def row_as_text(facts: Mapping[str, Any]) -> str:
     """A row for people."""
+    facts = one_line(facts)
     label = f"{facts['label']}" if facts["label"] >= 0 else "none"
     named = f" {facts['label_name']!r}" if facts["label_name"] is not None else ""
     lines = [f"shard {facts['shard']}, key {facts['key']} (row {facts['row']})", f"  label        {label}{named}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from cli.main import main
 from kdcache import open_cache
 from kdcache.class_names import read_class_names, teacher_class_names
 from kdcache.errors import UsageError
-from kdcache.format import Document, TeacherIdentity
-from kdcache.plan import POLICIES
+from kdcache.format import Document, TeacherIdentity, dump_document
+from kdcache.plan import POLICIES, MixedViews, RandAugment
 from pipelines.copy import CopyConfig, copy
+from pipelines.diff import diff, diff_as_text
 from pipelines.facts import find_lacks, sample_logits, sample_rows, spread
 from pipelines.inspect import cache_as_text, inspect_cache, inspect_row, row_as_text
+from pipelines.page import PageConfig, build_page
 from pipelines.words import policy_in_words, policy_name
 
 
@@ -77,13 +80,46 @@ def test_the_worst_shard_is_named_and_sizes_add_up(made: Path) -> None:
         assert by_shard[target["worst"]["shard"]] == pytest.approx(max(by_shard.values())) == pytest.approx(target["worst"]["value"])
         assert target["worst"]["value"] >= target[figure]
     parts = {part["name"]: part["bytes"] for part in facts["sizes"]}
-    assert parts.keys() == {"views", "teacher: logits", "teacher: features@norm"}
+    assert parts.keys() == {"views", "teacher: logits", "teacher: features@norm", "array metadata, calibration"}
     assert parts["views"] == facts["views_bytes"]
-    assert 0 <= facts["bytes"] - sum(parts.values()) < 1000 * len(cache.documents)  # the groups' own metadata
+    documents = {*cache.documents, *(path for path, _ in cache.store.list() if path.startswith("index/"))}
+    assert facts["bytes"] == sum(parts.values()) == sum(size for path, size in cache.store.list() if path not in documents)
     text = cache_as_text(facts, "cache")
     assert facts["root"] in text and facts["teachers"]["teacher"]["weights"] in text
     assert all(f"in {target['worst']['shard']}" in text for target in facts["teachers"]["teacher"]["targets"].values())
     assert "UNFINISHED" not in text and "complete" in text
+    long = cache.plan.policy.model_copy(update={"rand_augment": RandAugment(), "mix": MixedViews(mixup_alpha=0.8, cutmix_alpha=1.0)})
+    facts["policy"]["words"] = policy_in_words(long)
+    facts["made_with"] = facts["provenance"] = {
+        name: ["1.2.3+cu126"] for name in ("kdcache", "torch", "timm", "numpy", "numcodecs", "pillow", "zarr")
+    }
+    facts["teachers"]["teacher"]["source"] = "local-dir:a-folder-of-usual-length/teacher"
+    assert max(len(line) for line in cache_as_text(facts, "cache").splitlines()) <= 100
+
+
+def test_names_and_provenance_of_a_cache_from_elsewhere_write_no_line_of_their_own(made: Path, tmp_path: Path) -> None:
+    hostile = "x\n  root         0123\r\x1b[2J\u202e<script>alert(1)</script>"
+    path = Path(shutil.copytree(made / "cache", tmp_path / "cache"))
+    cache = open_cache(path)
+    for place, document in cache.documents.items():
+        made_by = {**document.provenance, "packages": {hostile: hostile, "torch": hostile}}
+        made_by |= {"host": hostile, "device": hostile, "source": hostile, "checkpoint": hostile} if "source" not in document.provenance else {}
+        if document.kind == "teacher":
+            made_by |= {"source": hostile, "checkpoint": hostile, "weight_files": {hostile: "0" * 32}}
+        (path / place).write_bytes(dump_document(document.identity, measured=document.measured, provenance=made_by))
+    shutil.rmtree(path / "index")
+    shard = cache.shards[0]
+    for arguments in ([path], [path, "--shard", shard], [path, "--shard", shard, "--key", cache.keys(shard)[0]]):
+        result = CliRunner().invoke(main, ["inspect", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        assert sum(line.startswith("  root  ") for line in result.stdout.splitlines()) == (len(arguments) == 1)
+        assert not set("\x1b\r\u202e") & set(result.stdout)
+    assert "<script>alert" not in build_page(str(path), PageConfig(samples=1))[0].decode()
+    facts = diff(str(path), str(made / "cache"), rows=0)
+    facts["plan"] = [{"field": "dataset", "a": hostile, "b": "x"}]
+    facts["identical"] = False
+    text = diff_as_text(facts)
+    assert "\\n  root" in text and not any(line.startswith("  root") for line in text.splitlines())
 
 
 def test_what_is_unfinished_is_named_and_nothing_else(tmp_path: Path) -> None:

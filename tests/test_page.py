@@ -179,7 +179,7 @@ def test_views_opinions_and_partners_are_those_of_the_cache(photos: Path) -> Non
         p = np.exp(read["logits"] - read["logits"].max())
         p /= p.sum()
         assert f"{int(digest):016x}" in text
-        assert f"{-(p * np.log2(p)).sum():.2f} bits" in text
+        assert f"{-(p * np.log(p)).sum():.2f} nats" in text
         if read["params"].mix is not None:
             partner = cache.keys(HOSTILE_SHARD)[read["params"].mix.partner]
             assert f"mixed with {visible(partner)}" in text
@@ -306,7 +306,7 @@ def _flip_logits(cache: Path) -> str:
     data = bytearray(chunk.read_bytes())
     data[30] ^= 1
     chunk.write_bytes(data)
-    return "fails its crc32c"
+    return "logits/codes/c"
 
 
 def _drop_teacher_card(cache: Path) -> str:
@@ -366,7 +366,7 @@ def test_without_its_tars_the_page_shows_what_the_cache_holds(plain: Path, tmp_p
         away.rename(shards)
     assert relocated == with_tars
     text = Parsed(without).text()
-    assert summary.problems == () and "its tar is not where it was" in text and "Not stored in the cache" in text and "bits" in text
+    assert summary.problems == () and "its tar is not where it was" in text and "Not stored in the cache" in text and "nats" in text
     pictures = [attrs for tag, attrs in Parsed(without).elements if tag == "img"]
     assert pictures and all("data-map" in attrs for attrs in pictures)  # features as colours are still there
 
@@ -375,7 +375,7 @@ def test_views_that_render_otherwise_now_are_marked(plain: Path, tmp_path: Path,
     import kdcache.cache as reading
     from kdcache.views import render
 
-    monkeypatch.setattr(reading, "render", lambda *given: render(*given) ^ 1)  # another decoder
+    monkeypatch.setattr(reading, "render", lambda *given, **named: render(*given, **named) ^ 1)  # another decoder
     page, summary = build_page(str(plain / "cache"), PageConfig(samples=2))
     assert "not the pixels that the teacher saw" in Parsed(page).text()
     assert len(summary.problems) == 4
@@ -403,6 +403,7 @@ def test_page_of_a_cache_that_holds_less(tmp_path: Path, plain: Path, targets: t
     page, summary = build_page(str(cache), PageConfig(samples=3))
     ids = {attrs.get("id") for _, attrs in Parsed(page).elements}
     assert summary.problems == () and "sample-3" in ids
+    assert "labels" in ids
     assert ("features" in ids, "logits" in ids) == (targets == ("features@norm:fp16",), targets == ("logits",))
 
 
@@ -410,6 +411,8 @@ def test_options_that_do_not_go_together_are_usage_errors(plain: Path, tmp_path:
     page = str(tmp_path / "page.html")
     for options in (
         ["--data", "shards"],
+        ["--samples", "3"],
+        ["--seed", "1"],
         ["--html", page, "--shard", "train-0000", "--key", "s0000", "--view", "1"],
         ["--html", page, "--key", "s0000"],
     ):

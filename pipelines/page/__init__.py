@@ -33,7 +33,7 @@ from kdcache.console import human_bytes, visible
 from kdcache.errors import CacheError, KDCacheError, StoreError, UsageError
 from kdcache.fidelity import combine_fidelity
 
-from ..facts import SAMPLE_ROWS, LabelHistogram, fidelity_by_shard, fidelity_sums, label_histogram, made_with, sizes, worst_shard
+from ..facts import REST_NAME, SAMPLE_ROWS, LabelHistogram, fidelity_by_shard, fidelity_sums, label_histogram, made_with, sizes, worst_shard
 from ..inspect import check_names, class_names_of, label_names_of
 from ..words import policy_in_words, policy_name
 from .charts import Chart, bars, cell_map, curve
@@ -47,6 +47,7 @@ DEFAULT_SAMPLES = 12
 MAX_SAMPLES = 200
 PICTURE_BYTES = 1_450_000
 """Of pictures at the default sample; the rest of 2 MB is for charts and words. A larger sample may have more."""
+_DOCUMENTS_NAME = "index, records, cards"
 _SHOWN_SHARDS = 200
 """Shards that are not done, named one by one."""
 
@@ -244,11 +245,12 @@ def _sizes(opened: PageCache) -> dict[str, Any]:
     parts = [(part.name, part.views, part.bytes) for part in sizes(opened.cache)]
     rest = opened.bytes - sum(size for *_, size in parts)
     if rest > 0:
-        parts.append(("index, records, cards", None, rest))
+        parts.append((_DOCUMENTS_NAME, None, rest))
     total = sum(size for *_, size in parts) or 1
     start, result = 0.0, []
-    for name, views, size in parts:
-        result.append({"name": name, "views": views, "bytes": size, "start": start, "share": size / total})
+    for place, (name, views, size) in enumerate(parts):
+        tint = "rest" if name in (REST_NAME, _DOCUMENTS_NAME) else f"p{place % 8}"
+        result.append({"name": name, "views": views, "bytes": size, "start": start, "share": size / total, "tint": tint})
         start += size / total
     return {"parts": result, "total": total}
 

@@ -6,7 +6,7 @@ Legend: N rows of the sample, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import log2
+from math import log
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,10 @@ class LogitFacts:
     rows: int
     shards: int
     note: str
-    mean_bits: float
-    median_bits: float
-    largest_bits: float
-    """log2 of the number of classes: what a teacher that knows nothing has."""
+    mean_nats: float
+    median_nats: float
+    largest_nats: float
+    """The logarithm of the number of classes: what a teacher that knows nothing has."""
     mean_confidence: float
     entropy_chart: Chart | None
     labelled: int
@@ -74,14 +74,14 @@ def describe_logits(opened: PageCache, teacher: str, max_rows: int | None = SAMP
             continue
         log_p = log_softmax(logits_NK)
         p = np.exp(log_p)
-        entropies.append(np.maximum(-(p * log_p).sum(axis=1) / np.log(2), 0))
+        entropies.append(np.maximum(-(p * log_p).sum(axis=1), 0))
         confidences.append(p.max(axis=1))
         rights.append(np.where(labels >= 0, p.argmax(axis=1) == labels, np.nan))
     entropy, confidence, right = np.concatenate(entropies), np.concatenate(confidences), np.concatenate(rights)
     known = ~np.isnan(right)
     bins = _bins(confidence[known], right[known])
     labelled = int(known.sum())
-    largest = log2(max(card.num_classes or 1, 1))
+    largest = log(max(card.num_classes or 1, 1))
     some = len(entropy) > 0 and largest > 0
     mean, median = (float(entropy.mean()), float(np.median(entropy))) if some else (0.0, 0.0)
     return LogitFacts(
@@ -91,11 +91,11 @@ def describe_logits(opened: PageCache, teacher: str, max_rows: int | None = SAMP
         rows=len(entropy),
         shards=shards,
         note=note,
-        mean_bits=mean,
-        median_bits=median,
-        largest_bits=largest,
+        mean_nats=mean,
+        median_nats=median,
+        largest_nats=largest,
         mean_confidence=float(confidence.mean()) if some else 0.0,
-        entropy_chart=histogram(entropy.tolist(), largest, bins=40, x_title="entropy, bits", y_title="rows", marks=[(mean, "mean")])
+        entropy_chart=histogram(entropy.tolist(), largest, bins=40, x_title="entropy, nats", y_title="rows", marks=[(mean, "mean")])
         if some
         else None,
         labelled=labelled,

@@ -67,7 +67,7 @@ class Opinion:
     teacher: str
     guesses: tuple[Guess, ...]
     """The likeliest classes; the label's is added where it is not among them."""
-    entropy_bits: float
+    entropy_nats: float
     rank: int | None
     """Place of the label, from 1; None without one."""
 
@@ -253,6 +253,8 @@ class _Gatherer:
             view.params, view.digest = replay.params, f"{digest:016x}"
             view.partner = self._partner(sample, replay)
             view.words = tuple(params_in_words(replay.params, f"“{view.partner.key}”" if view.partner is not None else None))
+            if view.partner is not None:
+                view.words += (f"the partner: {', '.join(params_in_words(view.partner.params))}",)
             pixels = self._pixels(sample, number, replay)
         except KDCacheError as error:
             view.note = self._opened.tell(error, sample.shard)
@@ -322,6 +324,6 @@ class _Gatherer:
         return Opinion(
             teacher,
             tuple(Guess(i, names.of(i) if names else None, float(p[i]), i == label, i == partner) for i in shown),
-            max(0.0, float(-(p * log_p).sum() / np.log(2))),
+            max(0.0, float(-(p * log_p).sum())),
             int(np.flatnonzero(order == label)[0]) + 1 if label is not None else None,
         )
