@@ -46,7 +46,7 @@ from kdcache.sources import locate_shards
 from kdcache.store import LocalStore, Store, open_store
 
 from .verdict import MAX_LISTED, Verdict
-from .verify import digest_all, place_of
+from .verify import digest_all
 
 if TYPE_CHECKING:
     from kdcache.commit import ChunkPool
@@ -181,14 +181,9 @@ class _Planner:
         bad: list[str] = []
         for path, _ in document_paths(self.store):
             try:
-                document = read_document(self.store, path)
+                self.documents[path] = read_document(self.store, path)
             except KDCacheError:
                 bad.append(path)
-                continue
-            if place_of(path, document) != path:
-                bad.append(path)
-            else:
-                self.documents[path] = document
         for path in [*bad, *(path for path in indexed if path not in self.documents and path not in bad)]:
             self._put_back(path)
         for path in self._disagreeing():

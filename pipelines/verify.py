@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kdcache.cache import Cache, document_problems
-from kdcache.errors import CacheError, CorruptError, FormatVersionError, KDCacheError, MissingError, NotACacheError
+from kdcache.errors import CacheError, CorruptError, FormatVersionError, KDCacheError, MisplacedError, MissingError, NotACacheError
 from kdcache.format import (
     DigestField,
     Document,
@@ -28,9 +28,6 @@ from kdcache.format import (
     ViewsIdentity,
     digest_of_files,
     file_digest_holds,
-    source_path,
-    targets_record_path,
-    views_record_path,
 )
 from kdcache.index import MAX_DOCUMENT_BYTES, document_paths, index_paths, read_document, read_index, read_table
 from kdcache.ownership import index_tables, owned_files
@@ -38,7 +35,7 @@ from kdcache.plan import blake2b_128
 from kdcache.sources import locate_shards
 from kdcache.store import Store, open_store
 
-from .verdict import Problem, Verdict
+from .verdict import Kind, Problem, Verdict
 
 READ_BYTES = 1 << 20
 """Of one read: larger ones leave the core's cache before they are hashed."""
@@ -119,24 +116,9 @@ def _read_documents(store: Store, verdict: Verdict) -> dict[str, Document[Any]]:
         except KDCacheError as error:
             if isinstance(error, FormatVersionError) and file_digest_holds(store.get(path, max_size=MAX_DOCUMENT_BYTES)):
                 raise  # a sound file of a later version, not a damaged one of ours
-            kind: Literal["missing", "corrupt"] = "missing" if isinstance(error, MissingError) else "corrupt"
+            kind: Kind = "missing" if isinstance(error, MissingError) else "plan" if isinstance(error, MisplacedError) else "corrupt"
             verdict.problems.append(Problem(kind, _shard_in(path), "", str(error), path))
-            continue
-        place = place_of(path, documents[path])
-        if place != path:
-            detail = f"{path} holds the document that belongs at {place}: it was moved, or copied over another"
-            verdict.problems.append(Problem("plan", _shard_in(path), "", detail, path))
     return documents
-
-
-def place_of(path: str, document: Document[Any]) -> str:
-    """Where a document belongs by what it says of itself; `path` for one that says nothing of it."""
-    identity = document.identity
-    if document.kind == "views":
-        return views_record_path(identity.shard, identity.views)
-    if document.kind == "targets":
-        return targets_record_path(path.split("/")[1], identity.shard, identity.targets, identity.views)
-    return source_path(identity) if document.kind == "source" else path
 
 
 def _shard_in(path: str) -> str:
