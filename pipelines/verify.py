@@ -35,6 +35,7 @@ from kdcache.plan import blake2b_128
 from kdcache.sources import locate_shards
 from kdcache.store import Store, open_store
 
+from .facts import find_lacks
 from .verdict import Kind, Problem, Verdict
 
 READ_BYTES = 1 << 20
@@ -166,8 +167,7 @@ def _check_files(store: Store, documents: Mapping[str, Document[Any]], verdict: 
     known = set(expected) | set(documents) | set(index_paths(store))
     known |= index_tables(store)
     for path in sorted(found):
-        damaged = any(path in detail for detail in suspect)
-        if path not in known and not damaged and not _belongs_to_damaged(path, suspect):
+        if path not in known and not any(path in detail for detail in suspect) and not _belongs_to_damaged(path, suspect):
             verdict.problems.append(
                 Problem(
                     "extra",
@@ -277,18 +277,16 @@ def _check_pixel_columns(cache: Cache, verdict: Verdict) -> None:
 
 
 def _note_completeness(cache: Cache, verdict: Verdict) -> None:
-    before = len(verdict.notes)
-    missing = [shard for shard in cache.all_shards if shard not in cache.views]
-    if missing:
-        verdict.notes.append(f"unfinished: {len(cache.views)} of {len(cache.all_shards)} shards are done, {missing[0]} is the first that is not")
-    for name, layer in cache.teachers.items():
-        for target in layer.targets:
-            lacking = [shard for shard in cache.views if not layer.segments(shard, target)]
-            if lacking:
-                verdict.notes.append(
-                    f"unfinished: teacher {name}, {target}: {len(lacking)} of {len(cache.views)} shards lack it, {lacking[0]} is the first"
-                )
-    verdict.finished = len(verdict.notes) == before
+    lacks = find_lacks(cache)
+    for lack in lacks:
+        if lack.what == "shards":
+            done = f"{len(cache.views)} of {len(cache.all_shards)} shards are done, {lack.shards[0]} is the first that is not"
+        elif lack.what == "views":
+            done = f"{len(lack.shards)} of {len(cache.views)} shards have fewer views than the {lack.views} of others, {lack.shards[0]} is the first"
+        else:
+            done = f"{lack.what}: {len(lack.shards)} of {len(cache.views)} shards lack it or views of it, {lack.shards[0]} is the first"
+        verdict.notes.append(f"unfinished: {done}")
+    verdict.finished = not lacks
     for shard, records in cache.views.items():
         if records[0].identity.cut is not None:
             verdict.notes.append(
