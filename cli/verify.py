@@ -79,6 +79,8 @@ def command(
     """
     if yes and not repair:
         raise click.UsageError("--yes belongs to --repair")
+    if not repair and recompute is None and (teacher or model or checkpoint):
+        raise click.UsageError("--teacher, --model and --checkpoint are for --recompute or --repair: nothing else loads a teacher")
     if repair and recompute is not None:
         raise click.UsageError("--repair mends bytes; run --recompute by itself, before or after")
 

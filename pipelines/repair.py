@@ -246,6 +246,8 @@ class _Planner:
         return found
 
     def _agree(self) -> bool:
+        if "cache.json" not in self.documents:
+            return False
         try:
             cache = Cache(self.store, self.documents, None, sources={}, check=False)
         except CacheError:

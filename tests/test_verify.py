@@ -148,6 +148,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], set[tuple[str, str]]]] = {
         foreign("views/train-0000.*.json"),
         {("plan", "train-0000"), ("teacher", "train-0000"), ("index", ""), ("extra", "train-0000")},
     ),
+    "views record of another cache, cache.json flipped": (
+        all_of(foreign("views/train-0000.*.json"), lambda r: flip(r / "cache/cache.json")),
+        {("corrupt", "")},
+    ),
     "calibration lost": (lambda r: (r / f"{LAYER}/targets/features@norm.calibration.safetensors").unlink(), {("missing", "")}),
     "calibration flipped": (lambda r: flip(r / f"{LAYER}/targets/features@norm.calibration.safetensors"), {("corrupt", "")}),
     "tail lost": (lambda r: (r / f"{LAYER}/tail.safetensors").unlink(), {("missing", "")}),
@@ -282,6 +286,7 @@ def test_the_command_shows_first_and_does_it_when_told(setup: Path) -> None:
     assert f"root {root} fingerprint {fingerprint}: sound\n" in done.stderr
     assert "nothing to repair" in invoke("verify", cache, "--repair").stderr
     assert invoke("verify", cache, "--yes").exit_code == 2
+    assert invoke("verify", cache, "--model", "local-dir:/nowhere").exit_code == 2
 
 
 def test_a_repair_that_is_cut_off_anywhere_is_finished_by_the_next(setup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
