@@ -140,6 +140,7 @@ def command(
     """
 
     def action() -> None:
+        from kdcache.console import visible
         from pipelines.train import TrainConfig, train_each
 
         config = TrainConfig(
@@ -152,7 +153,7 @@ def command(
                 runs.append(run)
         finally:
             if runs:
-                click.echo(_table(runs), err=True)
+                click.echo(visible(_table(runs)), err=True)
                 if as_json:
                     print_json({"runs": runs})
 

@@ -31,7 +31,7 @@ def _parse_views(_ctx: click.Context, _parameter: click.Parameter, text: str | N
 @click.option("--repair", is_flag=True, help="Show what is to be deleted and made again to mend what was found.")
 @click.option("--yes", is_flag=True, help="With --repair: do it, then verify again. Without it nothing is changed.")
 @click.option("--data", metavar="SHARDS", help="Where the tars lie now. Default: where they lay when the cache was made.")
-@click.option("--teacher", metavar="N", help="Which of the cache's teachers --recompute runs. Default: all.")
+@click.option("--teacher", metavar="N", help="Which teacher --recompute runs, or --model and --checkpoint are of. Default: all; the only one.")
 @click.option("--model", metavar="NAME", help="Where the teacher lies now, as extract's --teacher. Default: as it was named then.")
 @click.option("--checkpoint", metavar="FILE", help="Its weights now. Default: the file that was named then.")
 @click.option(
@@ -79,6 +79,8 @@ def command(
     """
     if yes and not repair:
         raise click.UsageError("--yes belongs to --repair")
+    if not repair and recompute is None and (teacher or model or checkpoint):
+        raise click.UsageError("--teacher, --model and --checkpoint are for --recompute or --repair: nothing else loads a teacher")
     if repair and recompute is not None:
         raise click.UsageError("--repair mends bytes; run --recompute by itself, before or after")
 
@@ -93,8 +95,10 @@ def command(
         _tell(verdict, cache)
         failed = False
         if repair:
-            config = RepairConfig(data=data, model=model, checkpoint=checkpoint, batch_size=batch_size, device=device, workers=workers)
-            verdict, failed = _repair(cache, verdict, config, yes=yes)
+            config = RepairConfig(
+                data=data, model=model, checkpoint=checkpoint, teacher=teacher, batch_size=batch_size, device=device, workers=workers
+            )
+            verdict, failed = _repair(cache, verdict, config, views=views, yes=yes)
         if as_json:
             print_json(verdict.to_json())
         return 0 if verdict.ok and not failed else 1
@@ -110,7 +114,7 @@ def _tell(verdict: Verdict, cache: str) -> None:
         say(line)
 
 
-def _repair(cache: str, verdict: Verdict, config: RepairConfig, *, yes: bool) -> tuple[Verdict, bool]:
+def _repair(cache: str, verdict: Verdict, config: RepairConfig, *, views: int | str | None, yes: bool) -> tuple[Verdict, bool]:
     """The verdict afterwards, and whether something could not be done."""
     from kdcache.console import say
     from pipelines.repair import carry_out, plan_repair
@@ -131,6 +135,6 @@ def _repair(cache: str, verdict: Verdict, config: RepairConfig, *, yes: bool) ->
     failures = carry_out(cache, plan, config)
     for failure in failures:
         say(f"{'failed':>13}  {'':>8}  {failure}")
-    verdict = verify(cache, progress=True)
+    verdict = verify(cache, views=views, data=config.data, workers=config.workers, progress=True)  # type: ignore[arg-type]  # parsed above
     _tell(verdict, cache)
     return verdict, bool(failures)

@@ -11,6 +11,7 @@
         ├── FormatVersionError   written by a later format than this kdcache reads
         ├── MismatchError        an identity field differs from the plan, teacher or target on disk
         ├── CorruptError         bytes that are not the ones that were written
+        │   └── MisplacedError   a sound document that lies where another belongs
         ├── MissingError         a row, view, target or teacher that the cache does not hold
         └── DriftError           a replayed view whose pixels are not those the teacher saw
 
@@ -58,6 +59,10 @@ class FormatVersionError(CacheError):
 
 class CorruptError(CacheError):
     """Stored bytes are not the bytes that were written."""
+
+
+class MisplacedError(CorruptError):
+    """A document that is sound in itself and lies where another belongs."""
 
 
 class MissingError(CacheError):

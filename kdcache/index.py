@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import CacheError, CorruptError, MissingError, NotACacheError
+from .errors import CacheError, CorruptError, MisplacedError, MissingError, NotACacheError
 from .format import (
     FORMAT_VERSION,
     TEACHER_NAME,
@@ -87,7 +87,7 @@ def read_document(store: Store, path: str) -> Document[Any]:
 
 
 def _check_place(path: str, document: Document[Any], *, where: str) -> None:
-    """Raise CorruptError for a document that lies where another belongs: two of one segment would both be heard."""
+    """Raise MisplacedError for a document that lies where another belongs: two of one segment would both be heard."""
     parts, identity = path.split("/"), document.identity
     if parts[0] == "teachers" and not TEACHER_NAME.fullmatch(parts[1]):
         raise CorruptError(f"{where}: {parts[1]!a} is no teacher's name; expected letters, digits, '.', '_' and '-'")
@@ -101,7 +101,9 @@ def _check_place(path: str, document: Document[Any], *, where: str) -> None:
     elif isinstance(identity, TargetIdentity):
         proper = target_path(parts[1], identity.name)
     if path != proper:
-        raise CorruptError(f"{where}: what it describes belongs at {proper!a}; run 'kdcache verify' to see what else is damaged")
+        raise MisplacedError(
+            f"{where}: what it describes belongs at {proper!a}: it was moved, or copied over another; run 'kdcache verify' to see what else is damaged"
+        )
 
 
 @dataclass(frozen=True)

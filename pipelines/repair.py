@@ -25,7 +25,7 @@ import numpy as np
 
 from kdcache.cache import Cache, document_problems, refresh_index
 from kdcache.console import human_bytes, say
-from kdcache.errors import CacheError, CorruptError, DriftError, KDCacheError, MismatchError, ShardError
+from kdcache.errors import CacheError, CorruptError, DriftError, KDCacheError, MismatchError, ShardError, StoreError, UsageError
 from kdcache.format import (
     Document,
     SourceIdentity,
@@ -46,7 +46,7 @@ from kdcache.sources import locate_shards
 from kdcache.store import LocalStore, Store, open_store
 
 from .verdict import MAX_LISTED, Verdict
-from .verify import digest_all, place_of
+from .verify import digest_all
 
 if TYPE_CHECKING:
     from kdcache.commit import ChunkPool
@@ -67,6 +67,8 @@ class RepairConfig:
     model: str | None = None
     """Where the teacher lies now. Default: as it was named when it was recorded."""
     checkpoint: str | None = None
+    teacher: str | None = None
+    """Of which teacher `model` and `checkpoint` speak. Default: the only one that is needed."""
     batch_size: int | None = None
     """Default: as the segment was made, so that its bytes come out the same. Likewise the device."""
     device: str | None = None
@@ -114,6 +116,8 @@ class RepairPlan:
     notes: list[str] = field(default_factory=list)
     impossible: list[str] = field(default_factory=list)
     """What can't be mended, and what to do instead. Then nothing is."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Path → bytes of every file when the plan was made: a cache that has changed since is not touched."""
 
     def __bool__(self) -> bool:
         return bool(self.delete or self.restore or self.rewrite_sources or self.segments or self.calibrations or self.tails or self.index)
@@ -121,6 +125,11 @@ class RepairPlan:
     @property
     def segments(self) -> list[Segment]:
         return [*self.views, *self.targets]
+
+    @property
+    def teachers(self) -> set[str]:
+        """That have to be loaded."""
+        return {segment.teacher for segment in self.targets} | {teacher for teacher, _ in self.calibrations} | set(self.tails)
 
     def lines(self) -> Iterator[str]:
         """For people: what would be deleted first, then what would be made."""
@@ -158,7 +167,7 @@ class _Planner:
 
     def __init__(self, store: Store, verdict: Verdict) -> None:
         self.store, self.verdict, self.plan = store, verdict, RepairPlan()
-        self.sizes = dict(store.list())
+        self.sizes = self.plan.sizes = dict(store.list())
         self.index = _best_index(store)
         self.documents: dict[str, Document[Any]] = {}
         """That are sound, or will be when they are put back."""
@@ -181,19 +190,23 @@ class _Planner:
         bad: list[str] = []
         for path, _ in document_paths(self.store):
             try:
-                document = read_document(self.store, path)
+                self.documents[path] = read_document(self.store, path)
             except KDCacheError:
                 bad.append(path)
-                continue
-            if place_of(path, document) != path:
-                bad.append(path)
-            else:
-                self.documents[path] = document
+        if self.index is not None and self._is_foreign(self.index):
+            self.plan.notes.append(f"{self.index.path} is of another cache, or of another time of this one: nothing is put back from it")
+            self.index, indexed = None, {}
         for path in [*bad, *(path for path in indexed if path not in self.documents and path not in bad)]:
             self._put_back(path)
         for path in self._disagreeing():
             del self.documents[path]
             self._put_back(path)
+
+    def _is_foreign(self, index: Index) -> bool:
+        """Whether an index that contradicts documents is the one that is wrong: they agree among themselves, or are the many."""
+        shared = [path for path, document in self.documents.items() if path in index.documents and document.kind != "tail"]
+        differing = [path for path in shared if index.documents[path].identity != self.documents[path].identity]
+        return bool(differing) and (2 * len(differing) > len(shared) or self._agree())
 
     def _put_back(self, path: str) -> None:
         """Take a document from the index; note it as lost if it is not there."""
@@ -233,6 +246,8 @@ class _Planner:
         return found
 
     def _agree(self) -> bool:
+        if "cache.json" not in self.documents:
+            return False
         try:
             cache = Cache(self.store, self.documents, None, sources={}, check=False)
         except CacheError:
@@ -401,9 +416,17 @@ def _best_index(store: Store) -> Index | None:
 
 
 def carry_out(path: str, plan: RepairPlan, config: RepairConfig) -> list[str]:
-    """Do what the plan says; what could not be done, in words. Raises StoreError while another process writes to the cache."""
+    """Do what the plan says; what could not be done, in words.
+
+    Raises StoreError while another process writes to the cache, or if one has since the plan was made; UsageError for a `model` or `checkpoint`
+    that may be of several teachers.
+    """
+    if (config.model or config.checkpoint) and config.teacher is None and len(plan.teachers) > 1:
+        raise UsageError(f"--model and --checkpoint are of one teacher, and {', '.join(sorted(plan.teachers))} are needed: pass --teacher NAME too")
     store = open_store(path)
     with store.hold(alone=True):
+        if dict(store.list()) != plan.sizes:
+            raise StoreError(f"{store.url}: another process has changed it since it was verified; nothing was changed: run the command again")
         try:
             return _Repair(store, plan, config).run()
         finally:
@@ -417,11 +440,14 @@ class _Repair:
     def __init__(self, store: Store, plan: RepairPlan, config: RepairConfig) -> None:
         self.store, self.plan, self.config = store, plan, config
         self.failures: list[str] = []
+        self._lost = {segment.path for segment in plan.segments if segment.document is None}
+        """Records that can't be read, till their segment is made again."""
         self._teachers: dict[str, Teacher] = {}
         self._cache: Cache | None = None
 
     def run(self) -> list[str]:
         kept = {f"{group_path(s.path, s.document)}/{name}" for s in self.plan.segments if s.document is not None for name in s.bad_files}
+        kept |= self._lost
         kept |= {calibration_path(*one) for one in self.plan.calibrations} | {tail_weights_path(one) for one in self.plan.tails}
         for path in self.plan.delete:
             if path not in kept:  # those go when what replaces them is at hand
@@ -446,7 +472,11 @@ class _Repair:
     def _open(self) -> Cache:
         documents: dict[str, Document[Any]] = {}
         for path, _ in document_paths(self.store):
-            documents[path] = read_document(self.store, path)
+            if path not in self._lost:
+                documents[path] = read_document(self.store, path)
+        return self._with(documents)
+
+    def _with(self, documents: Mapping[str, Document[Any]]) -> Cache:
         return Cache(self.store, documents, None, sources=locate_shards(self.config.data) if self.config.data is not None else {}, check=False)
 
     @property
@@ -470,6 +500,8 @@ class _Repair:
         create_document(self.store, source_path(source), source)
 
     def _finish_index(self) -> None:
+        if any(self.store.size(path) is not None for path in self._lost):
+            return  # could not be made again, as the failures say: no index while they are there
         documents = self._open().documents
         if is_current(self.store, documents):
             return
@@ -604,24 +636,25 @@ class _Repair:
             for name in segment.bad_files:
                 self._replace(f"{group}/{name}")
         else:
+            for name, expected in document.identity.group.files.items():
+                path = f"{group}/{name}"
+                if self.store.size(path) is None or list(digest_all(self.store, [(path, expected)], lambda _size: None)):
+                    self._replace(path)
             if old is not None:
                 say(
                     f"{'note':>13}  {'':>8}  {segment.words}: came out with other bytes, made on another device or with other versions: replaced as a whole"
                 )
                 drop_index(self.store)
-                self.store.delete(segment.path)
+            self._replace(segment.path)
+            self._lost.discard(segment.path)
+            if old is not None:
                 for name in old.identity.group.files:
                     self.store.delete(f"{group_path(segment.path, old)}/{name}")
-            for name, expected in document.identity.group.files.items():
-                path = f"{group}/{name}"
-                if self.store.size(path) is None or list(digest_all(self.store, [(path, expected)], lambda _size: None)):
-                    self._replace(path)
-            self._replace(segment.path)
             for path, _ in list(self.store.list(f"{group.rpartition('/')[0]}/")):
                 if path.startswith(_group_prefix(segment)) and path != segment.path and not path.startswith(f"{group}/"):
                     self.store.delete(path)  # what the lost record named
+            self._cache = self._with({**self.cache.documents, segment.path: document})
         self._drop_spool()
-        self._cache = self._open()
 
     def _replace(self, path: str) -> None:
         self.store.delete(path)
@@ -635,8 +668,7 @@ class _Repair:
 
         if name not in self._teachers:
             config = self.config
-            several = len({s.teacher for s in self.plan.targets} | {one for one, _ in self.plan.calibrations} | set(self.plan.tails)) > 1
-            model, checkpoint = (None, None) if several else (config.model, config.checkpoint)
+            model, checkpoint = (config.model, config.checkpoint) if config.teacher in (None, name) else (None, None)
             self._teachers[name] = load_recorded_teacher(
                 self.cache.layer(name), model=model, checkpoint=checkpoint, device=config.device or _usable(device)
             )
@@ -710,7 +742,6 @@ def _pool() -> ChunkPool:
 def _usable(device: str | None) -> str | None:
     """The device of then if this machine has it; None for the best there is, whose bytes may come out otherwise."""
     from kdcache.device import resolve_device
-    from kdcache.errors import UsageError
 
     try:
         return str(resolve_device(device)) if device is not None else None

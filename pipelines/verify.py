@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kdcache.cache import Cache, document_problems
-from kdcache.errors import CacheError, CorruptError, FormatVersionError, KDCacheError, MissingError, NotACacheError
+from kdcache.errors import CacheError, CorruptError, FormatVersionError, KDCacheError, MisplacedError, MissingError, NotACacheError
 from kdcache.format import (
     DigestField,
     Document,
@@ -28,9 +28,6 @@ from kdcache.format import (
     ViewsIdentity,
     digest_of_files,
     file_digest_holds,
-    source_path,
-    targets_record_path,
-    views_record_path,
 )
 from kdcache.index import MAX_DOCUMENT_BYTES, document_paths, index_paths, read_document, read_index, read_table
 from kdcache.ownership import index_tables, owned_files
@@ -38,7 +35,8 @@ from kdcache.plan import blake2b_128
 from kdcache.sources import locate_shards
 from kdcache.store import Store, open_store
 
-from .verdict import Problem, Verdict
+from .facts import find_lacks
+from .verdict import Kind, Problem, Verdict
 
 READ_BYTES = 1 << 20
 """Of one read: larger ones leave the core's cache before they are hashed."""
@@ -119,24 +117,9 @@ def _read_documents(store: Store, verdict: Verdict) -> dict[str, Document[Any]]:
         except KDCacheError as error:
             if isinstance(error, FormatVersionError) and file_digest_holds(store.get(path, max_size=MAX_DOCUMENT_BYTES)):
                 raise  # a sound file of a later version, not a damaged one of ours
-            kind: Literal["missing", "corrupt"] = "missing" if isinstance(error, MissingError) else "corrupt"
+            kind: Kind = "missing" if isinstance(error, MissingError) else "plan" if isinstance(error, MisplacedError) else "corrupt"
             verdict.problems.append(Problem(kind, _shard_in(path), "", str(error), path))
-            continue
-        place = place_of(path, documents[path])
-        if place != path:
-            detail = f"{path} holds the document that belongs at {place}: it was moved, or copied over another"
-            verdict.problems.append(Problem("plan", _shard_in(path), "", detail, path))
     return documents
-
-
-def place_of(path: str, document: Document[Any]) -> str:
-    """Where a document belongs by what it says of itself; `path` for one that says nothing of it."""
-    identity = document.identity
-    if document.kind == "views":
-        return views_record_path(identity.shard, identity.views)
-    if document.kind == "targets":
-        return targets_record_path(path.split("/")[1], identity.shard, identity.targets, identity.views)
-    return source_path(identity) if document.kind == "source" else path
 
 
 def _shard_in(path: str) -> str:
@@ -184,8 +167,7 @@ def _check_files(store: Store, documents: Mapping[str, Document[Any]], verdict: 
     known = set(expected) | set(documents) | set(index_paths(store))
     known |= index_tables(store)
     for path in sorted(found):
-        damaged = any(path in detail for detail in suspect)
-        if path not in known and not damaged and not _belongs_to_damaged(path, suspect):
+        if path not in known and not any(path in detail for detail in suspect) and not _belongs_to_damaged(path, suspect):
             verdict.problems.append(
                 Problem(
                     "extra",
@@ -295,18 +277,16 @@ def _check_pixel_columns(cache: Cache, verdict: Verdict) -> None:
 
 
 def _note_completeness(cache: Cache, verdict: Verdict) -> None:
-    before = len(verdict.notes)
-    missing = [shard for shard in cache.all_shards if shard not in cache.views]
-    if missing:
-        verdict.notes.append(f"unfinished: {len(cache.views)} of {len(cache.all_shards)} shards are done, {missing[0]} is the first that is not")
-    for name, layer in cache.teachers.items():
-        for target in layer.targets:
-            lacking = [shard for shard in cache.views if not layer.segments(shard, target)]
-            if lacking:
-                verdict.notes.append(
-                    f"unfinished: teacher {name}, {target}: {len(lacking)} of {len(cache.views)} shards lack it, {lacking[0]} is the first"
-                )
-    verdict.finished = len(verdict.notes) == before
+    lacks = find_lacks(cache)
+    for lack in lacks:
+        if lack.what == "shards":
+            done = f"{len(cache.views)} of {len(cache.all_shards)} shards are done, {lack.shards[0]} is the first that is not"
+        elif lack.what == "views":
+            done = f"{len(lack.shards)} of {len(cache.views)} shards have fewer views than the {lack.views} of others, {lack.shards[0]} is the first"
+        else:
+            done = f"{lack.what}: {len(lack.shards)} of {len(cache.views)} shards lack it or views of it, {lack.shards[0]} is the first"
+        verdict.notes.append(f"unfinished: {done}")
+    verdict.finished = not lacks
     for shard, records in cache.views.items():
         if records[0].identity.cut is not None:
             verdict.notes.append(
