@@ -94,8 +94,8 @@ class Segment:
 
     @property
     def words(self) -> str:
-        what = f"{', '.join(self.targets)} of teacher {self.teacher}" if self.targets else "views"
-        return f"shard {self.shard}: {what}, {self.views.start} to {self.views.stop - 1}"
+        what = f"{', '.join(self.targets)} of teacher {self.teacher}, " if self.targets else ""
+        return f"shard {self.shard}: {what}views {self.views.start} to {self.views.stop - 1}"
 
 
 @dataclass
@@ -144,7 +144,8 @@ class RepairPlan:
             yield f"{'write':>13}  {'':>8}  sources/, from the shards that are there"
         for segment in self.segments:
             needs = "its teacher and its views" if segment.targets else "its tar"
-            yield f"{'make again':>13}  {'':>8}  {segment.words} ({len(segment.bad_files) or 'all'} files; needs {needs})"
+            files = "all files" if not segment.bad_files else "1 file" if len(segment.bad_files) == 1 else f"{len(segment.bad_files)} files"
+            yield f"{'make again':>13}  {'':>8}  {segment.words} ({files}; needs {needs})"
         for teacher, target in self.calibrations:
             yield f"{'make again':>13}  {'':>8}  calibration of {target} of teacher {teacher} (needs the teacher and the first views)"
         for teacher in self.tails:

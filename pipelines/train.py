@@ -638,12 +638,18 @@ class _Loop:
                 f"run {self.run.folder}: its checkpoint was made with other settings ({', '.join(changed)}), expected this run's;"
                 f" delete the folder to begin again"
             )
-        self.load_weights(state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+        try:
+            self.load_weights(state)
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # what torch raises for another model's state
+            raise StudentError(
+                f"run {self.run.folder}: its checkpoint does not hold this run's weights and optimizer ({error}); it was not written by this run:"
+                f" delete the folder to begin again"
+            ) from error
         self.epoch, self.history, self.seconds = state["epoch"], list(state["history"]), state["seconds"]
         self.other_caches = list(state.get("other_caches", []))
         if changed:

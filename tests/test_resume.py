@@ -256,6 +256,19 @@ def test_two_torn_checkpoints_end_the_command_with_the_reason(folder: Path, stop
         train(TrainConfig(**options_of(folder, stopped.parent, resume=True)))
 
 
+@pytest.mark.parametrize("part", ["method", "optimizer"])
+def test_a_checkpoint_with_the_tensors_of_another_model_is_refused(folder: Path, stopped: Path, part: str) -> None:
+    path = stopped / "last" / "checkpoint.pt"
+    state = load_checkpoint(path)
+    if part == "method":
+        state["method"] = {name: torch.zeros(3) for name in state["method"]}
+    else:
+        state["optimizer"]["param_groups"][0]["params"] = [0]
+    save_checkpoint(path, state, fingerprint=state["fingerprint"], root=state["root"])
+    with pytest.raises(StudentError, match=r"does not hold this run's weights and optimizer .* delete the folder"):
+        train(TrainConfig(**options_of(folder, stopped.parent, resume=True)))
+
+
 SMALL = {
     "recipe": {}, "epoch": 1, "step": 3, "sums": {"loss": 2.5}, "method": {"w": torch.arange(6.0)}, "optimizer": {}, "scheduler": {},
     "generators": {}, "history": [0.5], "seconds": 1.5, "epoch_seconds": 0.5,
