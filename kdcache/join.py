@@ -362,7 +362,8 @@ class BatchLoader:
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, without its first `start`, of which nothing is read.
 
-        Raises what the dataset raises, StoreError if a worker was killed or has no shared memory left."""
+        Raises what the dataset raises, StoreError if a worker was killed or has no shared memory left.
+        """
         assert self._loader is not None, "the loader is closed"
         self._batches.set_epoch(epoch, start=start)
         yield from iterate(self._loader)
