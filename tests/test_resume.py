@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from test_train import assert_same_state, leaves, state_of
 
 import pipelines.run_checkpoints
+import pipelines.student_loop
 from kdcache.cache import open_cache
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.errors import CorruptError, KDCacheError, MismatchError, StoreError, StudentError, UsageError
@@ -82,7 +83,7 @@ class Killed(BaseException):
 def die_after(monkeypatch: pytest.MonkeyPatch, updates: int, die: Callable[[], None]) -> None:
     """Arm this process: `die` after so many updates, before they are logged or saved."""
     seen = 0
-    step = pipelines.train._Loop._step
+    step = pipelines.student_loop.StudentLoop._step
 
     def counting(self: Any, *arguments: Any) -> dict[str, float]:
         nonlocal seen
@@ -92,7 +93,7 @@ def die_after(monkeypatch: pytest.MonkeyPatch, updates: int, die: Callable[[], N
             die()
         return losses
 
-    monkeypatch.setattr(pipelines.train._Loop, "_step", counting)
+    monkeypatch.setattr(pipelines.student_loop.StudentLoop, "_step", counting)
 
 
 def raise_killed() -> None:

@@ -1,0 +1,341 @@
+"""How a student is trained: its method, optimizer, schedule, average, generators and counters, fed with batches. Used by train.
+
+What feeds it (`pipelines.train`) chooses the batches; everything else that decides the result is here and in its checkpoint.
+
+Legend: B batch, H W of the view.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from kdcache.console import say
+from kdcache.device import autocast
+from kdcache.errors import StudentError, UsageError
+from kdcache.evaluate import Evaluation, Evaluator
+from kdcache.join import Batch, EpochBatches, target_keys, to_device
+from kdcache.losses import soft_labels
+from kdcache.methods.base import Method
+from kdcache.students import Student
+
+from .recipes import differences
+from .run_checkpoints import RunCheckpoints, describe
+from .train_config import TrainConfig
+from .training_data import TrainingData
+from .watching import Watch, write_summary
+
+
+class StudentLoop:
+    """Fed with batches: `begin`, then for every epoch `train_step` with each of its batches and `end_epoch`, then `close`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: TrainingData,
+        student: Student,
+        method: Method[Any],
+        device: torch.device,
+        *,
+        run_id: str,
+        folder: Path,
+        recipe: Mapping[str, Any],
+        checkpoints: RunCheckpoints,
+        evaluator: Evaluator | None,
+    ) -> None:
+        """method: of `student`, both still on the CPU. evaluator: None measures nothing."""
+        self.config, self.data, self.student, self.device = config, data, student, device
+        self.run_id, self.folder, self.recipe = run_id, folder, recipe
+        self.checkpoints, self.evaluator = checkpoints, evaluator
+        self.method = method.to(device)
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.method.to(memory_format=self.memory_format)
+        self.normalize = student.normalize().to(device)
+        self.batches = EpochBatches(data.row_numbers, batch_size=config.batch_size, num_views=data.num_views, seed=config.seed)
+        self.encodings = {key: data.cache.encoding(*one) for key, one in target_keys(data.targets).items()}
+        self.optimizer = make_optimizer(self.method, config)
+        self.scheduler = self._scheduler()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.ema = _model_ema(student.model, config)
+        self.epoch = 0
+        self.step = 0
+        """Steps of the epoch that are done."""
+        self.sums: dict[str, float] = {}
+        """Loss parts, summed over them."""
+        self.history: list[dict[str, Any]] = []
+        self.other_caches: list[dict[str, Any]] = []
+        """Those that the run was trained on before, each for so many epochs from the first."""
+        self.seconds = 0.0
+        self.epoch_seconds = 0.0
+        self._counted = time.perf_counter()
+        self._bar: tqdm[Any] | None = None
+        self._watch: Watch | None = None
+
+    def _scheduler(self) -> Any:
+        """timm's, stepped after every update; None for --sched none."""
+        from timm.scheduler import create_scheduler_v2
+
+        scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched=self.config.sched,
+            num_epochs=self.config.epochs,
+            min_lr=self.config.min_lr,
+            warmup_epochs=self.recipe["warmup_epochs"],
+            warmup_lr=min(1e-5, self.config.lr),
+            step_on_epochs=False,
+            updates_per_epoch=len(self.batches),
+        )
+        return scheduler
+
+    # --- its course ---
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no epoch is left."""
+        return self.epoch >= self.config.epochs
+
+    @property
+    def _images(self) -> int:
+        """Of an epoch."""
+        return len(self.batches) * self.batches.batch_size
+
+    def begin(self, *, progress: bool) -> None:
+        """Open what shows its figures. progress: a bar on stderr."""
+        if self.history:
+            write_summary(self.folder / "summary.csv", self.history)
+        total, done = self.config.epochs * self._images, self.epoch * self._images + self.step * self.batches.batch_size
+        self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, desc=self.run_id, disable=not progress)
+        self._watch = self._open_watch()
+        self.method.train()
+        self._counted = time.perf_counter()
+
+    def close(self) -> None:
+        """After `begin`, whatever came between."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._watch is not None:
+            self._watch.close(failed=not self.is_done)
+
+    def train_step(self, batch: Batch) -> None:
+        """The next update. Raises StudentError for a loss that is not finite."""
+        assert self._bar is not None and self._watch is not None, "begin comes first"
+        losses = self._step(batch, self.step)
+        self.step += 1
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        epoch, steps = self.epoch, len(self.batches)
+        updates = epoch * steps + self.step
+        if self.scheduler is not None:
+            self.scheduler.step_update(num_updates=updates)
+        if self.ema is not None:
+            self.ema.update(self.method.student, step=updates)
+        self._bar.update(len(batch["labels"]))
+        shown = {name: f"{value:.3f}" for name, value in losses.items()}
+        self._bar.set_postfix({"epoch": f"{epoch + 1}/{self.config.epochs}", **shown, **self._last_top1()}, refresh=False)
+        if self.step % self.config.log_interval == 0:
+            self._watch.write({"epoch": epoch, "step": self.step, **losses, "lr": self.optimizer.param_groups[0]["lr"]})
+        if self.step < steps and self.checkpoints.is_due(self.step):
+            self._count_seconds()
+            self._watch.flush()
+            self.checkpoints.save(self._state())
+
+    def end_epoch(self) -> None:
+        """After the last step of an epoch: measure, report, save."""
+        assert self._watch is not None, "begin comes first"
+        row: dict[str, Any] = {"epoch": self.epoch, **{f"train_{name}": value / len(self.batches) for name, value in self.sums.items()}}
+        is_last = self.epoch + 1 == self.config.epochs
+        measured = self.evaluator is not None and ((self.epoch + 1) % self.config.val_interval == 0 or is_last)
+        if self.evaluator is not None and measured:
+            row |= self._evaluate(self.evaluator)
+            self.method.train()
+        row["lr"] = sum(group["lr"] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
+        self._count_seconds()
+        self.history.append(row)
+        self._watch.write({**row, "images": self._images, "seconds": round(self.epoch_seconds, 3)})
+        self.epoch, self.step, self.sums, self.epoch_seconds = self.epoch + 1, 0, {}, 0.0
+        self._watch.flush()
+        if measured and best_epoch(self.history) == len(self.history) - 1:
+            self.checkpoints.save_best(self._state())  # before last/: a kill between the two repeats what came after the last one
+        self.checkpoints.save(self._state())
+        write_summary(self.folder / "summary.csv", self.history)
+
+    # --- a step ---
+
+    def _step(self, batch: Batch, step: int) -> dict[str, float]:
+        """One update; {"loss", part…} as numbers."""
+        device = self.device
+        images_BCHW = self.normalize(batch["views"].to(device, non_blocking=True)).contiguous(memory_format=self.memory_format)
+        labels = batch["labels"].to(device, non_blocking=True)
+        if "label_weights" in batch and self.method.needs_labels_with(self.method.settings):
+            partners_B, weights_B = (batch[name].to(device, non_blocking=True) for name in ("partner_labels", "label_weights"))
+            labels = soft_labels(labels, partners_B, weights_B, self.data.num_classes)
+        targets = {target: encoding.decode(to_device(batch["targets"][target], device)) for target, encoding in self.encodings.items()}
+        with autocast(device, self.config.precision):
+            parts = self.method(images_BCHW, labels, targets)
+        loss = torch.stack(list(parts.values())).sum()
+        values = dict(zip(["loss", *parts], torch.stack([loss, *parts.values()]).tolist(), strict=True))  # one transfer a step
+        if not all(math.isfinite(value) for value in values.values()):
+            shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
+            raise StudentError(
+                f"student {self.student.name}: the loss is not finite in epoch {self.epoch}, step {step + 1} of {len(self.batches)} ({shown});"
+                f" expected a number; try a smaller --lr, or --clip-grad 1; run {self.folder} keeps its last checkpoint"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.method.parameters(), self.config.clip_grad)
+        self.scaler.step(self.optimizer)  # without fp16 the scaler does nothing of its own
+        self.scaler.update()
+        return values
+
+    def _last_top1(self) -> dict[str, str]:
+        measured = [row["eval_top1"] for row in self.history if "eval_top1" in row]
+        return {"top1": f"{measured[-1]:.2f}"} if measured else {}
+
+    @property
+    def weights_to_export(self) -> nn.Module:
+        """The student with the weights that count: their moving average, if there is one."""
+        model: nn.Module = self.ema.module if self.ema is not None else self.student.model
+        return model
+
+    def _evaluate(self, evaluator: Evaluator) -> dict[str, float]:
+        """{"eval_loss", "eval_top1", "eval_top5"} of what is exported; of a moving average also "eval_raw_…", of the weights it is of."""
+        models = {"eval": self.weights_to_export, **({"eval_raw": self.method.student} if self.ema is not None else {})}
+        row: dict[str, float] = {}
+        for name, model in models.items():
+            evaluation = evaluator(model, self.device, self.config.precision)
+            row |= {f"{name}_loss": evaluation.loss, f"{name}_top1": evaluation.top1, f"{name}_top5": evaluation.top5}
+            if name == "eval":
+                self._say_skipped(evaluation)
+        return row
+
+    def _say_skipped(self, evaluation: Evaluation) -> None:
+        if evaluation.skipped and not any("eval_top1" in row for row in self.history):
+            say(f"--val: {len(evaluation.skipped)} images can't be read and are left out; first: {evaluation.skipped[0]}")
+
+    # --- state ---
+
+    def _state(self) -> dict[str, Any]:
+        """All that decides what comes next, and what was measured."""
+        generators = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "recipe": self.recipe,
+            "epoch": self.epoch,
+            "step": self.step,
+            "sums": self.sums,
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else {},
+            "scaler": self.scaler.state_dict(),
+            "generators": generators,
+            "history": self.history,
+            "seconds": self.seconds,
+            "epoch_seconds": self.epoch_seconds,
+            **({"ema": self.ema.module.state_dict()} if self.ema is not None else {}),
+            **({"other_caches": self.other_caches} if self.other_caches else {}),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint as if nothing had happened. Raises StudentError for one of another recipe.
+
+        With other data, if that is allowed, an epoch that was begun is begun again.
+        """
+        recipe, theirs = self.recipe, state["recipe"]
+        changed = sorted(key for key in {*recipe, *theirs} if theirs.get(key) != recipe.get(key))
+        if changed and not (changed == ["data"] and self.config.allow_other_cache):
+            raise StudentError(
+                f"run {self.folder}: its checkpoint was made with other settings ({', '.join(changed)}), expected this run's;"
+                f" delete the folder to begin again"
+            )
+        try:
+            self.load_weights(state)
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # what torch raises for another model's state
+            raise StudentError(
+                f"run {self.folder}: its checkpoint does not hold this run's weights and optimizer ({error}); it was not written by this run:"
+                f" delete the folder to begin again"
+            ) from error
+        self.epoch, self.history, self.seconds = state["epoch"], list(state["history"]), state["seconds"]
+        self.other_caches = list(state.get("other_caches", []))
+        if changed:
+            name, before, now = next(differences(theirs["data"], recipe["data"], "data."))
+            say(f"run {self.run_id}: goes on with other data {describe(state)}: {name} was {before!r}, is {now!r}")
+            self.other_caches.append({name: state[name] for name in ("fingerprint", "root", "epoch")})
+        else:
+            self.step, self.sums = state.get("step", 0), dict(state.get("sums", {}))
+            self.epoch_seconds = state.get("epoch_seconds", 0.0)
+        torch.set_rng_state(state["generators"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["generators"]:
+            torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
+
+    def load_weights(self, state: Mapping[str, Any]) -> None:
+        """Those of the method, with its student, and their moving average."""
+        self.method.load_state_dict(state["method"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+
+    # --- what is shown ---
+
+    def _open_watch(self) -> Watch:
+        return Watch(
+            self.folder,
+            run_id=self.run_id,
+            recipe=self.recipe,
+            steps=len(self.batches),
+            epoch=self.epoch,
+            step=self.step,
+            tensorboard=self.config.log_tensorboard,
+            wandb_project=self.config.wandb_project if self.config.log_wandb else None,
+        )
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self.epoch_seconds, self._counted = self.seconds + now - self._counted, self.epoch_seconds + now - self._counted, now
+
+
+def _model_ema(model: nn.Module, config: TrainConfig) -> Any:
+    """timm's moving average of the student, on its device; None without --model-ema."""
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup) if config.model_ema else None
+
+
+def make_optimizer(method: Method[Any], config: TrainConfig) -> torch.optim.Optimizer:
+    """timm's optimizer over every parameter of the method that wants a gradient. Raises UsageError for one that timm lacks."""
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    known = [str(name) for name in list_optimizers()]
+    if config.opt.removeprefix("lookahead_") not in known:
+        near = difflib.get_close_matches(config.opt, known, n=3) or ["adamw", "sgd"]
+        raise UsageError(f"--opt {config.opt!r}: timm has no such optimizer; near ones: {', '.join(near)}")
+    betas: dict[str, Any] = {"betas": config.opt_betas} if config.opt_betas is not None else {}
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            method, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **betas
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--opt {config.opt}: timm can't build it with {betas} and momentum {config.momentum}: {error}") from error
+    if betas and "betas" not in optimizer.defaults:  # timm drops what an optimizer does not take
+        raise UsageError(f"--opt-betas {config.opt_betas}: {config.opt} has no betas; leave the option out")
+    return optimizer
+
+
+def best_epoch(history: Sequence[Mapping[str, Any]]) -> int:
+    """The first epoch with the highest eval_top1, of those that were measured."""
+    measured = [epoch for epoch, row in enumerate(history) if "eval_top1" in row]
+    return max(measured, key=lambda epoch: (history[epoch]["eval_top1"], -epoch))
