@@ -25,6 +25,12 @@ _METHOD_OPTIONS = {
 }
 """Options that stand for a field of the method."""
 
+PLACE_FIELDS = ("cache", "data", "val", "label_key")
+"""Fields of TrainConfig that say what `open_data` opens."""
+
+DATA_FIELDS = (*PLACE_FIELDS, "method", "settings", "teacher", "limit_shards", "views", "num_classes", *_METHOD_OPTIONS)
+"""Fields of TrainConfig that `open_data` looks at: configs that are alike in these have the same TrainingData."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
@@ -57,10 +63,13 @@ class TrainingData:
         }
 
 
-def open_data(config: TrainConfig) -> TrainingData:
-    """Open the cache and settle what is trained on. Raises KDCacheError for whatever would fail an hour later."""
-    settings = parse_settings(config.method, _method_settings(config), config.teacher)
-    cache = open_cache(config.cache, data=config.data)
+def open_data(config: TrainConfig, *, like: TrainingData | None = None) -> TrainingData:
+    """Open the cache and settle what is trained on. Raises KDCacheError for whatever would fail an hour later.
+
+    like: of another config that is alike in PLACE_FIELDS: what was opened for it is not opened again.
+    """
+    settings = parse_settings(config.method, method_settings(config), config.teacher)
+    cache = like.cache if like is not None else open_cache(config.cache, data=config.data)
     shards = _choose_shards(cache, config.limit_shards)
     targets = needed_targets(config.method, settings, cache, config.teacher)
     weights = teacher_weights(config.teacher)
@@ -84,11 +93,15 @@ def open_data(config: TrainConfig) -> TrainingData:
         row_numbers=row_numbers,
         num_views=num_views,
         num_classes=num_classes,
-        val=tuple(scan_shard(source) for source in resolve_shards(config.val, label_key=label_key)) if config.val is not None else (),
+        val=like.val if like is not None else _open_val(config.val, label_key),
     )
 
 
-def _method_settings(config: TrainConfig) -> dict[str, Any]:
+def _open_val(val: str | None, label_key: str | None) -> tuple[ShardIndex, ...]:
+    return tuple(scan_shard(source) for source in resolve_shards(val, label_key=label_key)) if val is not None else ()
+
+
+def method_settings(config: TrainConfig) -> dict[str, Any]:
     """--set fields, and the options that stand for one. Raises UsageError for a field that is given twice."""
     settings = dict(config.settings)
     for option, name in _METHOD_OPTIONS.items():

@@ -1,0 +1,183 @@
+"""Who trains many runs, and where: a Job is what one process trains at a time, an Engine runs jobs. Between train, which knows one process, and
+the sweep, which knows none.
+
+    runs = open_runs(configs)              every student of every config, opened and checked, nothing trained
+    jobs = plan_jobs(runs, gang=4)         up to 4 of them in one process, on one loader
+    for entry in InProcess().run(jobs):    each run's entry as soon as it ends, failed ones with their "error"
+
+A job goes to another process as JSON. There `run_job` trains it; it raises nothing that one run's misfortune could cause.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+from kdcache.errors import KDCacheError
+from kdcache.plan import canonical_json
+
+from .run import Run
+from .train_config import TrainConfig
+from .training_data import DATA_FIELDS, PLACE_FIELDS, TrainingData, open_data
+
+Entry: TypeAlias = dict[str, Any]
+"""What `train` reports of a run: {"id", "student", "method", "epochs", "top1", "seconds", "path", "status"}; status is "done", "already done" or
+"failed", and a failed one has its "error", text."""
+
+
+# --- what is to be trained -------------------------------------------------------------------------------------------
+
+
+def config_to_json(config: TrainConfig) -> dict[str, Any]:
+    """All fields, JSON types. Raises TypeError for a setting that has none."""
+    body: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False))
+    return body
+
+
+def config_from_json(body: Mapping[str, Any]) -> TrainConfig:
+    """The config that `config_to_json` was given, lists for tuples. Raises UsageError for values that can't be right."""
+    pairs = {"opt_betas": tuple(body["opt_betas"])} if body.get("opt_betas") is not None else {}
+    return TrainConfig(**{**body, "students": tuple(body["students"]), **pairs})
+
+
+def open_runs(configs: Sequence[TrainConfig]) -> list[Run]:
+    """Every student of every config, with its id and folder. Configs that read the same share what is open.
+
+    Raises KDCacheError as `open_data`.
+    """
+    opened: dict[bytes, TrainingData] = {}
+    in_one_place: dict[bytes, TrainingData] = {}
+    runs: list[Run] = []
+    for config in configs:
+        key, place = (canonical_json({name: getattr(config, name) for name in names}) for names in (DATA_FIELDS, PLACE_FIELDS))
+        if key not in opened:
+            opened[key] = in_one_place[place] = open_data(config, like=in_one_place.get(place))
+        runs += [Run(dataclasses.replace(config, students=(name,)), opened[key], name) for name in config.students]
+    return runs
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """Runs that train in one process at a time: alone, or as a gang on one loader."""
+
+    configs: tuple[TrainConfig, ...]
+    """Of one student each."""
+    ids: tuple[str, ...]
+    """Those of their runs: the names of their folders."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For another process, JSON types."""
+        return {"configs": [config_to_json(config) for config in self.configs], "ids": list(self.ids)}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Job:
+        """What `to_json` gave."""
+        return cls(tuple(config_from_json(config) for config in body["configs"]), tuple(body["ids"]))
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Those of its runs."""
+        return tuple(Path(config.out).expanduser().absolute() / run_id for config, run_id in zip(self.configs, self.ids, strict=True))
+
+    def failures(self, error: str, *, but: Sequence[str] = ()) -> Iterator[Entry]:
+        """Entries of its runs as failed, for an engine whose process died with the job; without those of the ids `but`, which were reported."""
+        for config, run_id, folder in zip(self.configs, self.ids, self.folders, strict=True):
+            if run_id not in but:
+                yield {
+                    "id": run_id, "student": config.students[0], "method": config.method, "epochs": epochs_kept(folder), "top1": None, "seconds": 0.0,
+                    "path": str(folder), "status": "failed", "error": error,
+                }  # fmt: skip
+
+
+def plan_jobs(runs: Sequence[Run], *, gang: int = 1) -> list[Job]:
+    """Jobs of up to `gang` runs that can share a loader: they read the same rows and views in the same order, in batches of one size.
+
+    In the order of the runs; a run that fits no gang is a job of its own.
+    """
+    groups: dict[bytes, list[list[Run]]] = {}
+    gangs: list[list[Run]] = []
+    for run in runs:
+        members = groups.setdefault(_loader_of(run), [])
+        if not members or len(members[-1]) >= gang:
+            members.append([])
+            gangs.append(members[-1])
+        members[-1].append(run)
+    return [Job(tuple(run.config for run in members), tuple(run.id for run in members)) for members in gangs]
+
+
+def _loader_of(run: Run) -> bytes:
+    """What the runs of a gang have in common."""
+    config, data = run.config, run.data.describe()
+    read = {name: data[name] for name in ("fingerprint", "views", "shards")}
+    return canonical_json({**read, "batch_size": config.batch_size, "seed": config.seed, "device": config.device, "check_views": config.check_views})
+
+
+def run_job(job: Job, *, progress: bool = False) -> Iterator[Entry]:
+    """Train a job in this process: an entry for each of its runs. A run that was begun before goes on from its checkpoint.
+
+    What goes wrong is in the entries: an error of any kind ends its run (of a gang, where it can't be told whose it is, all that are left).
+    """
+    from .train import train_configs
+
+    configs = [dataclasses.replace(config, resume=folder.exists()) for config, folder in zip(job.configs, job.folders, strict=True)]
+    reported: list[str] = []
+    waiting: list[Entry] = []  # failed ones, whose error comes after them
+    try:
+        for entry in train_configs(configs, progress=progress):
+            if entry["status"] == "failed" and "error" not in entry:
+                waiting.append(entry)
+                continue
+            reported.append(entry["id"])
+            yield entry
+    except KDCacheError as error:
+        message = str(error)
+    except Exception as error:  # noqa: BLE001 - whatever a method or a device raises: the sweep's other runs go on, and its report shows this
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}"
+    else:
+        message = "it ended without an error being told"
+    for entry in waiting:
+        yield {**entry, "error": message}
+    yield from job.failures(message, but=[*reported, *(entry["id"] for entry in waiting)])
+    gc.collect()  # a failed run's tensors hang in the cycles of its traceback
+
+
+def epochs_kept(folder: Path) -> int:
+    """Epochs of a run that are trained and kept, by its summary.csv."""
+    try:
+        return max(0, len((folder / "summary.csv").read_text(encoding="utf-8").splitlines()) - 1)
+    except (OSError, UnicodeDecodeError):
+        return 0
+
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+
+class Engine(Protocol):
+    """Runs jobs, in whichever order and wherever."""
+
+    @property
+    def slots(self) -> int:
+        """Jobs that run at a time, for predictions."""
+
+    def run(self, jobs: Sequence[Job], *, progress: bool = False) -> Iterator[Entry]:
+        """An entry for every run of every job, as soon as it ends, "failed" with its "error" for those whose process died."""
+
+
+class InProcess:
+    """Jobs one after another in this process."""
+
+    slots = 1
+
+    def run(self, jobs: Sequence[Job], *, progress: bool = False) -> Iterator[Entry]:
+        for job in jobs:
+            yield from run_job(job, progress=progress)
