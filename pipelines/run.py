@@ -22,6 +22,7 @@ from kdcache.students import Student, build_student, export_student
 
 from .recipes import differences, how_to_continue, read_args
 from .run_checkpoints import RunCheckpoints, can_resume, describe_plan_differences
+from .run_lock import RunLock
 from .student_loop import StudentLoop, best_epoch, make_optimizer
 from .train_config import TrainConfig
 from .training_data import TrainingData, check_labels
@@ -38,6 +39,7 @@ class Run:
         self.folder = Path(config.out).expanduser().absolute() / self.id
         self.loop: StudentLoop | None = None
         """While it trains, and after."""
+        self._lock: RunLock | None = None
 
     def _resolve(self) -> dict[str, Any]:
         """Everything that decides the result, JSON types. Workers, device, memory format, places and intervals are not here."""
@@ -131,6 +133,26 @@ class Run:
             f" a new run"
         )
 
+    def claim(self) -> bool:
+        """Whether it is left to be trained; if so no other process may train it until `release`. Makes its folder.
+
+        Raises StudentError while another process trains it.
+        """
+        if self.is_finished:
+            return False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = RunLock(self.folder)
+        if self.export.is_dir():  # finished by another process, while this one waited
+            self.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        """What was claimed, if it was."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
     def check_build(self) -> None:
         """Raise whatever building this student, its method, its optimizer and its evaluation raises, before any other student is trained."""
         if self.is_finished:
@@ -148,12 +170,11 @@ class Run:
         return self._report(final["history"], final["seconds"], "already done")
 
     def begin(self) -> StudentLoop:
-        """Its loop, where its last checkpoint left it. Makes its folder."""
+        """Its loop, where its last checkpoint left it. `claim` comes first."""
         device = resolve_device(self.config.device)
         workers = self.config.num_workers
         student, method = self._build()
         evaluator = self._evaluator(student, workers)
-        self.folder.mkdir(parents=True, exist_ok=True)
         checkpoints = self.checkpoints()
         self.loop = StudentLoop(
             self.config, self.data, student, method, device,

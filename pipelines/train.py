@@ -62,10 +62,10 @@ def train_configs(configs: Sequence[TrainConfig], *, progress: bool = False) -> 
     for run in runs:
         run.check_build()
     for run in runs:
-        if run.is_finished:
-            yield run.already_done()
-            continue
         try:
+            if not run.claim():
+                yield run.already_done()
+                continue
             loop = run.begin()
             with fitting_threads(loop.method, loop.device), naming_killed_workers():
                 _feed(loop, progress=progress)
@@ -73,6 +73,8 @@ def train_configs(configs: Sequence[TrainConfig], *, progress: bool = False) -> 
         except KDCacheError:
             yield run.failed()
             raise
+        finally:
+            run.release()
         yield entry
 
 
