@@ -129,6 +129,11 @@ class JobProcess:
         return Job(tuple(config for config, _ in kept), tuple(run_id for _, run_id in kept)) if kept else None
 
     @property
+    def is_busy(self) -> bool:
+        """Whether it has a job that has not ended."""
+        return self.job is not None and self.left is not None
+
+    @property
     def is_reusable(self) -> bool:
         """Whether it may be given another job: it lives, and none of its last one's runs failed."""
         return not self.has_ended and self.left is None and "failed" not in self._reported.values()
@@ -153,7 +158,7 @@ class JobProcess:
         """Ask it to end: within a job as a command is asked, between two by ending its loop."""
         if self.has_ended:
             return
-        if self.job is not None and self.left is not None:
+        if self.is_busy:
             self.process.terminate()
         else:
             self._send(None)
@@ -175,9 +180,10 @@ def close_all(processes: Sequence[JobProcess]) -> None:
     """End children that are no longer wanted, all at once: orderly if they can within the time that a command has."""
     for process in processes:
         process.stop()
-    deadline = time.monotonic() + GRACE_S - 1.0  # this process has no more
+    begun = time.monotonic()
     for process in processes:
-        process.close(grace_s=max(0.0, deadline - time.monotonic()))
+        grace_s = GRACE_S - 1.0 if process.is_busy else 1.0  # this process has no more
+        process.close(grace_s=max(0.0, begun + grace_s - time.monotonic()))
 
 
 def environ_of_child(environ: Mapping[str, str], *, cores: int, gpu: str | None = None) -> dict[str, str]:
