@@ -13,7 +13,6 @@ fails ends nothing but itself. OUT/leaderboard.csv and OUT/report.html are writt
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from kdcache.errors import StoreError
 
 from ..engines import Engine, Entry, InProcess, Job, plan_jobs
 from .file import Sweep, SweepRun, read_sweep
-from .plan import PlannedRun, SweepPlan, plan_sweep
+from .plan import PlannedRun, SweepPlan, plan_sweep, shown_value
 from .report import write_report
 from .results import read_result, read_results, write_leaderboard
 from .speed import Prediction, predict
@@ -162,9 +161,7 @@ def leaderboard_as_text(plan: SweepPlan, errors: Mapping[str, str]) -> str:
 
 
 def _differing_in_words(planned: PlannedRun) -> str:
-    return " ".join(
-        f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in planned.differing.items() if value is not None
-    )
+    return " ".join(f"{name}={shown_value(value)}" for name, value in planned.differing.items() if value is not None)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

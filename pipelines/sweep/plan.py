@@ -6,6 +6,7 @@ All that can be known before hours are spent is asked here: whether every studen
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,3 +152,8 @@ def _differing_fields(runs: Sequence[SweepRun]) -> list[str]:
 def _value(run: SweepRun, name: str) -> Any:
     """A field's value in a run; None for one of a method's or a model's that it was not given."""
     return run.leaves[name].value if name in run.leaves else getattr(run.config, name, None)
+
+
+def shown_value(value: Any) -> str:
+    """A field's value for people; nothing for one that was not given."""
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
