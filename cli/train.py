@@ -9,6 +9,7 @@ import click
 
 from .main import run_command
 from .options import device_option, json_option, parse_settings, print_json, workers_option
+from .sweep import explicit_options, train_sweep
 
 _FRACTION = click.FloatRange(0, 1)
 _POSITIVE = click.FloatRange(0, min_open=True)
@@ -18,8 +19,17 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.argument("cache")
 # what to train
 @click.option(
-    "--student", "students", multiple=True, required=True, metavar="MODEL",
+    "--student", "students", multiple=True, metavar="MODEL",
     help="timm name, 'hf-hub:org/name' or 'local-dir:FOLDER'. Repeatable: trained one after another.",
+)  # fmt: skip
+@click.option(
+    "--sweep", metavar="FILE.yaml",
+    help="Train all runs that a file describes by base:, grid: and runs:; see docs/sweeps.md. Options given here go before its base.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="With --sweep: show the runs, their sizes, what is done, and how long the rest will take.")
+@click.option(
+    "--time-steps", type=click.IntRange(0), metavar="N",
+    help="With --dry-run: steps to time of each student and method that no run has measured; 0 times none. Default: 5.",
 )  # fmt: skip
 @click.option("--pretrained", is_flag=True, help="Start from the student's pretrained weights.")
 @click.option(
@@ -122,7 +132,8 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--wandb-project", default="kdcache", show_default=True, metavar="NAME", help="Project of --log-wandb.")
 @json_option
 def command(
-    cache: str, *, students: tuple[str, ...], model_kwargs: tuple[str, ...], settings: tuple[str, ...], as_json: bool, **options: object
+    cache: str, *, students: tuple[str, ...], model_kwargs: tuple[str, ...], settings: tuple[str, ...], sweep: str | None,
+    dry_run: bool, time_steps: int | None, as_json: bool, **options: object,
 ) -> None:  # fmt: skip
     """Train students against CACHE, with no teacher in memory.
 
@@ -137,16 +148,28 @@ def command(
       kdcache train cache --student resnet18 --task-loss-weight 0      (no labels needed)
       kdcache train cache --student resnet18 --method ce               (the baseline)
       kdcache train cache --student resnet50 --teacher swin=0.7 --teacher vit=0.3 --set vit/temperature=2
+      kdcache train cache --sweep sweep.yaml --out runs --dry-run
     """
+    own = {"model_kwargs": parse_settings(model_kwargs, option="--model-kwargs"), "settings": parse_settings(settings, option="--set")}
+    if sweep is not None:
+        given = {
+            name: own.get(name, value) for name, value in explicit_options(click.get_current_context()).items() if name in options or name in own
+        }
+        run_command(
+            lambda: train_sweep(sweep, cache, given, students, dry_run=dry_run, time_steps=time_steps, as_json=as_json),
+            resume="what is done is kept: run the same command again to go on with the rest",
+        )
+        return
+    if dry_run or time_steps is not None:
+        raise click.UsageError("--dry-run and --time-steps are for sweeps; expected --sweep FILE.yaml beside them")
+    if not students:
+        raise click.UsageError("expected --student MODEL, or --sweep FILE.yaml")
 
     def action() -> None:
         from kdcache.console import visible
         from pipelines.train import TrainConfig, train_each
 
-        config = TrainConfig(
-            cache=cache, students=students, model_kwargs=parse_settings(model_kwargs, option="--model-kwargs"),
-            settings=parse_settings(settings, option="--set"), **options,  # type: ignore[arg-type]  # names and types are click's above
-        )  # fmt: skip
+        config = TrainConfig(cache=cache, students=students, **own, **options)  # type: ignore[arg-type]  # names and types are click's above
         runs: list[dict[str, Any]] = []  # reported whatever ends the command
         try:
             for run in train_each(config, progress=True):

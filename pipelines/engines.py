@@ -46,20 +46,25 @@ def config_from_json(body: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**{**body, "students": tuple(body["students"]), **pairs})
 
 
-def open_runs(configs: Sequence[TrainConfig]) -> list[Run]:
-    """Every student of every config, with its id and folder. Configs that read the same share what is open.
+class Opener:
+    """Opens the data of configs; those that read the same share what is open."""
 
-    Raises KDCacheError as `open_data`.
-    """
-    opened: dict[bytes, TrainingData] = {}
-    in_one_place: dict[bytes, TrainingData] = {}
-    runs: list[Run] = []
-    for config in configs:
+    def __init__(self) -> None:
+        self._opened: dict[bytes, TrainingData] = {}
+        self._in_one_place: dict[bytes, TrainingData] = {}
+
+    def runs(self, config: TrainConfig) -> list[Run]:
+        """Its students' runs, with ids and folders. Raises KDCacheError as `open_data`."""
         key, place = (canonical_json({name: getattr(config, name) for name in names}) for names in (DATA_FIELDS, PLACE_FIELDS))
-        if key not in opened:
-            opened[key] = in_one_place[place] = open_data(config, like=in_one_place.get(place))
-        runs += [Run(dataclasses.replace(config, students=(name,)), opened[key], name) for name in config.students]
-    return runs
+        if key not in self._opened:
+            self._opened[key] = self._in_one_place[place] = open_data(config, like=self._in_one_place.get(place))
+        return [Run(dataclasses.replace(config, students=(name,)), self._opened[key], name) for name in config.students]
+
+
+def open_runs(configs: Sequence[TrainConfig]) -> list[Run]:
+    """Every student of every config. Raises KDCacheError as `open_data`."""
+    opener = Opener()
+    return [run for config in configs for run in opener.runs(config)]
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 360, 200
@@ -38,6 +38,30 @@ class Mark:
     text: str
 
 
+@dataclass(frozen=True)
+class Point:
+    """One of several things, told apart by colour and form, that leads to `#target` in the page."""
+
+    x: float
+    y: float
+    kind: str
+    """v0 to v7: colour and form."""
+    group: str
+    target: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """Likewise, as a curve."""
+
+    path: str
+    kind: str
+    group: str
+    target: str
+    title: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chart:
     """What the template draws."""
@@ -52,6 +76,88 @@ class Chart:
     dots: tuple[tuple[float, float], ...] = ()
     marks: tuple[Mark, ...] = ()
     diagonal: bool = False
+    points: tuple[Point, ...] = ()
+    lines: tuple[Line, ...] = ()
+    front: str = ""
+    """An SVG path."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values to be drawn as a line, or one value as a point."""
+
+    values: Sequence[tuple[float, float]]
+    kind: str
+    group: str
+    target: str
+    title: str
+
+
+def scatter(things: Sequence[Curve], front: Sequence[tuple[float, float]], *, x_title: str, y_title: str) -> Chart:
+    """Points over a logarithmic x axis, and the front of those that nothing to their left is above. x above 0; `front` in ascending order."""
+    found = [thing.values[0] for thing in things]
+    to_x, x_ticks = _log_axis([x for x, _ in found])
+    to_y, y_ticks = _fitting_axis([y for _, y in found])
+    corners = [(to_x(x), to_y(y)) for x, y in front]
+    path = f"M{corners[0][0]:.1f},{corners[0][1]:.1f}" + "".join(f"H{x:.1f}V{y:.1f}" for x, y in corners[1:]) + f"H{RIGHT}" if corners else ""
+    points = [Point(to_x(x), to_y(y), thing.kind, thing.group, thing.target, thing.title) for thing, (x, y) in zip(things, found, strict=True)]
+    return Chart(x_title=x_title, y_title=y_title, x_ticks=x_ticks, y_ticks=y_ticks, points=tuple(points), front=path)
+
+
+def curves(
+    things: Sequence[Curve], *, x_title: str, y_title: str, log_y: bool = False, from_zero: bool = False, marks: Sequence[tuple[float, str]] = (),
+    max_points: int = 120,
+) -> Chart:  # fmt: skip
+    """Lines over a common x axis from 0. Long ones are thinned, their last point is kept; one point is drawn as a short dash."""
+    top = max((x for thing in things for x, _ in thing.values), default=1.0) or 1.0
+    ys = [y for thing in things for _, y in thing.values]
+    to_y, y_ticks = _log_axis(ys, vertical=True) if log_y else _fitting_axis([*ys, 0.0] if from_zero else ys)
+    lines = []
+    for thing in things:
+        every = -(-len(thing.values) // max_points)
+        kept = [*thing.values[:-1:every], thing.values[-1]]
+        drawn = [(LEFT + (RIGHT - LEFT) * x / top, to_y(y)) for x, y in kept]
+        path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in drawn) if len(drawn) > 1 else f"M{drawn[0][0] - 4:.1f},{drawn[0][1]:.1f}h4"
+        lines.append(Line(path, thing.kind, thing.group, thing.target, thing.title))
+    return Chart(
+        x_title=x_title,
+        y_title=y_title,
+        x_ticks=tuple(Tick(LEFT + (RIGHT - LEFT) * value / top, f"{value:,g}") for value in _nice(top, 5)),
+        y_ticks=y_ticks,
+        lines=tuple(lines),
+        marks=tuple(Mark(LEFT + (RIGHT - LEFT) * value / top, text) for value, text in marks),
+    )
+
+
+def _fitting_axis(values: Sequence[float]) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
+    """From a value to its y, and ticks: round numbers around all values, not necessarily 0."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    spread = high - low or max(abs(high), 1.0) / 10
+    step = _step(spread, 4)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    last = max(last, first + 1)
+    bottom, height = first * step, (last - first) * step
+    ticks = tuple(Tick(BOTTOM - (BOTTOM - TOP) * (i - first) * step / height, f"{round(i * step, 12):,g}") for i in range(first, last + 1))
+    return (lambda value: BOTTOM - (BOTTOM - TOP) * (value - bottom) / height), ticks
+
+
+def _log_axis(values: Sequence[float], *, vertical: bool = False) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
+    """From a value above 0 to its place, and ticks at 1, 2 and 5 times powers of ten, fewer where there would be many."""
+    low, high = min(values, default=1.0), max(values, default=10.0)
+    pad = max((math.log10(high) - math.log10(low)) * 0.06, 0.08)
+    low_log, high_log = math.log10(low) - pad, math.log10(high) + pad
+    begin, end = (BOTTOM, TOP) if vertical else (LEFT, RIGHT)
+
+    def place(value: float) -> float:
+        return begin + (end - begin) * (math.log10(value) - low_log) / (high_log - low_log)
+
+    decades = range(math.floor(low_log), math.ceil(high_log) + 1)
+    for factors in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        found = [factor * 10.0**decade for decade in decades for factor in factors if low_log <= math.log10(factor * 10.0**decade) <= high_log]
+        if len(found) <= 6:
+            break
+    every = -(-len(found) // 6) if found else 1
+    return place, tuple(Tick(place(value), f"{value:,.6g}") for value in found[::every])
 
 
 def histogram(values: Sequence[float], high: float, *, bins: int, x_title: str, y_title: str, marks: Sequence[tuple[float, str]] = ()) -> Chart:
@@ -147,10 +253,15 @@ def _y_ticks(top: float) -> tuple[Tick, ...]:
 
 def _nice(high: float, about: int) -> list[float]:
     """Round numbers from 0 to at most `high`, near `about` of them."""
-    rough = high / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    step = _step(high, about)
     return [round(i * step, 12) for i in range(int(high / step + 1e-9) + 1)]
+
+
+def _step(length: float, about: int) -> float:
+    """A round number that fits near `about` times into `length`."""
+    rough = length / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
 
 
 @dataclass(frozen=True)
