@@ -152,7 +152,7 @@ class JobProcess:
             how = f"its process was killed by {signal.Signals(-code).name}"
             if -code == signal.SIGKILL:
                 how += ", often for lack of memory"
-        return f"{how}; its log {self.log} ends: {_last_lines(self.log)}"
+        return f"{how}; its log {self.log} ends: {_last_words(self.log)}"
 
     def stop(self) -> None:
         """Ask it to end: within a job as a command is asked, between two by ending its loop."""
@@ -218,16 +218,18 @@ def _open_log(log: Path) -> Any:
     return open(log, "ab", buffering=0)
 
 
-def _last_lines(log: Path) -> str:
-    """Of what a child has said of its last job, on one line."""
+def _last_words(log: Path) -> str:
+    """Of what a child has said of its last job, on one line: where it crashed, else its last lines."""
     try:
         with open(log, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
             text = file.read().decode(errors="replace")
     except OSError as error:
         return f"(it can't be read: {error.strerror})"
     lines = [line.strip() for line in text.rpartition("=== ")[2].splitlines()[1:] if line.strip()]
-    return harmless(" | ".join(lines[-3:]))[-600:] or "(it said nothing)"
+    crash = next((number for number, line in enumerate(lines) if line.startswith("Fatal Python error")), None)  # as faulthandler has it
+    kept = lines[-3:] if crash is None else [lines[crash], *(line for line in lines[crash:] if line.startswith("File "))][:3]
+    return harmless(" | ".join(kept))[-600:] or "(it said nothing)"
 
 
 # --- the child -------------------------------------------------------------------------------------------------------

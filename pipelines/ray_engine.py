@@ -153,6 +153,7 @@ class OnRay:
 
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # or it drops lines of runs that look alike
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that is started here
     try:
         return importlib.import_module("ray")
     except ImportError as error:

@@ -1,8 +1,8 @@
 """One process at a time trains a run: a lock in its folder. Used by run.
 
 RUN/.lock is there while the run is being trained, and after a kill; who holds it is what the operating system says, not that it exists. The
-locks are POSIX record locks: they go with their process, no worker forked from it keeps them, and a network file system that has locks at all
-has these, across machines.
+locks are POSIX record locks: they go with their process (which may take them twice), no worker forked from it keeps them, and a network file
+system that has locks at all has these, across machines.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ PATIENCE_S = 10.0
 """How long a lock is waited for: a process that was told to end has had its time by then."""
 
 _NAME = ".lock"
-_held: set[Path] = set()
-"""Of this process, which the operating system would let take them again."""
 
 
 class RunLock:
     """The right to write into a run's folder. Release it when the run has ended; a process that ends has released it."""
 
-    def __init__(self, folder: Path, *, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, folder: Path) -> None:
         """Take it, and wait for it if need be. Raises StudentError if another process keeps it, StoreError for a folder that can't be written."""
         self._path = folder.resolve() / _NAME
         self._descriptor: int | None = None
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + PATIENCE_S
         said = False
         while (holder := self._try()) is not None:
             if time.monotonic() >= deadline:
@@ -42,14 +40,12 @@ class RunLock:
                     f" go on or to see that it is done"
                 )
             if not said:
-                say(f"run {folder.name} is being trained by {holder}: waiting for {patience_s:.0f} s")
+                say(f"run {folder.name} is being trained by {holder}: waiting for {PATIENCE_S:.0f} s")
                 said = True
             time.sleep(0.05)
 
     def _try(self) -> str | None:
         """None if it is ours now, else who has it."""
-        if self._path in _held:
-            return "this process already"
         try:
             descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -70,7 +66,6 @@ class RunLock:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         self._descriptor = descriptor
-        _held.add(self._path)
         return None
 
     def release(self) -> None:
@@ -81,7 +76,6 @@ class RunLock:
             self._path.unlink()
         os.close(self._descriptor)
         self._descriptor = None
-        _held.discard(self._path)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
