@@ -19,7 +19,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 # what to train
 @click.option(
     "--student", "students", multiple=True, required=True, metavar="MODEL",
-    help="timm name, 'hf-hub:org/name' or 'local-dir:FOLDER'. Repeatable: trained one after another.",
+    help="timm name, 'hf-hub:org/name' or 'local-dir:FOLDER'. Repeatable: trained one after another, or at once with --gang.",
 )  # fmt: skip
 @click.option("--pretrained", is_flag=True, help="Start from the student's pretrained weights.")
 @click.option(
@@ -105,6 +105,11 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True, metavar="S", help="Of the weights, dropout and the order of the rows.")
 # where, and what to show
 @click.option("--out", default="runs", show_default=True, metavar="RUNS", help="Folder of run folders.")
+@click.option(
+    "--gang", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+    help="Train up to N students at once on one loader: views are read and rendered once for all, all N are in the device's memory. One that fails"
+    " (NaN, out of memory, any error) ends alone; results are those of runs one by one.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue unfinished runs from their last checkpoint. Finished ones are left alone in any case.")
 @click.option(
     "--allow-other-cache", is_flag=True, help="With --resume: continue a run that was begun with another cache, or other rows of it, with this one."
@@ -122,7 +127,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--wandb-project", default="kdcache", show_default=True, metavar="NAME", help="Project of --log-wandb.")
 @json_option
 def command(
-    cache: str, *, students: tuple[str, ...], model_kwargs: tuple[str, ...], settings: tuple[str, ...], as_json: bool, **options: object
+    cache: str, *, students: tuple[str, ...], model_kwargs: tuple[str, ...], settings: tuple[str, ...], gang: int, as_json: bool, **options: object
 ) -> None:  # fmt: skip
     """Train students against CACHE, with no teacher in memory.
 
@@ -134,6 +139,7 @@ def command(
     Examples:
       kdcache train cache --student resnet50 --val 'val-{00..63}.tar' --epochs 300 --lr 2e-3
       kdcache train cache --student vit_tiny_patch16_224 --student resnet18 --kd-temperature 2 --resume
+      kdcache train cache --student resnet18 --student vit_tiny_patch16_224 --student mixer_b16_224 --gang 3
       kdcache train cache --student resnet18 --task-loss-weight 0      (no labels needed)
       kdcache train cache --student resnet18 --method ce               (the baseline)
       kdcache train cache --student resnet50 --teacher swin=0.7 --teacher vit=0.3 --set vit/temperature=2
@@ -149,7 +155,7 @@ def command(
         )  # fmt: skip
         runs: list[dict[str, Any]] = []  # reported whatever ends the command
         try:
-            for run in train_each(config, progress=True):
+            for run in train_each(config, gang=gang, progress=True):
                 runs.append(run)
         finally:
             if runs:
