@@ -19,7 +19,7 @@ def explicit_options(ctx: click.Context) -> dict[str, Any]:
 
 
 def train_sweep(
-    file: str, cache: str, given: Mapping[str, Any], students: Sequence[str], *, dry_run: bool, time_steps: int | None, as_json: bool
+    file: str, cache: str, given: Mapping[str, Any], students: Sequence[str], *, gang: int, dry_run: bool, time_steps: int | None, as_json: bool
 ) -> None:
     """Train a sweep, or say what it would do. given: options that were typed, by TrainConfig's names.
 
@@ -37,7 +37,7 @@ def train_sweep(
         raise UsageError("--time-steps: it is for predictions; expected --dry-run beside it")
     fields = {name: value for name, value in given.items() if name not in ("resume", *_NOT_FOR_SWEEPS)}
     plan = plan_sweep(read_sweep(file, cache=cache, given=fields, students=students))
-    engine, gang = InProcess(), 1
+    engine = InProcess()
     if dry_run:
         predictions = predict(plan.runs, time_steps=5 if time_steps is None else time_steps, progress=True)
         facts = describe_plan(plan, predictions, slots=engine.slots, gang=gang)

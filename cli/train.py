@@ -20,7 +20,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 # what to train
 @click.option(
     "--student", "students", multiple=True, metavar="MODEL",
-    help="timm name, 'hf-hub:org/name' or 'local-dir:FOLDER'. Repeatable: trained one after another.",
+    help="timm name, 'hf-hub:org/name' or 'local-dir:FOLDER'. Repeatable: trained one after another, or at once with --gang.",
 )  # fmt: skip
 @click.option(
     "--sweep", metavar="FILE.yaml",
@@ -115,6 +115,11 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True, metavar="S", help="Of the weights, dropout and the order of the rows.")
 # where, and what to show
 @click.option("--out", default="runs", show_default=True, metavar="RUNS", help="Folder of run folders.")
+@click.option(
+    "--gang", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+    help="Train up to N students at once on one loader: views are read and rendered once for all, all N are in the device's memory. One that fails"
+    " (NaN, out of memory, any error) ends alone; results are those of runs one by one.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue unfinished runs from their last checkpoint. Finished ones are left alone in any case.")
 @click.option(
     "--allow-other-cache", is_flag=True, help="With --resume: continue a run that was begun with another cache, or other rows of it, with this one."
@@ -133,7 +138,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @json_option
 def command(
     cache: str, *, students: tuple[str, ...], model_kwargs: tuple[str, ...], settings: tuple[str, ...], sweep: str | None,
-    dry_run: bool, time_steps: int | None, as_json: bool, **options: object,
+    dry_run: bool, time_steps: int | None, gang: int, as_json: bool, **options: object,
 ) -> None:  # fmt: skip
     """Train students against CACHE, with no teacher in memory.
 
@@ -145,6 +150,7 @@ def command(
     Examples:
       kdcache train cache --student resnet50 --val 'val-{00..63}.tar' --epochs 300 --lr 2e-3
       kdcache train cache --student vit_tiny_patch16_224 --student resnet18 --kd-temperature 2 --resume
+      kdcache train cache --student resnet18 --student vit_tiny_patch16_224 --student mixer_b16_224 --gang 3
       kdcache train cache --student resnet18 --task-loss-weight 0      (no labels needed)
       kdcache train cache --student resnet18 --method ce               (the baseline)
       kdcache train cache --student resnet50 --teacher swin=0.7 --teacher vit=0.3 --set vit/temperature=2
@@ -156,7 +162,7 @@ def command(
             name: own.get(name, value) for name, value in explicit_options(click.get_current_context()).items() if name in options or name in own
         }
         run_command(
-            lambda: train_sweep(sweep, cache, given, students, dry_run=dry_run, time_steps=time_steps, as_json=as_json),
+            lambda: train_sweep(sweep, cache, given, students, gang=gang, dry_run=dry_run, time_steps=time_steps, as_json=as_json),
             resume="what is done is kept: run the same command again to go on with the rest",
         )
         return
@@ -172,7 +178,7 @@ def command(
         config = TrainConfig(cache=cache, students=students, **own, **options)  # type: ignore[arg-type]  # names and types are click's above
         runs: list[dict[str, Any]] = []  # reported whatever ends the command
         try:
-            for run in train_each(config, progress=True):
+            for run in train_each(config, gang=gang, progress=True):
                 runs.append(run)
         finally:
             if runs:
