@@ -38,8 +38,11 @@ def build_report(plan: SweepPlan, results: Sequence[Result]) -> bytes:
     """The page, UTF-8."""
     look = _Look(plan)
     statuses = Counter(result.status for result in results)
-    fronts = {name: _front(results, cost) for name, (_, cost, _) in _COSTS.items()}
     measured = [result for result in results if result.top1 is not None and result.status == "done"]
+    fronts = {
+        name: [measured[one] for one in front_of([(cost(result), result.top1 or 0.0) for result in measured])]
+        for name, (_, cost, _) in _COSTS.items()
+    }
     return render_page(
         "report.html",
         package=__package__,
@@ -97,13 +100,12 @@ _COSTS: dict[str, tuple[str, Callable[[Result], float], Callable[[float], str]]]
 """What a student costs: name → (words for the axis, figure above 0, the figure in words)."""
 
 
-def _front(results: Sequence[Result], cost: Callable[[Result], float]) -> list[Result]:
-    """The finished runs that no other beats in both accuracy and cost, the cheapest first; of equal ones the first."""
-    front: list[Result] = []
-    measured = [result for result in results if result.top1 is not None and result.status == "done"]
-    for result in sorted(measured, key=lambda one: (cost(one), -(one.top1 or 0.0))):
-        if not front or (result.top1 or 0.0) > (front[-1].top1 or 0.0):
-            front.append(result)
+def front_of(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of (cost, accuracy) no other beats, being as cheap and as accurate and better in one; the cheapest first, of equal ones the first."""
+    front: list[int] = []
+    for number in sorted(range(len(points)), key=lambda one: (points[one][0], -points[one][1], one)):
+        if not front or points[number][1] > points[front[-1]][1]:
+            front.append(number)
     return front
 
 
