@@ -22,9 +22,10 @@ from typing import Any, Protocol, TypeAlias
 from kdcache.errors import KDCacheError
 from kdcache.plan import canonical_json
 
-from .run import Run
+from .gang import gangs_of
+from .run import Run, describe_error
 from .train_config import TrainConfig
-from .training_data import DATA_FIELDS, PLACE_FIELDS, TrainingData, open_data
+from .training_data import DATA_FIELDS, Opened, TrainingData, open_data
 
 Entry: TypeAlias = dict[str, Any]
 """What `train` reports of a run: {"id", "student", "method", "epochs", "top1", "seconds", "path", "status"}; status is "done", "already done" or
@@ -50,15 +51,15 @@ class Opener:
     """Opens the data of configs; those that read the same share what is open."""
 
     def __init__(self) -> None:
-        self._opened: dict[bytes, TrainingData] = {}
-        self._in_one_place: dict[bytes, TrainingData] = {}
+        self._opened = Opened()
+        self._data: dict[bytes, TrainingData] = {}
 
     def runs(self, config: TrainConfig) -> list[Run]:
         """Its students' runs, with ids and folders. Raises KDCacheError as `open_data`."""
-        key, place = (canonical_json({name: getattr(config, name) for name in names}) for names in (DATA_FIELDS, PLACE_FIELDS))
-        if key not in self._opened:
-            self._opened[key] = self._in_one_place[place] = open_data(config, like=self._in_one_place.get(place))
-        return [Run(dataclasses.replace(config, students=(name,)), self._opened[key], name) for name in config.students]
+        key = canonical_json({name: getattr(config, name) for name in DATA_FIELDS})
+        if key not in self._data:
+            self._data[key] = open_data(config, self._opened)
+        return [Run(dataclasses.replace(config, students=(name,)), self._data[key], name) for name in config.students]
 
 
 def open_runs(configs: Sequence[TrainConfig]) -> list[Run]:
@@ -104,55 +105,30 @@ class Job:
 
 
 def plan_jobs(runs: Sequence[Run], *, gang: int = 1) -> list[Job]:
-    """Jobs of up to `gang` runs that can share a loader: they read the same rows and views in the same order, in batches of one size.
-
-    In the order of the runs; a run that fits no gang is a job of its own.
-    """
-    groups: dict[bytes, list[list[Run]]] = {}
-    gangs: list[list[Run]] = []
-    for run in runs:
-        members = groups.setdefault(_loader_of(run), [])
-        if not members or len(members[-1]) >= gang:
-            members.append([])
-            gangs.append(members[-1])
-        members[-1].append(run)
-    return [Job(tuple(run.config for run in members), tuple(run.id for run in members)) for members in gangs]
-
-
-def _loader_of(run: Run) -> bytes:
-    """What the runs of a gang have in common."""
-    config, data = run.config, run.data.describe()
-    read = {name: data[name] for name in ("fingerprint", "views", "shards")}
-    return canonical_json({**read, "batch_size": config.batch_size, "seed": config.seed, "device": config.device, "check_views": config.check_views})
+    """Jobs of up to `gang` runs that train on the same stream of batches, in the order of the runs."""
+    return [Job(tuple(run.config for run in members), tuple(run.id for run in members)) for members in gangs_of(runs, gang)]
 
 
 def run_job(job: Job, *, progress: bool = False) -> Iterator[Entry]:
     """Train a job in this process: an entry for each of its runs. A run that was begun before goes on from its checkpoint.
 
-    What goes wrong is in the entries: an error of any kind ends its run (of a gang, where it can't be told whose it is, all that are left).
+    What goes wrong is in the entries: an error of any kind ends its run, one of a gang's loader all runs of the gang.
     """
     from .train import train_configs
 
     configs = [dataclasses.replace(config, resume=folder.exists()) for config, folder in zip(job.configs, job.folders, strict=True)]
     reported: list[str] = []
-    waiting: list[Entry] = []  # failed ones, whose error comes after them
+    message = "it ended without an error being told"
     try:
-        for entry in train_configs(configs, progress=progress):
-            if entry["status"] == "failed" and "error" not in entry:
-                waiting.append(entry)
-                continue
+        for entry in train_configs(configs, gang=len(configs), progress=progress):
             reported.append(entry["id"])
             yield entry
     except KDCacheError as error:
         message = str(error)
     except Exception as error:  # noqa: BLE001 - whatever a method or a device raises: the sweep's other runs go on, and its report shows this
         traceback.print_exc()
-        message = f"{type(error).__name__}: {error}"
-    else:
-        message = "it ended without an error being told"
-    for entry in waiting:
-        yield {**entry, "error": message}
-    yield from job.failures(message, but=[*reported, *(entry["id"] for entry in waiting)])
+        message = describe_error(error)
+    yield from job.failures(message, but=reported)
     gc.collect()  # a failed run's tensors hang in the cycles of its traceback
 
 

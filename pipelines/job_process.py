@@ -16,6 +16,7 @@ its process group, workers included. A SIGTERM ends it as it ends a command.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -37,6 +38,9 @@ from .engines import Job, run_job
 from .watching import Line, telling
 
 Event = dict[str, Any]
+
+RETRIES = 2
+"""How often a job whose process was killed is tried again."""
 
 _POLL_S = 0.2
 """The workers of a child that was killed may keep its pipe open for seconds, so that its end must be asked for."""
@@ -190,6 +194,12 @@ def environ_of_child(environ: Mapping[str, str], *, cores: int, gpu: str | None 
     """The environment of a child that may use so many cores, and of the GPUs this one only (None: those of `environ`)."""
     threads = {} if "OMP_NUM_THREADS" in environ else {"OMP_NUM_THREADS": str(cores)}
     return {**environ, **threads, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})}
+
+
+def with_share_of(job: Job, cores: int) -> Job:
+    """The job with as many loading processes as fit its cores, where its configs leave that open."""
+    configs = [config if config.workers is not None else dataclasses.replace(config, workers=min(8, cores)) for config in job.configs]
+    return Job(tuple(configs), job.ids)
 
 
 def log_of(job: Job) -> Path:

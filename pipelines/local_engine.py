@@ -6,7 +6,6 @@ checkpoints; after so many times they have failed.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import select
 from collections import deque
@@ -18,10 +17,7 @@ from kdcache.errors import StoreError, UsageError
 from kdcache.launch import available_cores
 
 from .engines import Engine, Entry, InProcess, Job
-from .job_process import JobProcess, close_all, describe_epoch, environ_of_child, log_of
-
-RETRIES = 2
-"""How often a job whose process was killed is tried again."""
+from .job_process import RETRIES, JobProcess, close_all, describe_epoch, environ_of_child, log_of, with_share_of
 
 _WAIT_S = 0.2
 
@@ -147,9 +143,3 @@ class Local:
         else:
             say(f"{name}: {', '.join(left.ids)}: {end}; going on from the last checkpoint, attempt {attempt.count + 1} of {1 + self._retries}")
             waiting.appendleft(_Attempt(left, attempt.count + 1))
-
-
-def with_share_of(job: Job, cores: int) -> Job:
-    """The job with as many loading processes as fit its cores, where its configs leave that open."""
-    configs = [config if config.workers is not None else dataclasses.replace(config, workers=min(8, cores)) for config in job.configs]
-    return Job(tuple(configs), job.ids)

@@ -29,8 +29,7 @@ from kdcache.console import say
 from kdcache.errors import StoreError, UsageError
 
 from .engines import Entry, Job
-from .job_process import JobDied, JobProcess, close_all, describe_epoch, environ_of_child, log_of
-from .local_engine import RETRIES, with_share_of
+from .job_process import RETRIES, JobDied, JobProcess, close_all, describe_epoch, environ_of_child, log_of, with_share_of
 
 _WAIT_S = 1.0
 _MAX_CPUS = 9

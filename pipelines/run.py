@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from kdcache.device import resolve_device
-from kdcache.errors import StudentError
+from kdcache.errors import KDCacheError, StudentError
 from kdcache.evaluate import EvaluationSet, Evaluator
 from kdcache.methods import build, method_class, uses_labels
 from kdcache.methods.base import Method
@@ -147,6 +147,11 @@ class Run:
             return False
         return True
 
+    @property
+    def is_claimed(self) -> bool:
+        """Whether its folder is this process's to write to."""
+        return self._lock is not None
+
     def release(self) -> None:
         """What was claimed, if it was."""
         if self._lock is not None:
@@ -192,9 +197,11 @@ class Run:
         self._export(self.loop)
         return self._report(self.loop.history, self.loop.seconds, "done")
 
-    def failed(self) -> dict[str, Any]:
-        """The report's entry of a run that an error ended."""
-        return self._report(self.loop.history, self.loop.seconds, "failed") if self.loop is not None else self._report([], 0.0, "failed")
+    def failed(self, error: Exception) -> dict[str, Any]:
+        """The report's entry of a run that an error ended, with "error"."""
+        loop = self.loop
+        entry = self._report(loop.history, loop.seconds, "failed") if loop is not None else self._report([], 0.0, "failed")
+        return {**entry, "error": describe_error(error)}
 
     def _build(self) -> tuple[Student, Method[Any]]:
         """The student and the method around it, on the CPU; both a function of the seed, or of pretrained weights."""
@@ -264,6 +271,11 @@ class Run:
             "path": str(self.folder),
             "status": status,
         }
+
+
+def describe_error(error: Exception) -> str:
+    """What an error says; of one that is not ours, after its kind."""
+    return str(error) if isinstance(error, KDCacheError) else f"{type(error).__name__}: {error}"
 
 
 def _folder_name(student_name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,9 @@ _METHOD_OPTIONS = {
 }
 """Options that stand for a field of the method."""
 
-PLACE_FIELDS = ("cache", "data", "val", "label_key")
-"""Fields of TrainConfig that say what `open_data` opens."""
-
-DATA_FIELDS = (*PLACE_FIELDS, "method", "settings", "teacher", "limit_shards", "views", "num_classes", *_METHOD_OPTIONS)
+DATA_FIELDS = (
+    "cache", "data", "val", "label_key", "method", "settings", "teacher", "limit_shards", "views", "num_classes", *_METHOD_OPTIONS,
+)  # fmt: skip
 """Fields of TrainConfig that `open_data` looks at: configs that are alike in these have the same TrainingData."""
 
 
@@ -63,13 +62,29 @@ class TrainingData:
         }
 
 
-def open_data(config: TrainConfig, *, like: TrainingData | None = None) -> TrainingData:
-    """Open the cache and settle what is trained on. Raises KDCacheError for whatever would fail an hour later.
+@dataclass(frozen=True)
+class Opened:
+    """What several configs have opened: a sweep over one cache holds it, its rows and the validation tars once."""
 
-    like: of another config that is alike in PLACE_FIELDS: what was opened for it is not opened again.
-    """
+    caches: dict[tuple[str, str | None], Cache] = field(default_factory=dict)
+    val: dict[tuple[str, str | None], tuple[ShardIndex, ...]] = field(default_factory=dict)
+
+    def cache(self, path: str, data: str | None) -> Cache:
+        if (path, data) not in self.caches:
+            self.caches[path, data] = open_cache(path, data=data)
+        return self.caches[path, data]
+
+    def scan(self, shards: str, label_key: str | None) -> tuple[ShardIndex, ...]:
+        """The index of labelled tars."""
+        if (shards, label_key) not in self.val:
+            self.val[shards, label_key] = tuple(scan_shard(source) for source in resolve_shards(shards, label_key=label_key))
+        return self.val[shards, label_key]
+
+
+def open_data(config: TrainConfig, opened: Opened) -> TrainingData:
+    """Open the cache and settle what is trained on. Raises KDCacheError for whatever would fail an hour later."""
     settings = parse_settings(config.method, method_settings(config), config.teacher)
-    cache = like.cache if like is not None else open_cache(config.cache, data=config.data)
+    cache = opened.cache(config.cache, config.data)
     shards = _choose_shards(cache, config.limit_shards)
     targets = needed_targets(config.method, settings, cache, config.teacher)
     weights = teacher_weights(config.teacher)
@@ -93,12 +108,8 @@ def open_data(config: TrainConfig, *, like: TrainingData | None = None) -> Train
         row_numbers=row_numbers,
         num_views=num_views,
         num_classes=num_classes,
-        val=like.val if like is not None else _open_val(config.val, label_key),
+        val=opened.scan(config.val, label_key) if config.val is not None else (),
     )
-
-
-def _open_val(val: str | None, label_key: str | None) -> tuple[ShardIndex, ...]:
-    return tuple(scan_shard(source) for source in resolve_shards(val, label_key=label_key)) if val is not None else ()
 
 
 def method_settings(config: TrainConfig) -> dict[str, Any]:

@@ -20,8 +20,8 @@ import pipelines.run_lock
 from kdcache.errors import StoreError, StudentError, UsageError
 from kdcache.interrupt import stopping_cleanly
 from pipelines.engines import Entry, InProcess, Job, open_runs, plan_jobs
-from pipelines.job_process import environ_of_child
-from pipelines.local_engine import Local, local_engine, with_share_of
+from pipelines.job_process import environ_of_child, with_share_of
+from pipelines.local_engine import Local, local_engine
 from pipelines.ray_engine import OnRay, train_on_node
 from pipelines.run_lock import RunLock
 from pipelines.train import TrainConfig, train
@@ -217,7 +217,7 @@ def test_each_process_has_its_gpu_and_its_share_of_the_cores(folder: Path, tmp_p
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert local_engine(processes=6, device="cuda").slots == 6
     assert isinstance(local_engine(device="cpu"), InProcess) and isinstance(local_engine(processes=1), InProcess)
-    with pytest.raises(UsageError, match="--device cuda:1 with 2 processes.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(UsageError, match=r"--device cuda:1 with 2 processes.*CUDA_VISIBLE_DEVICES"):
         local_engine(processes=2, device="cuda:1")
     child = environ_of_child({"A": "1"}, cores=4, gpu="GPU-a")
     assert child == {"A": "1", "OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": "GPU-a"}

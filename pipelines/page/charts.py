@@ -97,7 +97,7 @@ def scatter(things: Sequence[Curve], front: Sequence[tuple[float, float]], *, x_
     """Points over a logarithmic x axis, and the front of those that nothing to their left is above. x above 0; `front` in ascending order."""
     found = [thing.values[0] for thing in things]
     to_x, x_ticks = _log_axis([x for x, _ in found])
-    to_y, y_ticks = _fitting_axis([y for _, y in found])
+    to_y, y_ticks = _fitting_axis([y for _, y in found], pad=0.08)
     corners = [(to_x(x), to_y(y)) for x, y in front]
     path = f"M{corners[0][0]:.1f},{corners[0][1]:.1f}" + "".join(f"H{x:.1f}V{y:.1f}" for x, y in corners[1:]) + f"H{RIGHT}" if corners else ""
     points = [Point(to_x(x), to_y(y), thing.kind, thing.group, thing.target, thing.title) for thing, (x, y) in zip(things, found, strict=True)]
@@ -129,22 +129,24 @@ def curves(
     )
 
 
-def _fitting_axis(values: Sequence[float]) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
-    """From a value to its y, and ticks: round numbers around all values, not necessarily 0."""
+def _fitting_axis(values: Sequence[float], *, pad: float = 0.0) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
+    """From a value to its y, and ticks: an axis around all values, not necessarily with 0, `pad` of its length beyond them."""
     low, high = min(values, default=0.0), max(values, default=1.0)
-    spread = high - low or max(abs(high), 1.0) / 10
-    step = _step(spread, 4)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    last = max(last, first + 1)
-    bottom, height = first * step, (last - first) * step
-    ticks = tuple(Tick(BOTTOM - (BOTTOM - TOP) * (i - first) * step / height, f"{round(i * step, 12):,g}") for i in range(first, last + 1))
-    return (lambda value: BOTTOM - (BOTTOM - TOP) * (value - bottom) / height), ticks
+    length = high - low or max(abs(high), 1.0) / 10
+    step = _step(length, 4)
+    low, high = (low - pad * length, high + pad * length) if pad else (math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step)
+    high = max(high, low + step)
+
+    def place(value: float) -> float:
+        return BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low)
+
+    return place, tuple(Tick(place(value), f"{value:,g}") for value in _multiples(step, low, high))
 
 
 def _log_axis(values: Sequence[float], *, vertical: bool = False) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
-    """From a value above 0 to its place, and ticks at 1, 2 and 5 times powers of ten, fewer where there would be many."""
+    """From a value above 0 to its place on a logarithmic axis, and ticks: a few of 1, 2 and 5 times powers of ten, or round numbers if none fit."""
     low, high = min(values, default=1.0), max(values, default=10.0)
-    pad = max((math.log10(high) - math.log10(low)) * 0.06, 0.08)
+    pad = max((math.log10(high) - math.log10(low)) * 0.07, 0.04)
     low_log, high_log = math.log10(low) - pad, math.log10(high) + pad
     begin, end = (BOTTOM, TOP) if vertical else (LEFT, RIGHT)
 
@@ -152,12 +154,21 @@ def _log_axis(values: Sequence[float], *, vertical: bool = False) -> tuple[Calla
         return begin + (end - begin) * (math.log10(value) - low_log) / (high_log - low_log)
 
     decades = range(math.floor(low_log), math.ceil(high_log) + 1)
-    for factors in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+    found: list[float] = []
+    for factors in ((1,), (1, 3), (1, 2, 5)):
         found = [factor * 10.0**decade for decade in decades for factor in factors if low_log <= math.log10(factor * 10.0**decade) <= high_log]
-        if len(found) <= 6:
+        if len(found) >= 3:
             break
-    every = -(-len(found) // 6) if found else 1
+    if len(found) < 3:
+        low, high = 10**low_log, 10**high_log
+        found = _multiples(_step(high - low, 4), low, high)
+    every = -(-len(found) // 6)
     return place, tuple(Tick(place(value), f"{value:,.6g}") for value in found[::every])
+
+
+def _multiples(step: float, low: float, high: float) -> list[float]:
+    """Of `step`, from `low` to `high`."""
+    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def histogram(values: Sequence[float], high: float, *, bins: int, x_title: str, y_title: str, marks: Sequence[tuple[float, str]] = ()) -> Chart:

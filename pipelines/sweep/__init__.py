@@ -13,7 +13,7 @@ fails ends nothing but itself. OUT/leaderboard.csv and OUT/report.html are writt
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from kdcache.console import human_seconds, say
@@ -44,8 +44,9 @@ def run_sweep(plan: SweepPlan, *, engine: Engine | None = None, gang: int = 1, p
     _publish(plan, errors)
     yield from (read_result(planned).entry() for planned in done)
     ended = len(done)
+    entries = (engine or InProcess()).run(jobs, progress=progress)
     try:
-        for entry in (engine or InProcess()).run(jobs, progress=progress):
+        for entry in entries:
             ended += 1
             if entry["status"] == "failed":
                 errors[entry["id"]] = entry["error"]
@@ -53,6 +54,8 @@ def run_sweep(plan: SweepPlan, *, engine: Engine | None = None, gang: int = 1, p
             _publish(plan, errors)
             yield entry
     finally:
+        if isinstance(entries, Generator):
+            entries.close()  # a signal may have come here: the engine ends its processes now
         _publish(plan, errors)  # with the epochs of runs that a signal ended
 
 

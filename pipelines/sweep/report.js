@@ -17,6 +17,7 @@
 
   // --- one method alone
   const choices = all("#methods input");
+  if (choices.length) one("#kinds")?.classList.add("on-paper"); // they say the same
   const show = (method) => {
     for (const thing of all("#accuracy a.run, #curves a.run, .runs tr[data-group]")) thing.classList.toggle("dim", method !== "" && thing.dataset.group !== method);
   };

@@ -38,8 +38,11 @@ def build_report(plan: SweepPlan, results: Sequence[Result]) -> bytes:
     """The page, UTF-8."""
     look = _Look(plan)
     statuses = Counter(result.status for result in results)
-    fronts = {name: _front(results, cost) for name, (_, cost, _) in _COSTS.items()}
     measured = [result for result in results if result.top1 is not None and result.status == "done"]
+    fronts = {
+        name: [measured[one] for one in front_of([(cost(result), result.top1 or 0.0) for result in measured])]
+        for name, (_, cost, _) in _COSTS.items()
+    }
     return render_page(
         "report.html",
         package=__package__,
@@ -57,11 +60,12 @@ def build_report(plan: SweepPlan, results: Sequence[Result]) -> bytes:
         look=look,
         best=measured[0] if measured else None,
         students=len({result.student for result in results}),
-        trained=sum(result.seconds for result in results),
+        trained=sum(result.own_seconds for result in results),
         with_ema=any("eval_raw_top1" in result.best for result in results),
         scatters=[_scatter(measured, fronts[name], name, look) for name in _COSTS if measured],
         fronts={result.id: [name for name, front in fronts.items() if result in front] for result in results},
         curves=_curves(results, look),
+        curves_shown=_CURVES,
         curves_left_out=max(0, sum(bool(result.history) for result in results) - _CURVES),
         payback=_payback(plan, results),
         failed=[result for result in results if result.status == "failed"],
@@ -91,18 +95,17 @@ class _Look:
 _COSTS: dict[str, tuple[str, Callable[[Result], float], Callable[[float], str]]] = {
     "parameters": ("parameters, millions", lambda result: result.planned.cost.params / 1e6, lambda value: f"{value:.3g} M parameters"),
     "MACs": ("multiply-accumulates of an image, 10⁹", lambda result: result.planned.cost.macs / 1e9, lambda value: f"{value:.3g} GMACs"),
-    "time": ("training time, minutes", lambda result: result.seconds / 60, lambda value: human_seconds(60 * value)),
+    "time": ("the student's own training time, minutes", lambda result: result.own_seconds / 60, lambda value: human_seconds(60 * value)),
 }
 """What a student costs: name → (words for the axis, figure above 0, the figure in words)."""
 
 
-def _front(results: Sequence[Result], cost: Callable[[Result], float]) -> list[Result]:
-    """The finished runs that no other beats in both accuracy and cost, the cheapest first; of equal ones the first."""
-    front: list[Result] = []
-    measured = [result for result in results if result.top1 is not None and result.status == "done"]
-    for result in sorted(measured, key=lambda one: (cost(one), -(one.top1 or 0.0))):
-        if not front or (result.top1 or 0.0) > (front[-1].top1 or 0.0):
-            front.append(result)
+def front_of(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of (cost, accuracy) no other beats, being as cheap and as accurate and better in one; the cheapest first, of equal ones the first."""
+    front: list[int] = []
+    for number in sorted(range(len(points)), key=lambda one: (points[one][0], -points[one][1], one)):
+        if not front or points[number][1] > points[front[-1]][1]:
+            front.append(number)
     return front
 
 
@@ -113,21 +116,21 @@ def _scatter(measured: Sequence[Result], front: Sequence[Result], name: str, loo
         return max(cost(result), 1e-9), result.top1 or 0.0
 
     things = [look.curve(result, [place(result)], f", {in_words(cost(result))}") for result in measured]
-    return name, scatter(things, [place(result) for result in front], x_title=words, y_title="top-1, %")
+    return name, scatter(things, [place(result) for result in front], x_title=words, y_title="")
 
 
 def _curves(results: Sequence[Result], look: _Look) -> list[tuple[str, Chart]]:
     """(what, chart) of accuracy and of the training loss by epoch, where there are any."""
     shown = [result for result in results if result.history][:_CURVES]
     charts: list[tuple[str, Chart]] = []
-    for what, column, is_loss in (("Top-1 of the evaluations, %", "eval_top1", False), ("Training loss", "train_loss", True)):
+    for what, column, is_loss in (("Top-1 of the evaluations, %", "eval_top1", False), ("Training loss, logarithmic", "train_loss", True)):
         things = [
             look.curve(result, values)
             for result in shown
             if (values := [(row["epoch"] + 1, row[column]) for row in result.history if column in row and (not is_loss or row[column] > 0)])
         ]
         if things:
-            charts.append((what, curves(things[::-1], x_title="epochs", y_title="log scale" if is_loss else "top-1, %", log_y=is_loss)))
+            charts.append((what, curves(things[::-1], x_title="epochs", y_title="", log_y=is_loss)))
     return charts
 
 
@@ -151,8 +154,9 @@ class Payback:
     seconds_a_pass: float | None
     """By what extraction measured."""
     trained: float
-    """Seconds that the distilled runs took."""
-    chart: Chart | None
+    """Seconds that the distilled students took themselves."""
+    chart: tuple[str, Chart] | None
+    """What it shows, and the chart."""
 
 
 def _payback(plan: SweepPlan, results: Sequence[Result]) -> Payback | None:
@@ -173,15 +177,19 @@ def _payback(plan: SweepPlan, results: Sequence[Result]) -> Payback | None:
     to_come = sum(result.planned.images * result.planned.run.config.epochs * len(result.planned.run.data.teachers) for result in distilled)
     of_all = sum(teacher_passes(layer) for layer in cache.teachers.values())
     seconds = plan.sweep.teacher_seconds
-    chart = None
+    chart: tuple[str, Chart] | None = None
     if saved:
-        last = float(len(distilled))
+        last, most = float(len(distilled)), max(spent, saved)
+        unit, words = next((unit, words) for unit, words in ((1e9, "10⁹"), (1e6, "10⁶"), (1e3, "10³"), (1, "")) if most >= unit)
         things = [
-            Curve([(0.0, float(spent)), (last, float(spent))], "v0", "cache", "payback", f"the cache: {spent:,} passes, once"),
-            Curve(rising, "v3", "online", "payback", f"teachers in memory: {saved:,} passes so far"),
+            Curve([(0.0, spent / unit), (last, spent / unit)], "v0", "cache", "payback", f"the cache: {spent:,} passes, once"),
+            Curve([(x, y / unit) for x, y in rising], "v3", "online", "payback", f"teachers in memory: {saved:,} passes so far"),
         ]
-        chart = curves(things, x_title="distilled runs, in the sweep's order", y_title="teacher passes", from_zero=True)
+        chart = (
+            f"Teacher passes{', ' if words else ''}{words}",
+            curves(things, x_title="distilled runs, in the sweep's order", y_title="", from_zero=True),
+        )
     return Payback(
         spent, saved, to_come, len(distilled), paid_in, seconds / of_all if seconds is not None and of_all else None,
-        sum(result.seconds for result in distilled), chart,
+        sum(result.own_seconds for result in distilled), chart,
     )  # fmt: skip

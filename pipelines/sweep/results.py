@@ -28,7 +28,9 @@ class Result:
     images: int
     """Trained on, in whole epochs."""
     seconds: float
-    """Spent on them, evaluation included."""
+    """That passed meanwhile, evaluation included; for a run of a gang those of the others too."""
+    own_seconds: float
+    """Of these what the student itself took: without waiting for batches, or for others."""
     error: str = ""
 
     @property
@@ -74,6 +76,7 @@ class Result:
             "raw_top1": self.best.get("eval_raw_top1", self.top1),
             "epochs": len(self.history),
             "seconds": round(self.seconds, 3),
+            "own_seconds": round(self.own_seconds, 3),
             "images_per_second": round(self.images / self.seconds, 1) if self.seconds else None,
             "status": self.status,
             "path": str(run.folder),
@@ -106,7 +109,8 @@ def read_result(planned: PlannedRun, error: str | None = None) -> Result:
     epochs = [line for line in read_metrics(run.folder) if "step" not in line][: len(history)]
     status = "failed" if error is not None else "done" if run.is_finished else "unfinished" if run.folder.exists() else "waiting"
     images, seconds = (sum(line.get(name, 0) for line in epochs) for name in ("images", "seconds"))
-    return Result(planned, status, tuple(history), int(images), float(seconds), error or "")
+    own_seconds = sum(line.get("own_seconds", line.get("seconds", 0)) for line in epochs)
+    return Result(planned, status, tuple(history), int(images), float(seconds), float(own_seconds), error or "")
 
 
 def write_leaderboard(plan: SweepPlan, results: Sequence[Result]) -> Path:

@@ -14,12 +14,14 @@ from tqdm import tqdm
 
 from kdcache.device import fitting_threads, resolve_device
 from kdcache.errors import StudentError
-from kdcache.join import BatchLoader, CachedViews
+from kdcache.join import BatchLoader
 from kdcache.plan import canonical_json
 from kdcache.workers import naming_killed_workers
 
+from ..gang import portion_of
 from ..recipes import read_args
 from ..run import Run
+from ..shared_batch import SharedBatch, dataset_of, union
 from .plan import PlannedRun
 from .results import read_metrics
 
@@ -93,26 +95,20 @@ def time_run(run: Run, steps: int) -> tuple[float, int]:
     with tempfile.TemporaryDirectory(prefix="kdcache-timing-") as folder:
         config = replace(run.config, out=folder, log_tensorboard=False, log_wandb=False, recovery_interval=0, resume=False)
         loop = Run(config, run.data, run.student_name).begin()
-        dataset = CachedViews(
-            run.data.cache,
-            teacher=next(iter(run.data.teachers), None),
-            targets=tuple(loop.encodings),
-            parts=loop.method.target_parts(),
-            check_views=config.check_views,
-        )
+        portion = portion_of(loop)
+        dataset = dataset_of(run.data.cache, union([portion]), check_views=config.check_views)
         loader = BatchLoader(dataset, loop.batches, num_workers=config.num_workers, pin_memory=loop.device.type == "cuda")
         times: list[float] = []
         begin = last = time.perf_counter()
         try:
             with fitting_threads(loop.method, loop.device), naming_killed_workers():
-                loop.begin(progress=False)
+                loop.begin()
                 for batch in loader.epoch(0, start=0):
-                    images = len(batch["labels"])
-                    loop.train_step(batch)
+                    loop.train_step(SharedBatch(batch, loop.device).inputs(portion))
                     if loop.device.type == "cuda":
                         torch.cuda.synchronize(loop.device)
                     now = time.perf_counter()
-                    times.append((now - last) / images)
+                    times.append((now - last) / len(batch["labels"]))
                     last = now
                     if len(times) > steps or now - begin > BUDGET_S:
                         break
