@@ -226,6 +226,8 @@ def test_each_process_has_its_gpu_and_its_share_of_the_cores(folder: Path, tmp_p
     assert [with_share_of(job, cores).configs[0].workers for cores in (3, 99)] == [3, 8]
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # of Ray's own files and processes
 def test_ray_trains_what_one_process_trains_whoever_is_killed(
     folder: Path, alone: list[Entry], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
