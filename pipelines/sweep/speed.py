@@ -94,7 +94,9 @@ def time_run(run: Run, steps: int) -> tuple[float, int]:
     """(seconds an image, steps that were timed) of a run's first steps: the median, without the first step. Nothing is kept."""
     with tempfile.TemporaryDirectory(prefix="kdcache-timing-") as folder:
         config = replace(run.config, out=folder, log_tensorboard=False, log_wandb=False, recovery_interval=0, resume=False)
-        loop = Run(config, run.data, run.student_name).begin()
+        twin = Run(config, run.data, run.student_name)
+        twin.claim()
+        loop = twin.begin()
         portion = portion_of(loop)
         dataset = dataset_of(run.data.cache, union([portion]), check_views=config.check_views)
         loader = BatchLoader(dataset, loop.batches, num_workers=config.num_workers, pin_memory=loop.device.type == "cuda")
@@ -117,5 +119,6 @@ def time_run(run: Run, steps: int) -> tuple[float, int]:
         finally:
             loader.close()
             loop.close()
+            twin.release()
     kept = times[1:] or times
     return median(kept), len(kept)
