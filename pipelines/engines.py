@@ -11,7 +11,6 @@ A job goes to another process as JSON. There `run_job` trains it; it raises noth
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,7 +128,6 @@ def run_job(job: Job, *, progress: bool = False) -> Iterator[Entry]:
         traceback.print_exc()
         message = describe_error(error)
     yield from job.failures(message, but=reported)
-    gc.collect()  # a failed run's tensors hang in the cycles of its traceback
 
 
 def epochs_kept(folder: Path) -> int:

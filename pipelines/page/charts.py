@@ -108,7 +108,7 @@ def curves(
     things: Sequence[Curve], *, x_title: str, y_title: str, log_y: bool = False, from_zero: bool = False, marks: Sequence[tuple[float, str]] = (),
     max_points: int = 120,
 ) -> Chart:  # fmt: skip
-    """Lines over a common x axis from 0. Long ones are thinned, their last point is kept; one point is drawn as a short dash."""
+    """Lines over a common x axis of whole numbers from 0. Long ones are thinned, their last point is kept; one point is drawn as a short dash."""
     top = max((x for thing in things for x, _ in thing.values), default=1.0) or 1.0
     ys = [y for thing in things for _, y in thing.values]
     to_y, y_ticks = _log_axis(ys, vertical=True) if log_y else _fitting_axis([*ys, 0.0] if from_zero else ys)
@@ -122,7 +122,7 @@ def curves(
     return Chart(
         x_title=x_title,
         y_title=y_title,
-        x_ticks=tuple(Tick(LEFT + (RIGHT - LEFT) * value / top, f"{value:,g}") for value in _nice(top, 5)),
+        x_ticks=tuple(Tick(LEFT + (RIGHT - LEFT) * value / top, f"{value:,g}") for value in _multiples(_step(top, 5, whole=True), 0, top)),
         y_ticks=y_ticks,
         lines=tuple(lines),
         marks=tuple(Mark(LEFT + (RIGHT - LEFT) * value / top, text) for value, text in marks),
@@ -268,11 +268,11 @@ def _nice(high: float, about: int) -> list[float]:
     return [round(i * step, 12) for i in range(int(high / step + 1e-9) + 1)]
 
 
-def _step(length: float, about: int) -> float:
-    """A round number that fits near `about` times into `length`."""
-    rough = length / about
+def _step(length: float, about: int, *, whole: bool = False) -> float:
+    """A round number, or a whole one, that fits near `about` times into `length`."""
+    rough = max(length / about, 1.0) if whole else length / about
     power = 10.0 ** math.floor(math.log10(rough))
-    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    return next(factor * power for factor in ((1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)) if factor * power >= rough * 0.999)
 
 
 @dataclass(frozen=True)

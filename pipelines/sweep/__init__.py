@@ -78,8 +78,8 @@ def describe_plan(plan: SweepPlan, predictions: Mapping[str, Prediction], *, slo
     """What --dry-run shows, JSON types.
 
     {"runs": [{"id", "student", "method", "differs", "params", "macs", "epochs", "steps", "status", "epochs_done", "path", "seconds", "left",
-    "basis"}], "seconds", "left", "wall_seconds", "slots", "gang", "jobs"}; seconds are null where nothing is known. wall_seconds: of what is
-    left, over `slots` jobs at a time; of gangs as if their runs were trained one after another, which is the most they take.
+    "basis"}], "seconds", "left", "wall_seconds", "slots", "gang", "jobs"}; seconds are null where nothing is known. left, beside the runs: of all
+    jobs, as if one after another; wall_seconds: `slots` at a time. A gang takes as long as its students themselves, or as its slowest alone.
     """
     runs = []
     for planned in plan.runs:
@@ -103,23 +103,29 @@ def describe_plan(plan: SweepPlan, predictions: Mapping[str, Prediction], *, slo
     jobs = plan_jobs([planned.run for planned in plan.runs if not planned.run.is_finished], gang=gang)
     known = len(predictions) == len(plan.runs)
     known_left = all(run_id in predictions for job in jobs for run_id in job.ids)
-    left = {run_id: prediction.left for run_id, prediction in predictions.items()}
+    times = [_seconds_of(job, predictions) for job in jobs] if known_left else []
     return {
         "runs": runs,
         "seconds": sum(prediction.seconds for prediction in predictions.values()) if known else None,
-        "left": sum(left[run_id] for job in jobs for run_id in job.ids) if known_left else None,
-        "wall_seconds": _wall_seconds(jobs, left, slots) if known_left else None,
+        "left": sum(times) if known_left else None,
+        "wall_seconds": _wall_seconds(times, slots) if known_left else None,
         "slots": slots,
         "gang": gang,
         "jobs": len(jobs),
     }
 
 
-def _wall_seconds(jobs: Sequence[Job], left: Mapping[str, float], slots: int) -> float:
+def _seconds_of(job: Job, predictions: Mapping[str, Prediction]) -> float:
+    """Of a job: loading overlaps with training, and is done once for a gang."""
+    known = [predictions[run_id] for run_id in job.ids]
+    return max(sum(one.own_left for one in known), max(one.left for one in known))
+
+
+def _wall_seconds(times: Sequence[float], slots: int) -> float:
     """Jobs in their order, each to the slot that is free first."""
     free = [0.0] * slots
-    for job in jobs:
-        heapq.heapreplace(free, free[0] + sum(left[run_id] for run_id in job.ids))
+    for seconds in times:
+        heapq.heapreplace(free, free[0] + seconds)
     return max(free)
 
 
@@ -136,12 +142,14 @@ def plan_as_text(plan: SweepPlan, facts: Mapping[str, Any]) -> str:
     lines = [aligned(rows)]
     count = {status: sum(run["status"] == status for run in facts["runs"]) for status in ("done", "resume", "new")}
     lines.append(f"\n{len(rows) - 1} runs: {count['done']} done, {count['resume']} begun, {count['new']} new")
-    if facts["left"] is None:
+    if not facts["jobs"]:
+        lines.append("nothing is left to train")
+    elif facts["left"] is None:
         lines.append("how long is not known: nothing was measured; --time-steps 5 times a few steps of each student and method")
     else:
         at_once = f", {facts['slots']} jobs at a time: about {human_seconds(facts['wall_seconds'])}" if facts["slots"] > 1 else ""
-        most = " at most, gangs share their loader" if facts["gang"] > 1 else ""
-        lines.append(f"what is left takes about {human_seconds(facts['left'])} in all{at_once}{most}")
+        gangs = f" in {facts['jobs']} gangs" if facts["gang"] > 1 else ""
+        lines.append(f"what is left takes about {human_seconds(facts['left'])}{gangs} in all{at_once}")
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
 
 

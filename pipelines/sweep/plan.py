@@ -23,7 +23,7 @@ from ..watching import check_watchers
 from .file import Sweep, SweepRun
 
 _TOLD = 10
-"""Runs that can't be trained, named one by one."""
+"""Errors that are told one by one."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,13 @@ def _open(sweep: Sweep) -> Iterator[tuple[SweepRun, Run]]:
             yield asked, run
     if errors:
         first = errors[0][1]
-        told = "".join(f"\n  {asked.place}: {error}" for asked, error in errors[:_TOLD])
-        more = f"\n  and {len(errors) - _TOLD} more" if len(errors) > _TOLD else ""
+        places: dict[str, list[str]] = {}
+        for asked, problem in errors:
+            places.setdefault(str(problem), []).append(asked.place)
+        told = "".join(
+            f"\n  {alike[0]}{f' and {len(alike) - 1} more' if len(alike) > 1 else ''}: {text}" for text, alike in list(places.items())[:_TOLD]
+        )
+        more = f"\n  and {len(places) - _TOLD} more errors" if len(places) > _TOLD else ""
         kind = UsageError if isinstance(first, UsageError) else KDCacheError
         raise kind(
             f"sweep file {sweep.path}: {len(errors)} of its {len(sweep.runs)} runs can't be trained; nothing was begun:{told}{more}"

@@ -5,7 +5,7 @@
   // --- the run that is pointed at or in focus: marked in every chart, and told below the chart
   const marks = all("a.run");
   const point = (mark) => {
-    for (const other of marks) other.classList.toggle("same", Boolean(mark) && other.hash === mark.hash);
+    for (const other of marks) other.classList.toggle("same", Boolean(mark) && other.getAttribute("href") === mark.getAttribute("href"));
     if (!mark) return;
     const says = one(".says", mark.closest("section"));
     if (says) says.textContent = mark.getAttribute("aria-label");
