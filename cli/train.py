@@ -9,6 +9,7 @@ import click
 
 from .main import run_command
 from .options import device_option, json_option, parse_settings, print_json, workers_option
+from .sweep import explicit_options, train_sweep
 
 _FRACTION = click.FloatRange(0, 1)
 _POSITIVE = click.FloatRange(0, min_open=True)
@@ -18,8 +19,17 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.argument("cache")
 # what to train
 @click.option(
-    "--student", "students", multiple=True, required=True, metavar="MODEL",
-    help="timm name, 'hf-hub:org/name' or 'local-dir:FOLDER'. Repeatable: trained one after another.",
+    "--student", "students", multiple=True, metavar="MODEL",
+    help="timm name, 'hf-hub:org/name' or 'local-dir:FOLDER'. Repeatable: trained one after another, or at once with --gang.",
+)  # fmt: skip
+@click.option(
+    "--sweep", metavar="FILE.yaml",
+    help="Train all runs that a file describes by base:, grid: and runs:; see docs/sweeps.md. Options given here go before its base.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="With --sweep: show the runs, their sizes, what is done, and how long the rest will take.")
+@click.option(
+    "--time-steps", type=click.IntRange(0), metavar="N",
+    help="With --dry-run: steps to time of each student and method that no run has measured; 0 times none. Default: 5.",
 )  # fmt: skip
 @click.option("--pretrained", is_flag=True, help="Start from the student's pretrained weights.")
 @click.option(
@@ -105,6 +115,11 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True, metavar="S", help="Of the weights, dropout and the order of the rows.")
 # where, and what to show
 @click.option("--out", default="runs", show_default=True, metavar="RUNS", help="Folder of run folders.")
+@click.option(
+    "--gang", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+    help="Train up to N students at once on one loader: views are read and rendered once for all, all N are in the device's memory. One that fails"
+    " (NaN, out of memory, any error) ends alone; results are those of runs one by one.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue unfinished runs from their last checkpoint. Finished ones are left alone in any case.")
 @click.option(
     "--allow-other-cache", is_flag=True, help="With --resume: continue a run that was begun with another cache, or other rows of it, with this one."
@@ -113,6 +128,26 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     "--recovery-interval", type=click.IntRange(0), metavar="N",
     help="Steps between checkpoints within an epoch; 0 saves at its end only. Default: one every 10 minutes.",
 )  # fmt: skip
+@click.option(
+    "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+    help="Of --sweep: processes of this machine, or tasks of a Ray cluster, which needs kdcache[ray].",
+)  # fmt: skip
+@click.option(
+    "--processes", type=click.IntRange(1), metavar="N",
+    help="Of --engine local: jobs at a time, each in its own process. Default: one a GPU, CUDA_VISIBLE_DEVICES chooses which; 1 without.",
+)  # fmt: skip
+@click.option("--ray-address", metavar="HOST:PORT", help="Of --engine ray. Default: RAY_ADDRESS, else the cluster of this machine, else a new one.")
+@click.option(
+    "--gpus-per-job", type=click.FloatRange(0, 1), metavar="F",
+    help="Of --engine ray; 0.5 lets two jobs share a GPU. Default: 1, or 0 if the cluster has none.",
+)  # fmt: skip
+@click.option(
+    "--cpus-per-job",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Of --engine ray. Default: a GPU's share of the cluster's cores, at most 9; 1 without.",
+)
+@click.option("--retries", type=click.IntRange(0), metavar="N", help="Of --sweep: how often a job whose process is killed goes on. Default: 2.")
 @workers_option
 @device_option
 @click.option("--channels-last", is_flag=True, help="Memory format of images and convolutions; on a GPU faster with --amp for most CNNs.")
@@ -122,7 +157,9 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--wandb-project", default="kdcache", show_default=True, metavar="NAME", help="Project of --log-wandb.")
 @json_option
 def command(
-    cache: str, *, students: tuple[str, ...], model_kwargs: tuple[str, ...], settings: tuple[str, ...], as_json: bool, **options: object
+    cache: str, *, students: tuple[str, ...], model_kwargs: tuple[str, ...], settings: tuple[str, ...], sweep: str | None,
+    dry_run: bool, time_steps: int | None, gang: int, engine: str, processes: int | None, ray_address: str | None, gpus_per_job: float | None,
+    cpus_per_job: int | None, retries: int | None, as_json: bool, **options: object,
 ) -> None:  # fmt: skip
     """Train students against CACHE, with no teacher in memory.
 
@@ -134,22 +171,42 @@ def command(
     Examples:
       kdcache train cache --student resnet50 --val 'val-{00..63}.tar' --epochs 300 --lr 2e-3
       kdcache train cache --student vit_tiny_patch16_224 --student resnet18 --kd-temperature 2 --resume
+      kdcache train cache --student resnet18 --student vit_tiny_patch16_224 --student mixer_b16_224 --gang 3
       kdcache train cache --student resnet18 --task-loss-weight 0      (no labels needed)
       kdcache train cache --student resnet18 --method ce               (the baseline)
       kdcache train cache --student resnet50 --teacher swin=0.7 --teacher vit=0.3 --set vit/temperature=2
+      kdcache train cache --sweep sweep.yaml --out runs --dry-run
+      kdcache train cache --sweep sweep.yaml --out runs --gang 4       (on every GPU of this machine; --engine ray: of a cluster)
     """
+    engines = {
+        "engine": engine, "processes": processes, "ray_address": ray_address, "gpus_per_job": gpus_per_job, "cpus_per_job": cpus_per_job,
+        "retries": retries,
+    }  # fmt: skip
+    own = {"model_kwargs": parse_settings(model_kwargs, option="--model-kwargs"), "settings": parse_settings(settings, option="--set")}
+    if sweep is not None:
+        given = {
+            name: own.get(name, value) for name, value in explicit_options(click.get_current_context()).items() if name in options or name in own
+        }
+        run_command(
+            lambda: train_sweep(sweep, cache, given, students, engines=engines, gang=gang, dry_run=dry_run, time_steps=time_steps, as_json=as_json),
+            resume="what is done is kept: run the same command again to go on with the rest",
+        )
+        return
+    if dry_run or time_steps is not None:
+        raise click.UsageError("--dry-run and --time-steps are for sweeps; expected --sweep FILE.yaml beside them")
+    if typed := sorted(set(engines) & set(explicit_options(click.get_current_context()))):
+        raise click.UsageError(f"--{typed[0].replace('_', '-')} is for sweeps; expected --sweep FILE.yaml beside it")
+    if not students:
+        raise click.UsageError("expected --student MODEL, or --sweep FILE.yaml")
 
     def action() -> None:
         from kdcache.console import visible
         from pipelines.train import TrainConfig, train_each
 
-        config = TrainConfig(
-            cache=cache, students=students, model_kwargs=parse_settings(model_kwargs, option="--model-kwargs"),
-            settings=parse_settings(settings, option="--set"), **options,  # type: ignore[arg-type]  # names and types are click's above
-        )  # fmt: skip
+        config = TrainConfig(cache=cache, students=students, **own, **options)  # type: ignore[arg-type]  # names and types are click's above
         runs: list[dict[str, Any]] = []  # reported whatever ends the command
         try:
-            for run in train_each(config, progress=True):
+            for run in train_each(config, gang=gang, progress=True):
                 runs.append(run)
         finally:
             if runs:

@@ -9,12 +9,9 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from .errors import UsageError
@@ -31,9 +28,8 @@ from .plan import (
     ThreeAugment,
     explain_validation_error,
 )
+from .yaml_file import read_yaml
 
-_MAX_BYTES = 1 << 16
-"""A number of the form 1:1:1:… takes PyYAML a time that grows as the square of its length."""
 _CROPS: dict[Any, type[FrozenModel]] = {"center": CenterCrop, "random_resized": RandomResizedCrop}
 _PARTS: dict[str, type[FrozenModel]] = {
     "three_augment": ThreeAugment,
@@ -42,39 +38,6 @@ _PARTS: dict[str, type[FrozenModel]] = {
     "erase": RandomErasing,
     "mix": MixedViews,
 }
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, with 1e-3 as the number it is, without the later of two equal keys winning in silence, and without aliases.
-
-    Aliases can hold themselves, and a small file of aliases of aliases is a large value.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.get_event()  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, f"the alias *{event.anchor} is not taken: write the value itself", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _number(loader: _Loader, node: yaml.ScalarNode) -> int:
-    """A whole number that can be shown: Python prints none of thousands of digits."""
-    value: int = loader.construct_yaml_int(node)
-    if value.bit_length() > 64:
-        raise yaml.constructor.ConstructorError(None, None, "a number of more than 64 bits", node.start_mark)
-    return value
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _number)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 def parse_policy(text: str) -> Policy:
@@ -90,23 +53,9 @@ def parse_policy(text: str) -> Policy:
 def load_policy(path: str | os.PathLike[str]) -> Policy:
     """The policy of a YAML file. Raises UsageError naming the file, the path of the key, what was expected and what was found."""
     where = f"policy file {os.fspath(path)}"
-    try:
-        with open(Path(path).expanduser(), encoding="utf-8") as file:
-            text = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"{where}: can't be read: {error.strerror}; expected a YAML file, or one of: {', '.join(POLICIES)}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{where}: not UTF-8 text; expected a YAML file") from error
-    if len(text) > _MAX_BYTES:
-        raise UsageError(f"{where}: larger than {_MAX_BYTES} bytes; expected a YAML file with the fields of a policy")
-    try:
-        given = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise UsageError(f"{where}: not a policy: hundreds of lists in each other; expected fields such as 'base: strong'") from error
-    except (ValueError, KeyError, AttributeError) as error:  # what PyYAML's constructors raise: of 2001-99-99, !!bool 'x', !!timestamp 'x'
-        raise UsageError(f"{where}: a value can't be read: {error}; expected numbers, names and lists of them") from error
+    given = read_yaml(
+        path, where=where, expected=f"a YAML file with the fields of a policy, such as 'base: strong', or one of: {', '.join(POLICIES)}"
+    )
     if not isinstance(given, dict):
         raise UsageError(f"{where}: expected fields such as 'base: strong', found {given!r:.80}")
     base: dict[str, Any] = {}

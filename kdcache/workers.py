@@ -25,12 +25,21 @@ def naming_killed_workers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):  # what a worker raised says "DataLoader worker process", and is a bug
+        if not is_killed_worker(error):
             raise
         reason = str(error).splitlines()[0]
         raise StoreError(
             f"a worker process was killed ({reason}), often for lack of memory; run the command again with fewer --workers or a smaller --batch-size"
         ) from error
+
+
+def is_killed_worker(error: BaseException | None) -> bool:
+    """Whether an error is torch's word, or has it as its cause, that a worker process was killed. What a worker raised says otherwise, and is a bug."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):  # not "DataLoader worker process"
+            return True
+        error = error.__cause__
+    return False
 
 
 def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:

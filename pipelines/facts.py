@@ -179,6 +179,11 @@ def when_written(cache: Cache) -> tuple[str, str] | None:
     return first, last
 
 
+def teacher_passes(layer: TeacherLayer) -> int:
+    """Views that the teacher saw when its records were made: a view once for each segment, calibration aside."""
+    return sum(record.identity.rows * len(record.identity.views) for records in layer.records.values() for record in records)
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of a cache's size."""

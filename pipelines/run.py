@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from kdcache.device import resolve_device
-from kdcache.errors import StudentError
+from kdcache.errors import KDCacheError, StudentError
 from kdcache.evaluate import EvaluationSet, Evaluator
 from kdcache.methods import build, method_class, uses_labels
 from kdcache.methods.base import Method
@@ -22,6 +22,7 @@ from kdcache.students import Student, build_student, export_student
 
 from .recipes import differences, how_to_continue, read_args
 from .run_checkpoints import RunCheckpoints, can_resume, describe_plan_differences
+from .run_lock import RunLock
 from .student_loop import StudentLoop, best_epoch, make_optimizer
 from .train_config import TrainConfig
 from .training_data import TrainingData, check_labels
@@ -38,6 +39,7 @@ class Run:
         self.folder = Path(config.out).expanduser().absolute() / self.id
         self.loop: StudentLoop | None = None
         """While it trains, and after."""
+        self._lock: RunLock | None = None
 
     def _resolve(self) -> dict[str, Any]:
         """Everything that decides the result, JSON types. Workers, device, memory format, places and intervals are not here."""
@@ -131,6 +133,31 @@ class Run:
             f" a new run"
         )
 
+    def claim(self) -> bool:
+        """Whether it is left to be trained; if so no other process may train it until `release`. Makes its folder.
+
+        Raises StudentError while another process trains it.
+        """
+        if self.is_finished:
+            return False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = RunLock(self.folder)
+        if self.export.is_dir():  # finished by another process, while this one waited
+            self.release()
+            return False
+        return True
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether its folder is this process's to write to."""
+        return self._lock is not None
+
+    def release(self) -> None:
+        """What was claimed, if it was."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
     def check_build(self) -> None:
         """Raise whatever building this student, its method, its optimizer and its evaluation raises, before any other student is trained."""
         if self.is_finished:
@@ -148,12 +175,11 @@ class Run:
         return self._report(final["history"], final["seconds"], "already done")
 
     def begin(self) -> StudentLoop:
-        """Its loop, where its last checkpoint left it. Makes its folder."""
+        """Its loop, where its last checkpoint left it. `claim` comes first."""
         device = resolve_device(self.config.device)
         workers = self.config.num_workers
         student, method = self._build()
         evaluator = self._evaluator(student, workers)
-        self.folder.mkdir(parents=True, exist_ok=True)
         checkpoints = self.checkpoints()
         self.loop = StudentLoop(
             self.config, self.data, student, method, device,
@@ -171,9 +197,11 @@ class Run:
         self._export(self.loop)
         return self._report(self.loop.history, self.loop.seconds, "done")
 
-    def failed(self) -> dict[str, Any]:
-        """The report's entry of a run that an error ended."""
-        return self._report(self.loop.history, self.loop.seconds, "failed") if self.loop is not None else self._report([], 0.0, "failed")
+    def failed(self, error: Exception) -> dict[str, Any]:
+        """The report's entry of a run that an error ended, with "error"."""
+        loop = self.loop
+        entry = self._report(loop.history, loop.seconds, "failed") if loop is not None else self._report([], 0.0, "failed")
+        return {**entry, "error": describe_error(error)}
 
     def _build(self) -> tuple[Student, Method[Any]]:
         """The student and the method around it, on the CPU; both a function of the seed, or of pretrained weights."""
@@ -243,6 +271,11 @@ class Run:
             "path": str(self.folder),
             "status": status,
         }
+
+
+def describe_error(error: Exception) -> str:
+    """What an error says; of one that is not ours, after its kind."""
+    return str(error) if isinstance(error, KDCacheError) else f"{type(error).__name__}: {error}"
 
 
 def _folder_name(student_name: str) -> str:

@@ -1,8 +1,6 @@
 """How a student is trained: its method, optimizer, schedule, average, generators and counters, fed with batches. Used by train.
 
-What feeds it (`pipelines.train`) chooses the batches; everything else that decides the result is here and in its checkpoint.
-
-Legend: B batch, H W of the view.
+What feeds it (`pipelines.gang`) chooses the batches; everything else that decides the result is here and in its checkpoint.
 """
 
 from __future__ import annotations
@@ -16,19 +14,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from kdcache.console import say
-from kdcache.device import autocast
+from kdcache.device import autocast, generator_states, set_generator_states
 from kdcache.errors import StudentError, UsageError
 from kdcache.evaluate import Evaluation, Evaluator
-from kdcache.join import Batch, EpochBatches, target_keys, to_device
-from kdcache.losses import soft_labels
+from kdcache.join import EpochBatches, target_keys
 from kdcache.methods.base import Method
 from kdcache.students import Student
 
 from .recipes import differences
 from .run_checkpoints import RunCheckpoints, describe
+from .shared_batch import Inputs
 from .train_config import TrainConfig
 from .training_data import TrainingData
 from .watching import Watch, write_summary
@@ -76,7 +73,9 @@ class StudentLoop:
         self.seconds = 0.0
         self.epoch_seconds = 0.0
         self._counted = time.perf_counter()
-        self._bar: tqdm[Any] | None = None
+        self.own = Stopwatch()
+        """What feeds it runs this while it trains, measures or saves, and lets it rest while it waits for batches or for other students."""
+        self.own_seconds = self.own_epoch_seconds = 0.0
         self._watch: Watch | None = None
 
     def _scheduler(self) -> Any:
@@ -107,27 +106,23 @@ class StudentLoop:
         """Of an epoch."""
         return len(self.batches) * self.batches.batch_size
 
-    def begin(self, *, progress: bool) -> None:
-        """Open what shows its figures. progress: a bar on stderr."""
+    def begin(self) -> None:
+        """Open what shows its figures."""
         if self.history:
             write_summary(self.folder / "summary.csv", self.history)
-        total, done = self.config.epochs * self._images, self.epoch * self._images + self.step * self.batches.batch_size
-        self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, desc=self.run_id, disable=not progress)
         self._watch = self._open_watch()
         self.method.train()
         self._counted = time.perf_counter()
 
     def close(self) -> None:
         """After `begin`, whatever came between."""
-        if self._bar is not None:
-            self._bar.close()
         if self._watch is not None:
             self._watch.close(failed=not self.is_done)
 
-    def train_step(self, batch: Batch) -> None:
-        """The next update. Raises StudentError for a loss that is not finite."""
-        assert self._bar is not None and self._watch is not None, "begin comes first"
-        losses = self._step(batch, self.step)
+    def train_step(self, inputs: Inputs) -> dict[str, float]:
+        """The next update; {"loss", part…}. Raises StudentError for a loss that is not finite."""
+        assert self._watch is not None, "begin comes first"
+        losses = self._step(inputs, self.step)
         self.step += 1
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -137,15 +132,13 @@ class StudentLoop:
             self.scheduler.step_update(num_updates=updates)
         if self.ema is not None:
             self.ema.update(self.method.student, step=updates)
-        self._bar.update(len(batch["labels"]))
-        shown = {name: f"{value:.3f}" for name, value in losses.items()}
-        self._bar.set_postfix({"epoch": f"{epoch + 1}/{self.config.epochs}", **shown, **self._last_top1()}, refresh=False)
         if self.step % self.config.log_interval == 0:
             self._watch.write({"epoch": epoch, "step": self.step, **losses, "lr": self.optimizer.param_groups[0]["lr"]})
         if self.step < steps and self.checkpoints.is_due(self.step):
             self._count_seconds()
             self._watch.flush()
             self.checkpoints.save(self._state())
+        return losses
 
     def end_epoch(self) -> None:
         """After the last step of an epoch: measure, report, save."""
@@ -159,8 +152,9 @@ class StudentLoop:
         row["lr"] = sum(group["lr"] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
         self._count_seconds()
         self.history.append(row)
-        self._watch.write({**row, "images": self._images, "seconds": round(self.epoch_seconds, 3)})
-        self.epoch, self.step, self.sums, self.epoch_seconds = self.epoch + 1, 0, {}, 0.0
+        times = {"seconds": round(self.epoch_seconds, 3), "own_seconds": round(self.own_epoch_seconds, 3)}
+        self._watch.write({**row, "images": self._images, **times})
+        self.epoch, self.step, self.sums, self.epoch_seconds, self.own_epoch_seconds = self.epoch + 1, 0, {}, 0.0, 0.0
         self._watch.flush()
         if measured and best_epoch(self.history) == len(self.history) - 1:
             self.checkpoints.save_best(self._state())  # before last/: a kill between the two repeats what came after the last one
@@ -169,17 +163,10 @@ class StudentLoop:
 
     # --- a step ---
 
-    def _step(self, batch: Batch, step: int) -> dict[str, float]:
+    def _step(self, inputs: Inputs, step: int) -> dict[str, float]:
         """One update; {"loss", part…} as numbers."""
-        device = self.device
-        images_BCHW = self.normalize(batch["views"].to(device, non_blocking=True)).contiguous(memory_format=self.memory_format)
-        labels = batch["labels"].to(device, non_blocking=True)
-        if "label_weights" in batch and self.method.needs_labels_with(self.method.settings):
-            partners_B, weights_B = (batch[name].to(device, non_blocking=True) for name in ("partner_labels", "label_weights"))
-            labels = soft_labels(labels, partners_B, weights_B, self.data.num_classes)
-        targets = {target: encoding.decode(to_device(batch["targets"][target], device)) for target, encoding in self.encodings.items()}
-        with autocast(device, self.config.precision):
-            parts = self.method(images_BCHW, labels, targets)
+        with autocast(self.device, self.config.precision):
+            parts = self.method(*inputs)
         loss = torch.stack(list(parts.values())).sum()
         values = dict(zip(["loss", *parts], torch.stack([loss, *parts.values()]).tolist(), strict=True))  # one transfer a step
         if not all(math.isfinite(value) for value in values.values()):
@@ -196,10 +183,6 @@ class StudentLoop:
         self.scaler.step(self.optimizer)  # without fp16 the scaler does nothing of its own
         self.scaler.update()
         return values
-
-    def _last_top1(self) -> dict[str, str]:
-        measured = [row["eval_top1"] for row in self.history if "eval_top1" in row]
-        return {"top1": f"{measured[-1]:.2f}"} if measured else {}
 
     @property
     def weights_to_export(self) -> nn.Module:
@@ -226,9 +209,6 @@ class StudentLoop:
 
     def _state(self) -> dict[str, Any]:
         """All that decides what comes next, and what was measured."""
-        generators = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "recipe": self.recipe,
             "epoch": self.epoch,
@@ -238,10 +218,12 @@ class StudentLoop:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else {},
             "scaler": self.scaler.state_dict(),
-            "generators": generators,
+            "generators": generator_states(self.device),
             "history": self.history,
             "seconds": self.seconds,
             "epoch_seconds": self.epoch_seconds,
+            "own_seconds": self.own_seconds,
+            "own_epoch_seconds": self.own_epoch_seconds,
             **({"ema": self.ema.module.state_dict()} if self.ema is not None else {}),
             **({"other_caches": self.other_caches} if self.other_caches else {}),
         }
@@ -271,6 +253,7 @@ class StudentLoop:
                 f" delete the folder to begin again"
             ) from error
         self.epoch, self.history, self.seconds = state["epoch"], list(state["history"]), state["seconds"]
+        self.own_seconds = state.get("own_seconds", 0.0)
         self.other_caches = list(state.get("other_caches", []))
         if changed:
             name, before, now = next(differences(theirs["data"], recipe["data"], "data."))
@@ -279,9 +262,8 @@ class StudentLoop:
         else:
             self.step, self.sums = state.get("step", 0), dict(state.get("sums", {}))
             self.epoch_seconds = state.get("epoch_seconds", 0.0)
-        torch.set_rng_state(state["generators"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["generators"]:
-            torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
+            self.own_epoch_seconds = state.get("own_epoch_seconds", 0.0)
+        set_generator_states(state["generators"], self.device)
 
     def load_weights(self, state: Mapping[str, Any]) -> None:
         """Those of the method, with its student, and their moving average."""
@@ -304,8 +286,33 @@ class StudentLoop:
         )
 
     def _count_seconds(self) -> None:
-        now = time.perf_counter()
+        now, own = time.perf_counter(), self.own.take()
         self.seconds, self.epoch_seconds, self._counted = self.seconds + now - self._counted, self.epoch_seconds + now - self._counted, now
+        self.own_seconds, self.own_epoch_seconds = self.own_seconds + own, self.own_epoch_seconds + own
+
+
+class Stopwatch:
+    """Adds up the seconds of its `with` blocks."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._since: float | None = None
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds, self._since = self._seconds + self._running(), None
+
+    def _running(self) -> float:
+        return time.perf_counter() - self._since if self._since is not None else 0.0
+
+    def take(self) -> float:
+        """What it has added up so far, and begin at 0 again."""
+        taken, self._seconds = self._seconds + self._running(), 0.0
+        if self._since is not None:
+            self._since = time.perf_counter()
+        return taken
 
 
 def _model_ema(model: nn.Module, config: TrainConfig) -> Any:

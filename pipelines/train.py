@@ -10,85 +10,78 @@ A run's folder is named by a digest of all that decides its result, so that a re
         last/checkpoint.pt   resumable, after every epoch and every ten minutes; the one before is in previous/
         best/checkpoint.pt   of the epoch with the best eval_top1, with --val
         tensorboard/ wandb/  if asked for
+        error.txt            of a run that failed: why, and the traceback; gone when it is resumed
         export/              timm.create_model("local-dir:…/export", pretrained=True); made last: a run that has it is finished
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from kdcache.device import fitting_threads
-from kdcache.errors import KDCacheError
-from kdcache.join import BatchLoader, CachedViews
-from kdcache.workers import naming_killed_workers
+from kdcache.errors import KDCacheError, StudentError
 
+from .gang import ERROR_FILE, Gang, gangs_of
 from .run import Run
-from .student_loop import StudentLoop
 from .train_config import TrainConfig
-from .training_data import open_data
+from .training_data import Opened, open_data
 from .watching import check_watchers
 
 __all__ = ["TrainConfig", "train", "train_configs", "train_each"]
 
 
-def train(config: TrainConfig, *, progress: bool = False) -> list[dict[str, Any]]:
-    """Run stage two: every student in turn. Returns [{"id", "student", "method", "epochs", "top1", "seconds", "path", "status"}].
+def train(config: TrainConfig, *, gang: int = 1, progress: bool = False) -> list[dict[str, Any]]:
+    """Run stage two: every student in turn, or `gang` at a time. Returns [{"id", "student", "method", "epochs", "top1", "seconds", "path", "status"}].
 
-    top1 is in percent, of the exported weights, None without --val; status is "done" or "already done". Raises KDCacheError; runs
-    that ended before the error stay, and are skipped when the command is repeated with --resume.
+    top1 is in percent, of the exported weights, None without --val; status is "done" or "already done"; seconds passed while the run trained, those of
+    its gang included: what it took of them itself is own_seconds in metrics.jsonl. Raises KDCacheError; runs that ended before the error stay, and
+    are skipped when the command is repeated with --resume.
     """
-    return list(train_each(config, progress=progress))
+    return list(train_each(config, gang=gang, progress=progress))
 
 
-def train_each(config: TrainConfig, *, progress: bool = False) -> Iterator[dict[str, Any]]:
+def train_each(config: TrainConfig, *, gang: int = 1, progress: bool = False) -> Iterator[dict[str, Any]]:
     """`train`, each run's entry as soon as the run ends, for callers that report what is done when a later run fails."""
-    return train_configs([config], progress=progress)
+    return train_configs([config], gang=gang, progress=progress)
 
 
-def train_configs(configs: Sequence[TrainConfig], *, progress: bool = False) -> Iterator[dict[str, Any]]:
-    """Every student of every config.
+def train_configs(configs: Sequence[TrainConfig], *, gang: int = 1, progress: bool = False) -> Iterator[dict[str, Any]]:
+    """Every student of every config; up to `gang` of those that train on the same stream of batches at once, in this process, on one loader.
 
-    All students are built once before the first is trained. Of a run that fails the entry has status "failed", and the epochs that are kept;
-    then its error is raised.
+    All students are built once before the first is trained. Of a run that fails the entry has status "failed", the epochs that are kept, and
+    "error". Its error is raised at once if runs go one by one; in gangs the others go on, and StudentError names all that failed at the end.
     """
-    runs: list[Run] = []
+    opened, runs = Opened(), list[Run]()
     for config in configs:
         check_watchers(tensorboard=config.log_tensorboard, wandb=config.log_wandb)
-        data = open_data(config)
+        data = open_data(config, opened)
         runs += [Run(config, data, name) for name in config.students]
     for run in runs:
         run.check_folder()
     for run in runs:
         run.check_build()
-    for run in runs:
-        if run.is_finished:
-            yield run.already_done()
+    failed: dict[str, dict[str, Any]] = {}
+    for members in gangs_of(runs, gang):
+        if members[0].is_finished:
+            yield members[0].already_done()
+            continue
+        if members[0].id in failed:  # it was asked for twice
             continue
         try:
-            loop = run.begin()
-            with fitting_threads(loop.method, loop.device), naming_killed_workers():
-                _feed(loop, progress=progress)
-            entry = run.finish()
-        except KDCacheError:
-            yield run.failed()
-            raise
-        yield entry
+            for entry in Gang(members, isolate=gang > 1, progress=progress).train():
+                if entry["status"] == "failed":
+                    failed[entry["id"]] = entry
+                yield entry
+        except KDCacheError:  # of the loader
+            if gang == 1:
+                raise
+    if failed:
+        raise _failed(failed.values(), len(runs))
 
 
-def _feed(loop: StudentLoop, *, progress: bool) -> None:
-    """The batches of all epochs that are left."""
-    config, data = loop.config, loop.data
-    teacher = next(iter(data.teachers), None)  # of several each target says whose it is
-    targets, parts = tuple(loop.encodings), loop.method.target_parts()
-    dataset = CachedViews(data.cache, teacher=teacher, targets=targets, parts=parts, check_views=config.check_views)
-    loader = BatchLoader(dataset, loop.batches, num_workers=config.num_workers, pin_memory=loop.device.type == "cuda")
-    try:
-        loop.begin(progress=progress)
-        while not loop.is_done:
-            for batch in loader.epoch(loop.epoch, start=loop.step):
-                loop.train_step(batch)
-            loop.end_epoch()
-    finally:
-        loader.close()
-        loop.close()
+def _failed(entries: Collection[Mapping[str, Any]], count: int) -> StudentError:
+    listed = "\n".join(f"  {entry['path']}: {entry['error']}" for entry in entries)
+    return StudentError(
+        f"{len(entries)} of {count} runs failed:\n{listed}\n{ERROR_FILE} in each of these folders has the traceback; all others are done. Mend the"
+        f" cause and run the same command again with --resume: what is done is left alone, what failed goes on from its last checkpoint"
+    )

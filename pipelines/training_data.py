@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,11 @@ _METHOD_OPTIONS = {
     "smoothing": "smoothing",
 }
 """Options that stand for a field of the method."""
+
+DATA_FIELDS = (
+    "cache", "data", "val", "label_key", "method", "settings", "teacher", "limit_shards", "views", "num_classes", *_METHOD_OPTIONS,
+)  # fmt: skip
+"""Fields of TrainConfig that `open_data` looks at: configs that are alike in these have the same TrainingData."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +62,29 @@ class TrainingData:
         }
 
 
-def open_data(config: TrainConfig) -> TrainingData:
+@dataclass(frozen=True)
+class Opened:
+    """What several configs have opened: a sweep over one cache holds it, its rows and the validation tars once."""
+
+    caches: dict[tuple[str, str | None], Cache] = field(default_factory=dict)
+    val: dict[tuple[str, str | None], tuple[ShardIndex, ...]] = field(default_factory=dict)
+
+    def cache(self, path: str, data: str | None) -> Cache:
+        if (path, data) not in self.caches:
+            self.caches[path, data] = open_cache(path, data=data)
+        return self.caches[path, data]
+
+    def scan(self, shards: str, label_key: str | None) -> tuple[ShardIndex, ...]:
+        """The index of labelled tars."""
+        if (shards, label_key) not in self.val:
+            self.val[shards, label_key] = tuple(scan_shard(source) for source in resolve_shards(shards, label_key=label_key))
+        return self.val[shards, label_key]
+
+
+def open_data(config: TrainConfig, opened: Opened) -> TrainingData:
     """Open the cache and settle what is trained on. Raises KDCacheError for whatever would fail an hour later."""
-    settings = parse_settings(config.method, _method_settings(config), config.teacher)
-    cache = open_cache(config.cache, data=config.data)
+    settings = parse_settings(config.method, method_settings(config), config.teacher)
+    cache = opened.cache(config.cache, config.data)
     shards = _choose_shards(cache, config.limit_shards)
     targets = needed_targets(config.method, settings, cache, config.teacher)
     weights = teacher_weights(config.teacher)
@@ -84,11 +108,11 @@ def open_data(config: TrainConfig) -> TrainingData:
         row_numbers=row_numbers,
         num_views=num_views,
         num_classes=num_classes,
-        val=tuple(scan_shard(source) for source in resolve_shards(config.val, label_key=label_key)) if config.val is not None else (),
+        val=opened.scan(config.val, label_key) if config.val is not None else (),
     )
 
 
-def _method_settings(config: TrainConfig) -> dict[str, Any]:
+def method_settings(config: TrainConfig) -> dict[str, Any]:
     """--set fields, and the options that stand for one. Raises UsageError for a field that is given twice."""
     settings = dict(config.settings)
     for option, name in _METHOD_OPTIONS.items():

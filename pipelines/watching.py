@@ -16,7 +16,9 @@ import importlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -38,6 +40,22 @@ def _import(module: str, *, option: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UsageError(f"{option}: {extra} can't be imported ({error}); install it: pip install 'kdcache[{extra}]'") from error
+
+
+Listener = Callable[[str, Line], None]
+"""Is told a run's id and each line of it."""
+
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def telling(listener: Listener) -> Iterator[None]:
+    """Within, every run that begins tells `listener` its lines too: how a process that trains for another one reports."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 class Watcher(Protocol):
@@ -75,6 +93,8 @@ class Watch:
         self._steps = steps
         file = _MetricsFile(folder / "metrics.jsonl", epoch=epoch, step=step)
         self._watchers: list[Watcher] = [file]
+        if (listener := _listener.get()) is not None:
+            self._watchers.append(_Teller(listener, run_id))
         try:
             if tensorboard:
                 self._begin(_TensorBoard(folder / "tensorboard", updates=epoch * steps + step), file.kept)
@@ -137,6 +157,20 @@ class _MetricsFile:
         except OSError as error:  # the rest of a line that did not fit
             if not failed:
                 raise _cannot_write(self._path, error) from error
+
+
+class _Teller:
+    def __init__(self, listener: Listener, run_id: str) -> None:
+        self._listener, self._run_id = listener, run_id
+
+    def write(self, line: Line, updates: int) -> None:
+        self._listener(self._run_id, line)
+
+    def flush(self) -> None:
+        """Nothing is kept."""
+
+    def close(self, *, failed: bool) -> None:
+        """Nothing is open."""
 
 
 def _is_before(line: Line, epoch: int, step: int) -> bool:

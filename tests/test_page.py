@@ -46,7 +46,7 @@ POLICY = Policy(
     erase=RandomErasing(prob=0.5),
     mix=MixedViews(prob=0.5, mixup_alpha=0.8, cutmix_alpha=1.0),
 )
-VOID = {"meta", "link", "img", "input", "br"}
+VOID = {"meta", "link", "img", "input", "br", "wbr"}
 
 
 def _noise_image(seed: int, size_wh: tuple[int, int]) -> Image.Image:

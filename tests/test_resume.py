@@ -21,7 +21,7 @@ import torch
 from helpers import TINY_VIT, Forked, die_at, kdcache_command, make_cache, make_shard, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import assert_same_state, leaves, state_of
+from test_train import TIMES, assert_same_state, leaves, state_of
 
 import pipelines.run_checkpoints
 import pipelines.student_loop
@@ -63,7 +63,7 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 def lines_of(run: dict[str, Any]) -> list[dict[str, Any]]:
     """metrics.jsonl, times aside."""
-    return [{**json.loads(line), "seconds": 0} for line in Path(run["path"], "metrics.jsonl").read_text().splitlines()]
+    return [{**json.loads(line), **TIMES} for line in Path(run["path"], "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_run(found: dict[str, Any], expected: dict[str, Any]) -> None:

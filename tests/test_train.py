@@ -25,6 +25,7 @@ from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.errors import CorruptError, DriftError, MismatchError, MissingError, ShardError, StudentError, UsageError
 from kdcache.evaluate import EvaluationSet
 from kdcache.images import decode_image
+from kdcache.join import CachedViews
 from kdcache.shards import ShardFiles, scan_shard
 from kdcache.sources import resolve_shards
 from kdcache.students import build_student
@@ -66,13 +67,17 @@ def config(folder: Path, tmp_path: Path) -> Any:
     return make
 
 
+TIMES = {"seconds": 0, "own_seconds": 0, "own_epoch_seconds": 0}
+"""In place of a state's or a line's own."""
+
+
 def state_of(run: dict[str, Any], name: str = "last") -> dict[str, Any]:
     return torch.load(Path(run["path"], name, "checkpoint.pt"), weights_only=True)
 
 
 def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Every tensor, number and row alike to the last bit; times aside."""
-    found_leaves, expected_leaves = (dict(leaves({**state, "seconds": 0})) for state in (found, expected))
+    found_leaves, expected_leaves = (dict(leaves({**state, **TIMES})) for state in (found, expected))
     assert list(found_leaves) == list(expected_leaves)
     for path, value in expected_leaves.items():
         same = torch.equal(found_leaves[path], value) if isinstance(value, torch.Tensor) else found_leaves[path] == value
@@ -146,12 +151,13 @@ def test_training_needs_no_teacher_weights(folder: Path, tmp_path: Path, config:
 def test_epochs_replay_the_views_in_turn(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[int]] = []
 
-    class Spy(pipelines.train.CachedViews):
-        def __getitems__(self, items: Any) -> Any:
-            seen.append({item.view for item in items})
-            return super().__getitems__(items)
+    read = CachedViews.__getitems__
 
-    monkeypatch.setattr(pipelines.train, "CachedViews", Spy)
+    def spy(self: CachedViews, items: Any) -> Any:
+        seen.append({item.view for item in items})
+        return read(self, items)
+
+    monkeypatch.setattr(CachedViews, "__getitems__", spy)
     train(config(epochs=4, batch_size=12))
     assert seen == [{0}, {1}, {2}, {0}]
 

@@ -9,28 +9,24 @@ else load. It is a function of the cache, the tars and the options: no time, no 
     logits     a larger sample of rows: entropy, and confidence against accuracy
     pictures   from pixels to data: addresses, within a budget of bytes
     charts     from numbers to the geometry of small charts
-    page.html, page.css, page.js    what a person sees; Jinja escapes whatever it is given
+    render      from a template to a page; what a sweep's report shares
+    page.html, page.css, page.js    what a person sees; Jinja escapes whatever it is given; common.js and charts.html are shared too
 
 A cache that is damaged or not finished still gives a page: what can't be read says so where it would stand.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
-import os
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.class_names import ClassNames
 from kdcache.console import human_bytes, visible
-from kdcache.errors import CacheError, KDCacheError, StoreError, UsageError
+from kdcache.errors import CacheError, KDCacheError, UsageError
 from kdcache.fidelity import combine_fidelity
 
 from ..facts import REST_NAME, SAMPLE_ROWS, LabelHistogram, fidelity_by_shard, fidelity_sums, label_histogram, made_with, sizes, worst_shard
@@ -41,6 +37,7 @@ from .features import describe_features
 from .logits import describe_logits
 from .opening import PageCache, open_for_page, series
 from .pictures import encode_pictures
+from .render import render_page, replace_page
 from .samples import Sample, choose_rows, gather_samples
 
 DEFAULT_SAMPLES = 12
@@ -102,21 +99,8 @@ def write_page(path: str, file: str, config: PageConfig) -> PageSummary:
     Raises NotACacheError, FormatVersionError, UsageError for options that can't be, StoreError where the file can't be written.
     """
     page, summary = build_page(path, config)
-    target = Path(file)
-    try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as part:
-            part.write(page)
-        os.chmod(part.name, 0o666 & ~_umask())
-        os.replace(part.name, target)
-    except OSError as error:
-        raise StoreError(f"{file} can't be written: {error.strerror}; name a file in a folder that is there with --html") from error
+    replace_page(file, page, remedy="name a file in a folder that is there with --html")
     return PageSummary(file, len(page), summary.samples, summary.problems)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def build_page(path: str, config: PageConfig) -> tuple[bytes, PageSummary]:
@@ -259,48 +243,6 @@ def _sizes(opened: PageCache) -> dict[str, Any]:
 
 
 def _render(**context: Any) -> bytes:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    def finalize(value: Any) -> Any:
-        return value if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable() else visible(value)
-
-    environment = Environment(
-        loader=PackageLoader(__name__, "."), autoescape=True, undefined=StrictUndefined, finalize=finalize, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"bytes": human_bytes, "number": _number, "figure": _figure, "percent": _percent}
-    style, script = (resources.files(__name__).joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     sources: list[Sample] = context["samples"]
-    return (
-        environment.get_template("page.html")
-        .render(
-            **context,
-            style=Markup(style),
-            script=Markup(script),
-            style_hash=_hash(style),
-            script_hash=_hash(script),
-            shown_views=max((len(sample.views) for sample in sources), default=0),
-        )
-        .encode("utf-8")
-    )
-
-
-def _hash(text: str) -> str:
-    """As a content security policy names what may stand in the page."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _number(value: float) -> str:
-    """1,234"""
-    return f"{value:,.0f}"
-
-
-def _figure(value: float | None) -> str:
-    """Three digits, as measured figures are written; nothing for None."""
-    return "" if value is None else f"{value:.3g}"
-
-
-def _percent(value: float) -> str:
-    """A share as a percentage: two digits below 10, one above."""
-    percent = 100 * value
-    return f"{percent:.1f}" if percent >= 9.995 else f"{percent:.2f}" if percent >= 0.005 or percent == 0 else "< 0.01"
+    shown_views = max((len(sample.views) for sample in sources), default=0)
+    return render_page("page.html", package=__name__, scripts=["page.js"], shown_views=shown_views, **context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 360, 200
@@ -38,6 +38,30 @@ class Mark:
     text: str
 
 
+@dataclass(frozen=True)
+class Point:
+    """One of several things, told apart by colour and form, that leads to `#target` in the page."""
+
+    x: float
+    y: float
+    kind: str
+    """v0 to v7: colour and form."""
+    group: str
+    target: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """Likewise, as a curve."""
+
+    path: str
+    kind: str
+    group: str
+    target: str
+    title: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chart:
     """What the template draws."""
@@ -52,6 +76,99 @@ class Chart:
     dots: tuple[tuple[float, float], ...] = ()
     marks: tuple[Mark, ...] = ()
     diagonal: bool = False
+    points: tuple[Point, ...] = ()
+    lines: tuple[Line, ...] = ()
+    front: str = ""
+    """An SVG path."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values to be drawn as a line, or one value as a point."""
+
+    values: Sequence[tuple[float, float]]
+    kind: str
+    group: str
+    target: str
+    title: str
+
+
+def scatter(things: Sequence[Curve], front: Sequence[tuple[float, float]], *, x_title: str, y_title: str) -> Chart:
+    """Points over a logarithmic x axis, and the front of those that nothing to their left is above. x above 0; `front` in ascending order."""
+    found = [thing.values[0] for thing in things]
+    to_x, x_ticks = _log_axis([x for x, _ in found])
+    to_y, y_ticks = _fitting_axis([y for _, y in found], pad=0.08)
+    corners = [(to_x(x), to_y(y)) for x, y in front]
+    path = f"M{corners[0][0]:.1f},{corners[0][1]:.1f}" + "".join(f"H{x:.1f}V{y:.1f}" for x, y in corners[1:]) + f"H{RIGHT}" if corners else ""
+    points = [Point(to_x(x), to_y(y), thing.kind, thing.group, thing.target, thing.title) for thing, (x, y) in zip(things, found, strict=True)]
+    return Chart(x_title=x_title, y_title=y_title, x_ticks=x_ticks, y_ticks=y_ticks, points=tuple(points), front=path)
+
+
+def curves(
+    things: Sequence[Curve], *, x_title: str, y_title: str, log_y: bool = False, from_zero: bool = False, marks: Sequence[tuple[float, str]] = (),
+    max_points: int = 120,
+) -> Chart:  # fmt: skip
+    """Lines over a common x axis of whole numbers from 0. Long ones are thinned, their last point is kept; one point is drawn as a short dash."""
+    top = max((x for thing in things for x, _ in thing.values), default=1.0) or 1.0
+    ys = [y for thing in things for _, y in thing.values]
+    to_y, y_ticks = _log_axis(ys, vertical=True) if log_y else _fitting_axis([*ys, 0.0] if from_zero else ys)
+    lines = []
+    for thing in things:
+        every = -(-len(thing.values) // max_points)
+        kept = [*thing.values[:-1:every], thing.values[-1]]
+        drawn = [(LEFT + (RIGHT - LEFT) * x / top, to_y(y)) for x, y in kept]
+        path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in drawn) if len(drawn) > 1 else f"M{drawn[0][0] - 4:.1f},{drawn[0][1]:.1f}h4"
+        lines.append(Line(path, thing.kind, thing.group, thing.target, thing.title))
+    return Chart(
+        x_title=x_title,
+        y_title=y_title,
+        x_ticks=tuple(Tick(LEFT + (RIGHT - LEFT) * value / top, f"{value:,g}") for value in _multiples(_step(top, 5, whole=True), 0, top)),
+        y_ticks=y_ticks,
+        lines=tuple(lines),
+        marks=tuple(Mark(LEFT + (RIGHT - LEFT) * value / top, text) for value, text in marks),
+    )
+
+
+def _fitting_axis(values: Sequence[float], *, pad: float = 0.0) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
+    """From a value to its y, and ticks: an axis around all values, not necessarily with 0, `pad` of its length beyond them."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    length = high - low or max(abs(high), 1.0) / 10
+    step = _step(length, 4)
+    low, high = (low - pad * length, high + pad * length) if pad else (math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step)
+    high = max(high, low + step)
+
+    def place(value: float) -> float:
+        return BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low)
+
+    return place, tuple(Tick(place(value), f"{value:,g}") for value in _multiples(step, low, high))
+
+
+def _log_axis(values: Sequence[float], *, vertical: bool = False) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
+    """From a value above 0 to its place on a logarithmic axis, and ticks: a few of 1, 2 and 5 times powers of ten, or round numbers if none fit."""
+    low, high = min(values, default=1.0), max(values, default=10.0)
+    pad = max((math.log10(high) - math.log10(low)) * 0.07, 0.04)
+    low_log, high_log = math.log10(low) - pad, math.log10(high) + pad
+    begin, end = (BOTTOM, TOP) if vertical else (LEFT, RIGHT)
+
+    def place(value: float) -> float:
+        return begin + (end - begin) * (math.log10(value) - low_log) / (high_log - low_log)
+
+    decades = range(math.floor(low_log), math.ceil(high_log) + 1)
+    found: list[float] = []
+    for factors in ((1,), (1, 3), (1, 2, 5)):
+        found = [factor * 10.0**decade for decade in decades for factor in factors if low_log <= math.log10(factor * 10.0**decade) <= high_log]
+        if len(found) >= 3:
+            break
+    if len(found) < 3:
+        low, high = 10**low_log, 10**high_log
+        found = _multiples(_step(high - low, 4), low, high)
+    every = -(-len(found) // 6)
+    return place, tuple(Tick(place(value), f"{value:,.6g}") for value in found[::every])
+
+
+def _multiples(step: float, low: float, high: float) -> list[float]:
+    """Of `step`, from `low` to `high`."""
+    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def histogram(values: Sequence[float], high: float, *, bins: int, x_title: str, y_title: str, marks: Sequence[tuple[float, str]] = ()) -> Chart:
@@ -147,10 +264,15 @@ def _y_ticks(top: float) -> tuple[Tick, ...]:
 
 def _nice(high: float, about: int) -> list[float]:
     """Round numbers from 0 to at most `high`, near `about` of them."""
-    rough = high / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    step = _step(high, about)
     return [round(i * step, 12) for i in range(int(high / step + 1e-9) + 1)]
+
+
+def _step(length: float, about: int, *, whole: bool = False) -> float:
+    """A round number, or a whole one, that fits near `about` times into `length`."""
+    rough = max(length / about, 1.0) if whole else length / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in ((1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)) if factor * power >= rough * 0.999)
 
 
 @dataclass(frozen=True)

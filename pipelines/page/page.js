@@ -1,42 +1,6 @@
-// Comfort for the page: without it everything is there, but for the keys, the shard map's names, enlarging, and features over views.
-"use strict";
+// Comfort for the page of a cache: without it everything is there, but for the keys, the shard map's names, enlarging, and features over views.
 (() => {
-  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-  const one = (selector, root = document) => root.querySelector(selector);
-  all(".tools, .choose").forEach((tool) => { tool.hidden = false; });
-
-  // --- colours: system, light, dark; remembered where the browser lets a file remember
-  const themes = ["auto", "light", "dark"];
-  const words = { auto: "as the system has them", light: "light", dark: "dark" };
-  const themeButton = one("#theme");
-  const remember = (value) => { try { localStorage.setItem("kdcache-theme", value); } catch { /* private windows */ } };
-  const remembered = () => { try { return localStorage.getItem("kdcache-theme"); } catch { return null; } };
-  const setTheme = (name) => {
-    if (name === "auto") delete document.documentElement.dataset.theme; else document.documentElement.dataset.theme = name;
-    themeButton.dataset.now = name;
-    themeButton.textContent = name[0].toUpperCase() + name.slice(1);
-    themeButton.setAttribute("aria-label", `Colours: ${words[name]}`);
-  };
-  const nextTheme = () => {
-    const name = themes[(themes.indexOf(themeButton.dataset.now) + 1) % themes.length];
-    setTheme(name);
-    remember(name);
-  };
-  setTheme(themes.includes(remembered()) ? remembered() : "auto");
-  themeButton.addEventListener("click", nextTheme);
-
-  // --- where one is
-  const links = new Map(all("nav.bar a").map((link) => [link.hash.slice(1), link]));
-  const nav = one("nav.bar ul");
-  const follow = new IntersectionObserver((entries) => {
-    for (const entry of entries.filter((found) => found.isIntersecting)) {
-      links.forEach((link) => link.removeAttribute("aria-current"));
-      const link = links.get(entry.target.id);
-      link.setAttribute("aria-current", "true");
-      nav.scrollLeft = link.offsetLeft - nav.clientWidth / 3;
-    }
-  }, { rootMargin: "-20% 0px -75% 0px" });
-  all("main > section[id]").forEach((section) => { if (links.has(section.id)) follow.observe(section); });
+  const { all, one, keys } = kdcachePage;
 
   // --- samples
   const samples = all(".sample");
@@ -143,21 +107,10 @@
   }
 
   // --- keys
-  const help = one("#help");
-  one("#help-button").addEventListener("click", () => help.showModal());
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (large.open) {
-      if (event.key === "ArrowRight" || event.key === "j") enlarge(shown + 1);
-      if (event.key === "ArrowLeft" || event.key === "k") enlarge(shown - 1);
-      return;
-    }
-    if (help.open || event.target.matches("input[type=radio]") && event.key.startsWith("Arrow")) return;
-    const actions = { j: () => go(1), ArrowRight: () => go(1), k: () => go(-1), ArrowLeft: () => go(-1), m: nextChoice, t: nextTheme, "?": () => help.showModal() };
-    if (event.target.closest(".scroll") && event.key.startsWith("Arrow")) return;
-    if (actions[event.key]) {
-      actions[event.key]();
-      event.preventDefault();
-    }
+    if (!large.open || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "ArrowRight" || event.key === "j") enlarge(shown + 1);
+    if (event.key === "ArrowLeft" || event.key === "k") enlarge(shown - 1);
   });
+  Object.assign(keys, { j: () => go(1), ArrowRight: () => go(1), k: () => go(-1), ArrowLeft: () => go(-1), m: nextChoice });
 })();

@@ -1,0 +1,429 @@
+"""One process, one loader, several students: each batch is read, rendered, moved and decoded once, and every student takes its step on it. Used by
+train, for which a run alone is a gang of one.
+
+* Runs that train on the same stream of batches may be in one gang (`gangs_of`). The loader reads what any of its members wants; each sees what it
+  would see alone (`shared_batch`).
+* A member owns all that decides its result: weights, optimizer, schedule, average, generators, its place in its epochs, its files. Its generators
+  and its number of threads are put in place for its turn, so that its bits are those of a run alone.
+* The stream begins where the least advanced member is; those that are ahead wait for it. So members killed at different steps, new ones and ones
+  that failed before go on together.
+* What goes wrong in a member's turn ends that member (`Gang._in_turn`); what goes wrong in the loader ends the gang, and every member's checkpoints
+  are kept.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kdcache.console import say
+from kdcache.device import fitting_threads, generator_states, release_memory, resolve_device, set_generator_states
+from kdcache.errors import KDCacheError, StoreError
+from kdcache.evaluate import Evaluator
+from kdcache.join import BatchLoader, CachedViews
+from kdcache.workers import is_killed_worker, naming_killed_workers
+
+from .run import Run, describe_error
+from .shared_batch import Portion, SharedBatch, dataset_of, union
+from .student_loop import StudentLoop
+from .watching import replace_file
+
+ERROR_FILE = "error.txt"
+"""In the folder of a run that an error ended: the error in its first line, when and where, the traceback."""
+
+
+# --- who trains with whom --------------------------------------------------------------------------------------------
+
+
+def gangs_of(runs: Sequence[Run], size: int) -> list[list[Run]]:
+    """The runs in gangs of at most `size`: each in the first that trains on the same stream of batches and has a place. Order is kept.
+
+    Finished runs are by themselves, and so is one that is there twice: the second is finished, or failed, by its turn. Says on stderr why runs
+    are kept apart.
+    """
+    gangs: list[list[Run]] = []
+    for run in runs:
+        if not run.is_finished:
+            stream = stream_of(run)
+            is_double = any(run.folder == other.folder for gang in gangs for other in gang)
+            fitting = (gang for gang in gangs if len(gang) < size and not gang[0].is_finished and stream_of(gang[0]) == stream)
+            gang = None if is_double else next(fitting, None)
+            if gang is not None:
+                gang.append(run)
+                continue
+        gangs.append([run])
+    if size > 1:
+        _say_gangs([gang for gang in gangs if not gang[0].is_finished])
+    return gangs
+
+
+def stream_of(run: Run) -> dict[str, Any]:
+    """Option → value of all that decides the batches of a run, their order, and what loads them: two runs may share a loader if these are equal."""
+    config, data = run.config, run.data
+    return {
+        "CACHE": data.cache.store.url,
+        "--data": config.data,
+        "--limit-shards": len(data.shards),  # the first so many in name order
+        "--views": data.num_views,
+        "--batch-size": config.batch_size,
+        "--seed": config.seed,
+        "--check-views": config.check_views,
+        "--workers": config.num_workers,
+        "--device": str(resolve_device(config.device)),
+    }
+
+
+def _say_gangs(gangs: Sequence[Sequence[Run]]) -> None:
+    """Who is in which gang, and what keeps a gang from joining the first: fields with both values."""
+    if len(gangs) < 2 and all(len(gang) > 1 for gang in gangs):
+        return
+    lines = []
+    for number, gang in enumerate(gangs, 1):
+        reasons = [
+            f"{name} {value!r}, {stream_of(gangs[0][0])[name]!r} in gang 1"
+            for name, value in stream_of(gang[0]).items()
+            if value != stream_of(gangs[0][0])[name]
+        ]
+        why = f" (by itself: {'; '.join(reasons)})" if reasons else " (those before are full)" if number > 1 else ""
+        lines.append(f"gang {number} of {len(gangs)}: {', '.join(run.id for run in gang)}{why}")
+    say("\n".join(lines))
+
+
+# --- one student of a gang -------------------------------------------------------------------------------------------
+
+
+class _Member:
+    """A run in its gang: its loop, what it takes of a batch, and the state of this process that is its own."""
+
+    def __init__(self, run: Run, loop: StudentLoop) -> None:
+        """After `run.begin()`, with the generators as that left them."""
+        self.run, self.loop = run, loop
+        self.portion = portion_of(loop)
+        with fitting_threads(loop.method, loop.device):
+            self._threads = torch.get_num_threads()
+        self._generators = generator_states(loop.device)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(epoch, steps of it that are done): the batch that it wants next."""
+        return self.loop.epoch, self.loop.step
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within, torch's generators and threads are this member's."""
+        threads = torch.get_num_threads()
+        if threads != self._threads:
+            torch.set_num_threads(self._threads)
+        try:
+            set_generator_states(self._generators, self.loop.device)
+            yield
+            self._generators = generator_states(self.loop.device)
+        finally:
+            if threads != self._threads:
+                torch.set_num_threads(threads)
+
+    def clear(self) -> None:
+        """Let go of all that takes memory, whoever still holds this member."""
+        del self.loop, self.portion, self._generators
+
+    def train_step(self, batch: SharedBatch) -> dict[str, float]:
+        inputs = batch.inputs(self.portion)  # not in its own time: it is made for all
+        with self.loop.own:
+            return self.loop.train_step(inputs)
+
+    def end_epoch(self) -> None:
+        with self.loop.own:
+            self.loop.end_epoch()
+
+
+def portion_of(loop: StudentLoop) -> Portion:
+    """Raises what the dataset of a run alone raises: UsageError for parts of a target that is not there."""
+    data, method, student = loop.data, loop.method, loop.student
+    teacher = next(iter(data.teachers), None)  # of several each target says whose it is
+    alone = CachedViews(data.cache, teacher=teacher, targets=tuple(loop.encodings), parts=method.target_parts())
+    is_mixed = data.cache.plan.policy.mix is not None and method.needs_labels_with(method.settings)
+    return Portion(
+        normalize=loop.normalize,
+        mean_std=(tuple(student.mean), tuple(student.std)),
+        memory_format=loop.memory_format,
+        soft_classes=data.num_classes if is_mixed else None,
+        names=alone.targets,
+        components=alone.components,
+        encodings=loop.encodings,
+    )
+
+
+# --- the gang --------------------------------------------------------------------------------------------------------
+
+
+class Gang:
+    """Trains runs that have one `stream_of` on it: `train`, once."""
+
+    def __init__(self, runs: Sequence[Run], *, isolate: bool, progress: bool) -> None:
+        """isolate: whether a member's error ends that member only, or is raised. progress: a bar on stderr."""
+        self._runs, self._isolate = runs, isolate
+        self._device = resolve_device(runs[0].config.device)
+        self._left = list(runs)
+        """Those that have not ended."""
+        self._members: list[_Member] = []
+        """Those of them that train."""
+        self._ended: list[dict[str, Any]] = []
+        """Entries of those that ended since the last were handed on."""
+        self._evaluators: dict[Any, Evaluator] = {}
+        self._bar = _Bar(runs, enabled=progress)
+
+    def train(self) -> Iterator[dict[str, Any]]:
+        """The report's entry of each run as soon as it ends. Raises KDCacheError of the loader after the entries of all whom it ended."""
+        try:
+            with naming_killed_workers():
+                for run in self._runs:
+                    self._begin(run)
+                    yield from self._hand_on()
+                yield from self._feed()
+        except KDCacheError as error:
+            for run in list(self._left):
+                self._end(run, error)
+            yield from self._hand_on()
+            raise
+        finally:
+            for member in self._members:
+                member.loop.close()
+            for run in self._runs:
+                run.release()
+            self._bar.close()
+
+    def _hand_on(self) -> Iterator[dict[str, Any]]:
+        ended, self._ended = self._ended, []
+        yield from ended
+
+    # --- the course of its members ---
+
+    def _begin(self, run: Run) -> None:
+        """Build a member, and put it where its last checkpoint left it."""
+
+        def begin() -> None:
+            if not run.claim():
+                self._ended.append(run.already_done())
+                self._forget(run)
+                return
+            loop = run.begin()
+            loop.evaluator = self._shared_evaluator(run, loop)
+            member = _Member(run, loop)
+            loop.begin()
+            (run.folder / ERROR_FILE).unlink(missing_ok=True)
+            self._members.append(member)
+
+        if self._in_turn(run, begin) and run.loop is not None and run.loop.is_done:
+            self._finish(self._members[-1])
+
+    def _finish(self, member: _Member) -> None:
+        """Export a member that has no epoch left."""
+        run = member.run
+
+        def finish() -> dict[str, Any]:
+            member.loop.close()
+            return run.finish()
+
+        if entry := self._in_turn(run, finish):
+            self._ended.append(entry)
+            self._forget(run)
+
+    def _in_turn(self, run: Run, action: Callable[[], Any]) -> Any:
+        """What a member's action gives, True for None; False if it failed and was ended.
+
+        The one place where every exception is caught, because isolation is just that: a method or a model of anyone's, a full disk, a full device or
+        a damaged checkpoint may raise anything, and the students beside it have nothing to do with it. Left alone are what ends the process, and a
+        killed worker, whose signal torch raises in whoever's turn it is.
+        """
+        member = next((member for member in self._members if member.run is run), None)
+        try:
+            if member is None:
+                result = action()
+            else:
+                with member.turn():
+                    result = action()
+        except Exception as error:
+            if not self._isolate or is_killed_worker(error):
+                raise
+            self._end(run, error)
+            say(f"run {run.id} failed, the others go on: {describe_error(error)}")
+        else:
+            return True if result is None else result
+        self._release()  # here, where the traceback no longer holds the frames that hold its tensors
+        return False
+
+    def _end(self, run: Run, error: Exception) -> None:
+        """Leave a record of what ended a run, and forget it."""
+        self._ended.append(run.failed(error))
+        if run.is_claimed:  # else its folder is another process's
+            _write_record(run, error)
+        if run.loop is not None:
+            with suppress(OSError, KDCacheError):  # the disk may be what failed
+                run.loop.close()
+        self._forget(run)
+
+    def _forget(self, run: Run) -> None:
+        """Drop what holds its memory."""
+        for member in [member for member in self._members if member.run is run]:
+            self._members.remove(member)
+            member.clear()
+        self._left.remove(run)
+        run.release()
+        run.loop = None
+        self._release()
+
+    def _release(self) -> None:
+        gc.collect()  # an optimizer and its schedule hold each other
+        release_memory(self._device)
+
+    # --- its batches ---
+
+    def _feed(self) -> Iterator[dict[str, Any]]:
+        """The batches of all epochs that are left."""
+        wanted: dict[str, tuple[str, ...]] | None = None
+        loader: BatchLoader | None = None
+        try:
+            while self._members:
+                first = self._members[0].loop
+                reads = union([member.portion for member in self._members])
+                if loader is None or reads != wanted:  # at first, and where those who wanted more have ended
+                    if loader is not None:
+                        loader.close()
+                    wanted, dataset = reads, dataset_of(first.data.cache, reads, check_views=first.config.check_views)
+                    loader = BatchLoader(dataset, first.batches, num_workers=first.config.num_workers, pin_memory=self._device.type == "cuda")
+                yield from self._feed_epoch(loader, *min(member.place for member in self._members))
+        finally:
+            if loader is not None:
+                loader.close()
+
+    def _feed_epoch(self, loader: BatchLoader, epoch: int, start: int) -> Iterator[dict[str, Any]]:
+        """The batches of an epoch from its step `start`, for members that want them; ends early where none wants the next one."""
+        step = start
+        for batch in loader.epoch(epoch, start=start):
+            here = [member for member in self._members if member.place == (epoch, step)]
+            self._bar.move(epoch, step, len(loader), len(batch["labels"]))
+            step += 1
+            self._save_together(here, step)
+            shared = SharedBatch(batch, self._device)
+            for member in here:
+                if losses := self._in_turn(member.run, partial(member.train_step, shared)):
+                    self._bar.note(member.run, losses)
+            del shared
+            self._bar.update()
+            yield from self._hand_on()
+            if not self._members or min(member.place for member in self._members) > (epoch, step):
+                return
+        for member in [member for member in self._members if member.place == (epoch, step)]:
+            if self._in_turn(member.run, member.end_epoch):
+                self._bar.note_top1(member.run, member.loop.history)
+                if member.loop.is_done:
+                    self._finish(member)
+            yield from self._hand_on()
+
+    @staticmethod
+    def _save_together(here: Sequence[_Member], step: int) -> None:
+        """Where one is to save after this step, all who save by the clock do: killed, they go on together."""
+        checkpoints = [member.loop.checkpoints for member in here]
+        if any(one.is_due(step) for one in checkpoints):
+            for one in checkpoints:
+                one.join_in()
+
+    def _shared_evaluator(self, run: Run, loop: StudentLoop) -> Evaluator | None:
+        """The evaluator of a member before it that sees validation images as this one does, with its worker processes; else its own."""
+        if loop.evaluator is None:
+            return None
+        student = loop.student
+        crop_pct = student.crop_pct if run.config.val_crop_pct is None else run.config.val_crop_pct
+        transform = (student.input_size, student.interpolation, student.mean, student.std, crop_pct, student.crop_mode)
+        tars = tuple((index.source.path, index.member_table) for index in run.data.val)
+        labels = (run.config.label_key, run.data.num_classes)
+        return self._evaluators.setdefault((transform, tars, labels), loop.evaluator)
+
+
+def _write_record(run: Run, error: Exception) -> None:
+    """error.txt in the run's folder, which is made if it is not there; where the disk refuses even that, it is said."""
+    loop = run.loop
+    where = (
+        f"epoch {loop.epoch + 1} of {loop.config.epochs}, after {loop.step} of its {len(loop.batches)} steps"
+        if loop is not None
+        else "at its beginning"
+    )
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    text = "".join([f"{type(error).__name__}: {error}\n\n", f"{when}, {where}\n\n", *traceback.format_exception(error)])
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(run.folder / ERROR_FILE, text)
+    except (OSError, StoreError) as problem:
+        say(f"run {run.id}: no record of its error could be left: {problem}")
+
+
+class _Bar:
+    """Progress of the stream on stderr: one bar, however many students. img/s are views that were loaded."""
+
+    def __init__(self, runs: Sequence[Run], *, enabled: bool) -> None:
+        self._runs, self._enabled = runs, enabled
+        self._names = _short_names(runs)
+        self._epochs = max(run.config.epochs for run in runs)
+        self._shown: dict[str, dict[str, str]] = {run.id: {} for run in runs}
+        self._top1: dict[str, str] = {}
+        self._bar: tqdm[Any] | None = None
+        self._images = self._epoch = 0
+
+    def move(self, epoch: int, step: int, steps: int, images: int) -> None:
+        """To the batch at this step of an epoch of `steps`, which has `images`: others than the next were taken before the last kill."""
+        place = (epoch * steps + step) * images
+        if self._bar is None:
+            desc = self._runs[0].id if len(self._runs) == 1 else f"gang of {len(self._runs)}"
+            total = self._epochs * steps * images
+            self._bar = tqdm(total=total, initial=place, unit="img", unit_scale=True, desc=desc, disable=not self._enabled)
+            for run in self._runs:
+                if run.loop is not None:
+                    self.note_top1(run, run.loop.history)
+        elif self._enabled and place > self._bar.n:
+            self._bar.initial += place - self._bar.n  # not counted as done in the time that passed
+            self._bar.n = place
+        self._epoch, self._images = epoch, images
+
+    def note(self, run: Run, losses: Mapping[str, float]) -> None:
+        """A member's step."""
+        self._shown[run.id] = {name: f"{value:.3f}" for name, value in losses.items()}
+
+    def note_top1(self, run: Run, history: Sequence[Mapping[str, Any]]) -> None:
+        """A member's last measurement."""
+        measured = [row["eval_top1"] for row in history if "eval_top1" in row]
+        if measured:
+            self._top1[run.id] = f"{measured[-1]:.2f}"
+
+    def update(self) -> None:
+        """The batch is done: of one student all parts of the loss are shown, of several the loss and the last top-1 of each."""
+        if self._bar is None or not self._enabled:
+            return
+        self._bar.update(self._images)
+        shown = {"epoch": f"{self._epoch + 1}/{self._epochs}"}
+        for run in self._runs:
+            top1 = self._top1.get(run.id)
+            if len(self._runs) == 1:
+                shown |= self._shown[run.id] | ({"top1": top1} if top1 is not None else {})
+            elif run.loop is not None and "loss" in self._shown[run.id]:
+                shown[self._names[run.id]] = self._shown[run.id]["loss"] + (f" {top1} %" if top1 is not None else "")
+        self._bar.set_postfix(shown, refresh=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _short_names(runs: Sequence[Run]) -> dict[str, str]:
+    """Run id → what tells it from the others in a few characters: its student; else its method; else its number."""
+    for names in ([run.student_name for run in runs], [run.config.method for run in runs]):
+        if len(set(names)) == len(runs):
+            return {run.id: name.rpartition("/")[2][:16] for run, name in zip(runs, names, strict=True)}
+    return {run.id: str(number) for number, run in enumerate(runs, 1)}

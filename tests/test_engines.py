@@ -1,0 +1,266 @@
+"""Jobs in several processes and as Ray tasks: the bits of one process; whoever is killed is tried again and disturbs no other; no orphans."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import TINY_VIT, Forked, make_cache, make_shard
+from test_train import assert_same_state, state_of
+
+import pipelines.run_lock
+from kdcache.errors import StoreError, StudentError, UsageError
+from kdcache.interrupt import stopping_cleanly
+from pipelines.engines import Entry, InProcess, Job, open_runs, plan_jobs
+from pipelines.job_process import environ_of_child, with_share_of
+from pipelines.local_engine import Local, local_engine
+from pipelines.ray_engine import OnRay, train_on_node
+from pipelines.run_lock import RunLock
+from pipelines.train import TrainConfig, train
+
+STUDENT_ARGS = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "drop_rate": 0.1}
+
+METHODS = """
+import os, signal
+from kdcache.methods.kd import KD
+
+
+class Mortal(KD):
+    '''Dies in its ninth step if there is a file that says who is to be killed, once.'''
+    name, steps = "mortal", 0
+
+    def losses(self, outputs, labels, targets):
+        self.steps += 1
+        order = os.environ["MORTAL"] + f"/{self.settings.temperature:g}"
+        if self.steps == 9 and os.path.exists(order):
+            whom = open(order).read()
+            os.remove(order)
+            os.kill(os.getpid() if whom == "itself" else os.getppid(), signal.SIGKILL)
+            signal.pause()  # the death of its parent is its own
+        return super().losses(outputs, labels, targets)
+
+
+class Doomed(KD):
+    '''Dies whenever it is tried.'''
+    name = "doomed"
+
+    def losses(self, outputs, labels, targets):
+        os.kill(os.getpid(), signal.SIGSEGV)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """cache/ of 2 shards × 6 images × 2 views: 6 batches of 2 an epoch; val/; orders/ for Mortal, whose module can be imported."""
+    folder = tmp_path_factory.mktemp("engines")
+    make_cache(folder, num_shards=2, num_samples=6, views=2, targets=["logits"])
+    make_shard(folder / "val" / "val-00.tar", num_samples=6, seed=7)
+    (folder / "orders").mkdir()
+    (folder / "methods").mkdir()
+    (folder / "methods" / "methods_of_engines.py").write_text(METHODS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder / "methods")
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))  # of Ray's workers
+        patch.setenv("MORTAL", str(folder / "orders"))
+        yield folder
+
+
+def jobs_of(folder: Path, out: Path, *runs: dict[str, Any]) -> list[Job]:
+    options: dict[str, Any] = {
+        "cache": str(folder / "cache"), "students": (TINY_VIT,), "model_kwargs": STUDENT_ARGS, "val": str(folder / "val"), "out": str(out),
+        "epochs": 3, "batch_size": 2, "workers": 0, "device": "cpu", "log_interval": 1, "recovery_interval": 2,
+    }  # fmt: skip
+    return plan_jobs(open_runs([TrainConfig(**{**options, **run}) for run in runs]))
+
+
+MORTALS: list[dict[str, Any]] = [{"method": "methods_of_engines:Mortal", "settings": {"temperature": temperature}} for temperature in (2.0, 3.0)]
+GOOD: list[dict[str, Any]] = [{"method": "kd"}, {"method": "nkd", "model_ema": True}]
+FAILING: dict[str, Any] = {"method": "kd", "lr": 1e30}
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Entry]:
+    """Of a process that nothing happens to."""
+    return list(InProcess().run(jobs_of(folder, tmp_path_factory.mktemp("alone"), *MORTALS, *GOOD, FAILING)))
+
+
+def by_id(entries: Sequence[Entry]) -> dict[str, Entry]:
+    assert len({entry["id"] for entry in entries}) == len(entries)
+    return {entry["id"]: entry for entry in entries}
+
+
+def assert_same_runs(found: Sequence[Entry], expected: Sequence[Entry]) -> None:
+    """Those of `found`, bit for bit as the ones with their ids."""
+    for run_id, entry in by_id(found).items():
+        other = by_id(expected)[run_id]
+        assert [entry[name] for name in ("student", "method", "epochs", "top1", "status")] == [
+            other[name] for name in ("student", "method", "epochs", "top1", "status")
+        ]
+        if entry["status"] == "done":
+            for name in ("last", "best"):
+                assert_same_state(state_of(entry, name), state_of(other, name))
+            for file in ("summary.csv", "export/model.safetensors"):
+                assert Path(entry["path"], file).read_bytes() == Path(other["path"], file).read_bytes(), file
+        assert not Path(entry["path"], ".lock").exists()
+
+
+def wait_for(what: Any, timeout_s: float = 120) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+def test_processes_train_what_one_process_trains_whoever_is_killed(
+    folder: Path, alone: list[Entry], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "orders" / "2").write_text("itself")
+    jobs = jobs_of(folder, tmp_path, MORTALS[0], *GOOD, FAILING, {"method": "methods_of_engines:Doomed"})
+    assert [Job.from_json(json.loads(json.dumps(job.to_json()))) for job in jobs] == jobs
+    entries = by_id(list(Local(2, retries=1).run(jobs, progress=True)))
+    (doomed,) = (entries.pop(run_id) for run_id in list(entries) if "doomed" in run_id)
+    assert_same_runs(list(entries.values()), alone)
+    assert sorted(entry["status"] for entry in entries.values()) == ["done", "done", "done", "failed"]
+    assert (doomed["status"], doomed["epochs"]) == ("failed", 0)
+    assert "killed by SIGSEGV" in doomed["error"] and "given up after 2 attempts" in doomed["error"] and "Segmentation fault" in doomed["error"]
+    told = capfd.readouterr().err.splitlines()
+    assert sum("killed by SIGKILL, often for lack of memory" in line and "attempt 2 of 2" in line for line in told) == 1
+    assert [line.partition(": ")[2][:40] for line in told if line.startswith("process ") and f"{jobs[1].ids[0]}: epoch" in line] == [
+        f"{jobs[1].ids[0]}: epoch {epoch}/3, loss "[:40] for epoch in (1, 2, 3)
+    ]
+    attempts = (tmp_path / "logs" / f"{jobs[0].ids[0]}.log").read_text()
+    assert [f"attempt {number} of 2" in attempts for number in (1, 2, 3)] == [True, True, False]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_children_end_with_their_parent(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    jobs = jobs_of(folder, tmp_path / "runs", {"epochs": 100_000, "workers": 1})
+
+    def command() -> None:
+        with stopping_cleanly():
+            list(Local(1).run(jobs))
+
+    parent = Forked(command, tmp_path / "log")
+    child = int(wait_for(lambda: _holder(jobs[0])))
+    wait_for(lambda: (jobs[0].folders[0] / "last" / "checkpoint.pt").exists())
+    parent.kill(number)
+    assert parent.wait() == (-number if number == signal.SIGKILL else 70), parent.output()
+    if number == signal.SIGTERM:
+        assert "Stopped: SIGTERM" in parent.output()
+        assert "Stopped" not in (tmp_path / "runs" / "logs" / f"{jobs[0].ids[0]}.log").read_text()
+    wait_for(lambda: _group_is_gone(child), 10)
+    RunLock(jobs[0].folders[0]).release()
+
+
+def _holder(job: Job) -> str:
+    """The process that a run's lock names, once it does."""
+    path = job.folders[0] / ".lock"
+    words = path.read_text().split() if path.exists() else []
+    return words[1] if len(words) == 4 else ""
+
+
+def _group_is_gone(leader: int) -> bool:
+    try:
+        os.killpg(leader, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_two_processes_never_train_one_run_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (job,) = jobs_of(folder, tmp_path / "runs", {"epochs": 40})
+    config = job.configs[0]
+    first = Forked(lambda: train(config) and None, tmp_path / "log")
+    process = wait_for(lambda: _holder(job))
+    monkeypatch.setattr(pipelines.run_lock, "PATIENCE_S", 0.0)
+    resumed = TrainConfig(**{**vars(config), "resume": True})
+    with pytest.raises(StudentError, match=rf"is being trained by process {process} on .*; nothing of it was changed"):
+        train(resumed)
+    monkeypatch.setattr(pipelines.run_lock, "PATIENCE_S", 100.0)
+    (entry,) = train(resumed)
+    assert first.wait() == 0, first.output()
+    assert entry["status"] == "already done"
+    epochs = [line["epoch"] for line in map(json.loads, (job.folders[0] / "metrics.jsonl").read_text().splitlines()) if "step" not in line]
+    assert epochs == list(range(40))
+    assert not (job.folders[0] / ".lock").exists()
+
+
+def test_a_lock_is_free_when_its_process_is_dead(tmp_path: Path) -> None:
+    def hold() -> None:
+        RunLock(tmp_path)
+        signal.pause()
+
+    holder = Forked(hold, tmp_path / "log")
+    wait_for(lambda: (tmp_path / ".lock").exists() and (tmp_path / ".lock").read_text())
+    holder.kill()
+    holder.wait()
+    RunLock(tmp_path).release()
+    assert not (tmp_path / ".lock").exists()
+    with pytest.raises(StoreError, match="can't be written"):
+        RunLock(tmp_path / "absent")
+
+
+def test_each_process_has_its_gpu_and_its_share_of_the_cores(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, 5,7,-1")
+    engine = local_engine()
+    assert isinstance(engine, Local) and (engine.slots, engine._gpus) == (3, ("GPU-a", "5", "7"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert local_engine(processes=6, device="cuda").slots == 6
+    assert isinstance(local_engine(device="cpu"), InProcess) and isinstance(local_engine(processes=1), InProcess)
+    with pytest.raises(UsageError, match=r"--device cuda:1 with 2 processes.*CUDA_VISIBLE_DEVICES"):
+        local_engine(processes=2, device="cuda:1")
+    child = environ_of_child({"A": "1"}, cores=4, gpu="GPU-a")
+    assert child == {"A": "1", "OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": "GPU-a"}
+    assert environ_of_child({"OMP_NUM_THREADS": "1"}, cores=4) == {"OMP_NUM_THREADS": "1"}
+    (job,) = jobs_of(folder, tmp_path, {"workers": None})
+    assert [with_share_of(job, cores).configs[0].workers for cores in (3, 99)] == [3, 8]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # of Ray's own files and processes
+def test_ray_trains_what_one_process_trains_whoever_is_killed(
+    folder: Path, alone: list[Entry], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One worker of Ray's is killed and one child of theirs; a run fails; Ray is a real one, of this machine."""
+    (folder / "orders" / "2").write_text("its parent")
+    (folder / "orders" / "3").write_text("itself")
+    engine = OnRay(retries=1, cpus_per_job=1)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    entries = list(engine.run(jobs_of(folder, tmp_path, *MORTALS, GOOD[0], FAILING), progress=True))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert_same_runs(entries, alone)
+    assert [entry["status"] for entry in entries].count("done") == 3
+    assert not list((folder / "orders").iterdir())
+    (failed,) = (entry for entry in entries if entry["status"] == "failed")
+    assert failed["error"].startswith("node ") and "the loss is not finite" in failed["error"]
+    assert "epoch 3/3" in capfd.readouterr().err
+    assert not list((tmp_path / "logs").glob(".ray-*"))
+
+
+def test_a_node_that_does_not_see_what_the_driver_sees_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (job,) = jobs_of(folder, tmp_path, GOOD[0])
+    there = {"meeting": str(tmp_path), "cwd": "/", "version": "0.1.0", "cpus": 1, "retries": 1, "progress": False}
+    body = job.to_json()
+    elsewhere = {**body, "configs": [{**body["configs"][0], "cache": "/nowhere/cache"}]}
+    for given, place, expected in (
+        (body, {**there, "version": "0.0.1"}, "is installed, expected 0.0.1"),
+        (body, {**there, "meeting": "/nowhere/logs/x"}, "does not see /nowhere/logs; expected --out on a file system that every node shares"),
+        (elsewhere, there, "does not see the cache /nowhere/cache; expected it on a file system that every node shares"),
+    ):
+        result = train_on_node(given, 0, place)
+        assert result["entries"] == [] and expected in result["problem"] and result["problem"].startswith("node ")
+    (tmp_path / "0").write_text("1\n2\n")  # two attempts, of which Ray counted none: its memory monitor's kills have no bound
+    assert "died 2 times" in train_on_node(body, 0, there)["problem"]
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"pip install 'kdcache\[ray\]'"):
+        OnRay()
