@@ -5,6 +5,7 @@ train, for which a run alone is a gang of one.
   would see alone (`shared_batch`).
 * A member owns all that decides its result: weights, optimizer, schedule, average, generators, its place in its epochs, its files. Its generators
   and its number of threads are put in place for its turn, so that its bits are those of a run alone.
+* Members that see validation images alike share the processes that load them.
 * The stream begins where the least advanced member is; those that are ahead wait for it. So members killed at different steps, new ones and ones
   that failed before go on together.
 * What goes wrong in a member's turn ends that member (`Gang._in_turn`); what goes wrong in the loader ends the gang, and every member's checkpoints
@@ -17,7 +18,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -193,9 +194,10 @@ class Gang:
             yield from self._hand_on()
             raise
         finally:
-            for member in self._members:
-                member.loop.close()
-            self._bar.close()
+            with ExitStack() as stack:
+                stack.callback(self._bar.close)
+                for member in self._members:
+                    stack.callback(member.loop.close)
 
     def _hand_on(self) -> Iterator[dict[str, Any]]:
         ended, self._ended = self._ended, []
@@ -259,7 +261,7 @@ class Gang:
         if self._isolate or run.folder.is_dir():
             _write_record(run, error)
         if run.loop is not None:
-            with suppress(OSError, KDCacheError):  # the disk may be what failed
+            with suppress(Exception):  # the disk may be what failed: the first error is the one that counts
                 run.loop.close()
         self._forget(run)
 
