@@ -22,6 +22,7 @@ from kdcache.console import say
 from kdcache.device import autocast
 from kdcache.errors import StudentError, UsageError
 from kdcache.evaluate import Evaluation, Evaluator
+from kdcache.interrupt import finishing_first
 from kdcache.join import Batch, EpochBatches, target_keys, to_device
 from kdcache.losses import soft_labels
 from kdcache.methods.base import Method
@@ -76,6 +77,8 @@ class StudentLoop:
         self.seconds = 0.0
         self.epoch_seconds = 0.0
         self._counted = time.perf_counter()
+        self._saved = (0, 0)
+        """(epoch, step) of the checkpoint that was saved or loaded last."""
         self._bar: tqdm[Any] | None = None
         self._watch: Watch | None = None
 
@@ -124,6 +127,14 @@ class StudentLoop:
         if self._watch is not None:
             self._watch.close(failed=not self.is_done)
 
+    def save_if_behind(self) -> None:
+        """Save between two steps, unless nothing was done since the last time: for a signal that ends the run."""
+        if self._watch is not None and (self.epoch, self.step) != self._saved:
+            self._count_seconds()
+            self._save()
+            say(f"run {self.run_id}: saved {describe({'epoch': self.epoch, 'step': self.step})}, in {self.checkpoints.last}")
+
+    @finishing_first()
     def train_step(self, batch: Batch) -> None:
         """The next update. Raises StudentError for a loss that is not finite."""
         assert self._bar is not None and self._watch is not None, "begin comes first"
@@ -144,11 +155,10 @@ class StudentLoop:
             self._watch.write({"epoch": epoch, "step": self.step, **losses, "lr": self.optimizer.param_groups[0]["lr"]})
         if self.step < steps and self.checkpoints.is_due(self.step):
             self._count_seconds()
-            self._watch.flush()
-            self.checkpoints.save(self._state())
+            self._save()
 
     def end_epoch(self) -> None:
-        """After the last step of an epoch: measure, report, save."""
+        """After the last step of an epoch: measure, report, save. A signal while it is measured leaves that to be done again."""
         assert self._watch is not None, "begin comes first"
         row: dict[str, Any] = {"epoch": self.epoch, **{f"train_{name}": value / len(self.batches) for name, value in self.sums.items()}}
         is_last = self.epoch + 1 == self.config.epochs
@@ -156,15 +166,20 @@ class StudentLoop:
         if self.evaluator is not None and measured:
             row |= self._evaluate(self.evaluator)
             self.method.train()
+        self._end_epoch(row, measured=measured)
+
+    @finishing_first()
+    def _end_epoch(self, row: dict[str, Any], *, measured: bool) -> None:
+        assert self._watch is not None
         row["lr"] = sum(group["lr"] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
         self._count_seconds()
         self.history.append(row)
         self._watch.write({**row, "images": self._images, "seconds": round(self.epoch_seconds, 3)})
         self.epoch, self.step, self.sums, self.epoch_seconds = self.epoch + 1, 0, {}, 0.0
-        self._watch.flush()
         if measured and best_epoch(self.history) == len(self.history) - 1:
+            self._watch.flush()
             self.checkpoints.save_best(self._state())  # before last/: a kill between the two repeats what came after the last one
-        self.checkpoints.save(self._state())
+        self._save()
         write_summary(self.folder / "summary.csv", self.history)
 
     # --- a step ---
@@ -224,6 +239,13 @@ class StudentLoop:
 
     # --- state ---
 
+    @finishing_first()
+    def _save(self) -> None:
+        assert self._watch is not None
+        self._watch.flush()
+        self.checkpoints.save(self._state())
+        self._saved = self.epoch, self.step
+
     def _state(self) -> dict[str, Any]:
         """All that decides what comes next, and what was measured."""
         generators = {"cpu": torch.get_rng_state()}
@@ -279,6 +301,7 @@ class StudentLoop:
         else:
             self.step, self.sums = state.get("step", 0), dict(state.get("sums", {}))
             self.epoch_seconds = state.get("epoch_seconds", 0.0)
+        self._saved = self.epoch, self.step
         torch.set_rng_state(state["generators"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["generators"]:
             torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)

@@ -20,6 +20,7 @@ from typing import Any
 
 from kdcache.device import fitting_threads
 from kdcache.errors import KDCacheError
+from kdcache.interrupt import Stopped
 from kdcache.join import BatchLoader, CachedViews
 from kdcache.workers import naming_killed_workers
 
@@ -89,6 +90,9 @@ def _feed(loop: StudentLoop, *, progress: bool) -> None:
             for batch in loader.epoch(loop.epoch, start=loop.step):
                 loop.train_step(batch)
             loop.end_epoch()
+    except Stopped:  # between two steps, or while it was measured
+        loop.save_if_behind()
+        raise
     finally:
         loader.close()
         loop.close()
