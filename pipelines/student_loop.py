@@ -138,6 +138,7 @@ class StudentLoop:
     def train_step(self, batch: Batch) -> None:
         """The next update. Raises StudentError for a loss that is not finite."""
         assert self._bar is not None and self._watch is not None, "begin comes first"
+        lr = self.optimizer.param_groups[0]["lr"]
         losses = self._step(batch, self.step)
         self.step += 1
         for name, value in losses.items():
@@ -152,7 +153,7 @@ class StudentLoop:
         shown = {name: f"{value:.3f}" for name, value in losses.items()}
         self._bar.set_postfix({"epoch": f"{epoch + 1}/{self.config.epochs}", **shown, **self._last_top1()}, refresh=False)
         if self.step % self.config.log_interval == 0:
-            self._watch.write({"epoch": epoch, "step": self.step, **losses, "lr": self.optimizer.param_groups[0]["lr"]})
+            self._watch.write({"epoch": epoch, "step": self.step, **losses, "lr": lr})
         if self.step < steps and self.checkpoints.is_due(self.step):
             self._count_seconds()
             self._save()
@@ -160,6 +161,7 @@ class StudentLoop:
     def end_epoch(self) -> None:
         """After the last step of an epoch: measure, report, save. A signal while it is measured leaves that to be done again."""
         assert self._watch is not None, "begin comes first"
+        self._check_weights()
         row: dict[str, Any] = {"epoch": self.epoch, **{f"train_{name}": value / len(self.batches) for name, value in self.sums.items()}}
         is_last = self.epoch + 1 == self.config.epochs
         measured = self.evaluator is not None and ((self.epoch + 1) % self.config.val_interval == 0 or is_last)
@@ -174,7 +176,7 @@ class StudentLoop:
         row["lr"] = sum(group["lr"] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
         self._count_seconds()
         self.history.append(row)
-        self._watch.write({**row, "images": self._images, "seconds": round(self.epoch_seconds, 3)})
+        self._watch.write({**row, "images": self._images, "seconds": self.epoch_seconds})
         self.epoch, self.step, self.sums, self.epoch_seconds = self.epoch + 1, 0, {}, 0.0
         if measured and best_epoch(self.history) == len(self.history) - 1:
             self._watch.flush()
@@ -211,6 +213,15 @@ class StudentLoop:
         self.scaler.step(self.optimizer)  # without fp16 the scaler does nothing of its own
         self.scaler.update()
         return values
+
+    def _check_weights(self) -> None:
+        """A loss looks at the weights before its update: those after an epoch's last may be worth nothing, and would be kept."""
+        floats = [tensor.isfinite().all() for tensor in self.weights_to_export.state_dict().values() if tensor.is_floating_point()]
+        if floats and not bool(torch.stack(floats).all()):
+            raise StudentError(
+                f"student {self.student.name}: its weights are not finite after epoch {self.epoch}; expected numbers; try a smaller --lr, or"
+                f" --clip-grad 1; run {self.folder} keeps its last checkpoint"
+            )
 
     def _last_top1(self) -> dict[str, str]:
         measured = [row["eval_top1"] for row in self.history if "eval_top1" in row]
@@ -300,7 +311,7 @@ class StudentLoop:
             self.other_caches.append({name: state[name] for name in ("fingerprint", "root", "epoch")})
         else:
             self.step, self.sums = state.get("step", 0), dict(state.get("sums", {}))
-            self.epoch_seconds = state.get("epoch_seconds", 0.0)
+        self.epoch_seconds = state.get("epoch_seconds", 0.0)
         self._saved = self.epoch, self.step
         torch.set_rng_state(state["generators"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["generators"]:
@@ -351,8 +362,10 @@ def make_optimizer(method: Method[Any], config: TrainConfig) -> torch.optim.Opti
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             method, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **betas
         )
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"--opt {config.opt}: timm can't build it with {betas} and momentum {config.momentum}: {error}") from error
+    except (TypeError, ValueError, AssertionError, RuntimeError, ImportError) as error:  # timm's own assert that there is CUDA, or bitsandbytes
+        raise UsageError(f"--opt {config.opt}: timm can't build it here with {betas} and momentum {config.momentum}: {error}") from error
+    if getattr(getattr(optimizer, "_base_optimizer", optimizer), "is_second_order", False):
+        raise UsageError(f"--opt {config.opt}: it needs second derivatives, which no step here computes; choose another, such as adamw")
     if betas and "betas" not in optimizer.defaults:  # timm drops what an optimizer does not take
         raise UsageError(f"--opt-betas {config.opt_betas}: {config.opt} has no betas; leave the option out")
     return optimizer

@@ -302,6 +302,13 @@ def test_a_torn_checkpoint_is_noticed_and_the_one_before_used_and_said(
     assert_same_run(found, whole)
 
 
+def test_what_a_loss_of_power_left_in_metrics_is_passed_over(folder: Path, whole: dict[str, Any], stopped: Path) -> None:
+    log = stopped / "metrics.jsonl"
+    log.write_bytes(log.read_bytes() + bytes(50) + b'\n\xff{"epoch": 1\n[1]\n{"epoch": 1, "step": 3, "lo')
+    (found,) = train(TrainConfig(**options_of(folder, stopped.parent, resume=True)))
+    assert_same_run(found, whole)
+
+
 def test_two_torn_checkpoints_end_the_command_with_the_reason(folder: Path, stopped: Path) -> None:
     for name in ("last", "previous"):
         path = stopped / name / "checkpoint.pt"
