@@ -119,7 +119,7 @@ class Evaluator:
     def __call__(self, model: nn.Module, device: torch.device, precision: str = "fp32") -> Evaluation:
         """Evaluate `model`, which is left in the mode it was in. precision: fp32, or autocast to this type (bf16, fp16). Raises ShardError if no image can be read."""
         was_training = model.training
-        model.train().eval()  # LeViT and its kin keep tables of their weights while in eval mode: a moving average never leaves it, and changes
+        model.eval()
         loss, top1, top5, images = 0.0, 0, 0, 0
         skipped: list[str] = []
         with torch.inference_mode(), autocast(device, precision):

@@ -18,8 +18,7 @@ import timm
 import torch
 import yaml
 from click.testing import CliRunner
-from helpers import TINY_VIT, Forked, make_cache, make_shard, make_shards, make_teacher_dir, perturb, run_python
-from timm.utils import ModelEmaV3
+from helpers import TINY_VIT, Forked, make_cache, make_shard, make_shards, make_teacher_dir, run_python
 
 import pipelines.run_checkpoints
 import pipelines.train
@@ -27,7 +26,7 @@ from cli.main import main
 from kdcache.cache import open_cache
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.errors import CorruptError, DriftError, MismatchError, MissingError, ShardError, StoreError, StudentError, UsageError
-from kdcache.evaluate import EvaluationSet, Evaluator
+from kdcache.evaluate import EvaluationSet
 from kdcache.images import decode_image
 from kdcache.shards import ShardFiles, scan_shard
 from kdcache.sources import resolve_shards
@@ -605,27 +604,6 @@ def test_validation_sees_what_timms_transform_of_the_export_gives(
     sample = index.samples[3]
     image = decode_image(ShardFiles().read(index.source, sample.key, sample.image_offset, sample.image_size))
     assert torch.equal(seen[3][0], transform(image))
-
-
-def test_a_moving_average_with_tables_of_its_weights_is_measured_as_it_is(folder: Path) -> None:
-    """LeViT keeps its attention biases in eval mode, which a moving average never leaves."""
-    args = {"embed_dim": (16, 16, 16), "key_dim": 8, "num_heads": (2, 2, 2), "depth": (1, 1, 1), "stem_type": "s8"}
-    student = build_student("levit_128s", num_classes=10, view_size=32, model_args=args)
-    (index,) = (scan_shard(source) for source in resolve_shards(str(folder / "val")))
-    evaluator = Evaluator(EvaluationSet([index], student, crop_pct=None), batch_size=4, num_workers=0)
-    average = ModelEmaV3(student.model, decay=0.5)
-    device = torch.device("cpu")
-    with torch.no_grad():
-        perturb(average.module)
-        before = evaluator(average.module, device)
-        for name, parameter in average.module.named_parameters():
-            if "attention_biases" in name:
-                parameter.copy_(torch.linspace(-9, 9, parameter.numel()).view_as(parameter))
-    after = evaluator(average.module, device)
-    student.model.load_state_dict(average.module.state_dict())
-    assert after == evaluator(student.model, device)
-    assert after != before
-    assert not average.module.training
 
 
 # --- errors ---
