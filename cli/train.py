@@ -111,7 +111,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 )
 @click.option(
     "--recovery-interval", type=click.IntRange(0), metavar="N",
-    help="Steps between checkpoints within an epoch; 0 saves at its end only. Default: one every 10 minutes.",
+    help="Steps between checkpoints within an epoch; 0 saves at its end only. Default: one every 10 minutes. Ctrl-C and SIGTERM save too.",
 )  # fmt: skip
 @workers_option
 @device_option
