@@ -126,7 +126,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 )
 @click.option(
     "--recovery-interval", type=click.IntRange(0), metavar="N",
-    help="Steps between checkpoints within an epoch; 0 saves at its end only. Default: one every 10 minutes.",
+    help="Steps between checkpoints within an epoch; 0 saves at its end only. Default: one every 10 minutes. Ctrl-C and SIGTERM save too.",
 )  # fmt: skip
 @click.option(
     "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,

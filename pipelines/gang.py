@@ -29,6 +29,7 @@ from kdcache.console import say
 from kdcache.device import fitting_threads, generator_states, release_memory, resolve_device, set_generator_states
 from kdcache.errors import KDCacheError, StoreError
 from kdcache.evaluate import Evaluator
+from kdcache.interrupt import Stopped, finishing_first
 from kdcache.join import BatchLoader, CachedViews
 from kdcache.workers import is_killed_worker, naming_killed_workers
 
@@ -124,8 +125,10 @@ class _Member:
             torch.set_num_threads(self._threads)
         try:
             set_generator_states(self._generators, self.loop.device)
-            yield
-            self._generators = generator_states(self.loop.device)
+            try:
+                yield
+            finally:
+                self._generators = generator_states(self.loop.device)
         finally:
             if threads != self._threads:
                 torch.set_num_threads(threads)
@@ -134,6 +137,7 @@ class _Member:
         """Let go of all that takes memory, whoever still holds this member."""
         del self.loop, self.portion, self._generators
 
+    @finishing_first()
     def train_step(self, batch: SharedBatch) -> dict[str, float]:
         inputs = batch.inputs(self.portion)  # not in its own time: it is made for all
         with self.loop.own:
@@ -192,6 +196,14 @@ class Gang:
             for run in list(self._left):
                 self._end(run, error)
             yield from self._hand_on()
+            raise
+        except Stopped:  # between two turns, or while one is measured
+            for member in self._members:
+                try:
+                    with member.turn():
+                        member.loop.save_if_behind()
+                except KDCacheError as error:  # the others are saved all the same
+                    say(f"run {member.run.id}: not saved: {error}")
             raise
         finally:
             with ExitStack() as stack:

@@ -135,7 +135,7 @@ class _MetricsFile:
         self._path = path
         self.kept: list[Line] = []
         if path.is_file():
-            self.kept = [line for line in map(json.loads, _whole_lines(path)) if _is_before(line, epoch, step)]
+            self.kept = [line for line in read_lines(path) if _is_before(line, epoch, step)]
             replace_file(path, "".join(json.dumps(line) + "\n" for line in self.kept))
         self._file: IO[str] = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by `close`
 
@@ -260,7 +260,13 @@ def _cannot_write(path: Path, error: OSError) -> StoreError:
     return StoreError(f"{path}: can't be written: {error.strerror or error}; the last checkpoint is whole, run again with --resume")
 
 
-def _whole_lines(path: Path) -> Iterator[str]:
-    """Lines that end in a newline: a kill may leave half of the last one."""
-    with open(path, encoding="utf-8") as file:
-        yield from (line for line in file if line.endswith("\n"))
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a metrics.jsonl, without what is none: a kill may leave half of the last one, a loss of power zeros after the last checkpoint's."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text) if text.endswith("\n") else None
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("epoch"), int):
+                yield line
