@@ -5,6 +5,7 @@ train, for which a run alone is a gang of one.
   would see alone (`shared_batch`).
 * A member owns all that decides its result: weights, optimizer, schedule, average, generators, its place in its epochs, its files. Its generators
   and its number of threads are put in place for its turn, so that its bits are those of a run alone.
+* Members that see validation images alike share the processes that load them.
 * The stream begins where the least advanced member is; those that are ahead wait for it. So members killed at different steps, new ones and ones
   that failed before go on together.
 * What goes wrong in a member's turn ends that member (`Gang._in_turn`); what goes wrong in the loader ends the gang, and every member's checkpoints
@@ -17,7 +18,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -50,18 +51,20 @@ def gangs_of(runs: Sequence[Run], size: int) -> list[list[Run]]:
     are kept apart.
     """
     gangs: list[list[Run]] = []
+    open_gangs: list[tuple[dict[str, Any], list[Run]]] = []
     for run in runs:
-        if not run.is_finished:
-            stream = stream_of(run)
-            is_double = any(run.folder == other.folder for gang in gangs for other in gang)
-            fitting = (gang for gang in gangs if len(gang) < size and not gang[0].is_finished and stream_of(gang[0]) == stream)
-            gang = None if is_double else next(fitting, None)
-            if gang is not None:
-                gang.append(run)
-                continue
-        gangs.append([run])
+        if run.is_finished or any(run.folder == other.folder for gang in gangs for other in gang):
+            gangs.append([run])
+            continue
+        stream = stream_of(run)
+        gang = next((gang for other, gang in open_gangs if len(gang) < size and other == stream), None)
+        if gang is None:
+            gang = []
+            gangs.append(gang)
+            open_gangs.append((stream, gang))
+        gang.append(run)
     if size > 1:
-        _say_gangs([gang for gang in gangs if not gang[0].is_finished])
+        _say_gangs(open_gangs)
     return gangs
 
 
@@ -81,19 +84,16 @@ def stream_of(run: Run) -> dict[str, Any]:
     }
 
 
-def _say_gangs(gangs: Sequence[Sequence[Run]]) -> None:
-    """Who is in which gang, and what keeps a gang from joining the first: fields with both values."""
-    if len(gangs) < 2 and all(len(gang) > 1 for gang in gangs):
+def _say_gangs(gangs: Sequence[tuple[Mapping[str, Any], Sequence[Run]]]) -> None:
+    """Who is in which gang, and what keeps a gang from joining the first: fields with both values. gangs: (stream, runs) of each."""
+    if len(gangs) < 2:
         return
+    first, _ = gangs[0]
     lines = []
-    for number, gang in enumerate(gangs, 1):
-        reasons = [
-            f"{name} {value!r}, {stream_of(gangs[0][0])[name]!r} in gang 1"
-            for name, value in stream_of(gang[0]).items()
-            if value != stream_of(gangs[0][0])[name]
-        ]
-        why = f" (by itself: {'; '.join(reasons)})" if reasons else " (those before are full)" if number > 1 else ""
-        lines.append(f"gang {number} of {len(gangs)}: {', '.join(run.id for run in gang)}{why}")
+    for number, (stream, runs) in enumerate(gangs, 1):
+        reasons = [f"{name} {value!r}, not {first[name]!r}" for name, value in stream.items() if value != first[name]]
+        why = f" (apart from gang 1: {'; '.join(reasons)})" if reasons else " (gang 1 is full)" if number > 1 else ""
+        lines.append(f"gang {number} of {len(gangs)}: {', '.join(run.id for run in runs)}{why}")
     say("\n".join(lines))
 
 
@@ -194,11 +194,12 @@ class Gang:
             yield from self._hand_on()
             raise
         finally:
-            for member in self._members:
-                member.loop.close()
-            for run in self._runs:
-                run.release()
-            self._bar.close()
+            with ExitStack() as stack:
+                for run in self._runs:
+                    stack.callback(run.release)
+                stack.callback(self._bar.close)
+                for member in self._members:
+                    stack.callback(member.loop.close)
 
     def _hand_on(self) -> Iterator[dict[str, Any]]:
         ended, self._ended = self._ended, []
@@ -266,7 +267,7 @@ class Gang:
         if run.is_claimed:  # else its folder is another process's
             _write_record(run, error)
         if run.loop is not None:
-            with suppress(OSError, KDCacheError):  # the disk may be what failed
+            with suppress(Exception):  # the disk may be what failed: the first error is the one that counts
                 run.loop.close()
         self._forget(run)
 

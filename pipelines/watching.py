@@ -208,7 +208,10 @@ class _WandB:
     def __init__(self, folder: Path, *, project: str, run_id: str, recipe: Mapping[str, Any]) -> None:
         wandb = _import("wandb", option="--log-wandb", extra="wandb")
         try:
-            self._run = wandb.init(project=project, id=run_id, name=run_id, dir=str(folder), config=dict(recipe), resume="allow")
+            self._run = wandb.init(
+                project=project, id=run_id, name=run_id, dir=str(folder), config=dict(recipe), resume="allow",
+                reinit="create_new",  # beside others of a gang: the default ends the run before
+            )  # fmt: skip
         except wandb.Error as error:
             raise UsageError(f"--log-wandb: {error}; WANDB_MODE=offline needs no account and no network") from error
         self.lacks_from = int(self._run.starting_step)
