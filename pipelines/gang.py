@@ -207,9 +207,9 @@ class Gang:
             raise
         finally:
             with ExitStack() as stack:
-                stack.callback(self._bar.close)
                 for run in self._runs:
                     stack.callback(run.release)
+                stack.callback(self._bar.close)
                 for member in self._members:
                     stack.callback(member.loop.close)
 
