@@ -27,6 +27,7 @@ from typing import Any
 
 from kdcache.console import say
 from kdcache.errors import StoreError, UsageError
+from kdcache.interrupt import Stopped
 
 from .engines import Entry, Job
 from .job_process import RETRIES, JobDied, JobProcess, close_all, describe_epoch, environ_of_child, log_of, with_share_of
@@ -85,7 +86,7 @@ class OnRay:
             for number, job in enumerate(absolute):
                 refs[task.remote(job.to_json(), number, there)] = job
             while refs:
-                for ref in self._ray.wait(list(refs), num_returns=1, timeout=_WAIT_S)[0]:
+                for ref in self._wait(refs):
                     yield from self._entries_of(ref, refs.pop(ref))
         finally:
             for ref in refs:
@@ -94,6 +95,16 @@ class OnRay:
                 self._ray.wait(list(refs), num_returns=len(refs), timeout=5 * _WAIT_S)  # their children end as a command ends
             shutil.rmtree(meeting, ignore_errors=True)
             self._disconnect()
+
+    def _wait(self, refs: Mapping[Any, Job]) -> list[Any]:
+        """Tasks that have ended. Raises Stopped at a signal, which Ray would make a bare KeyboardInterrupt."""
+        try:
+            ended: list[Any] = self._ray.wait(list(refs), num_returns=1, timeout=_WAIT_S)[0]
+        except Stopped:
+            raise
+        except KeyboardInterrupt as error:
+            raise Stopped("a signal") from error
+        return ended
 
     def _entries_of(self, ref: Any, job: Job) -> Iterator[Entry]:
         try:
