@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from .console import say
@@ -114,7 +114,8 @@ def stopping_cleanly() -> Iterator[None]:
             stopped = Stopped(signal.Signals(number).name)
             if ending.unfinished:
                 ending.waiting = stopped
-                os.write(2, f"\n{stopped}: ends as soon as what is at work is done, a second one ends it at once\n".encode())  # print may be at work
+                with suppress(OSError):  # written past print, which may be at work
+                    os.write(2, f"\n{stopped}: ends as soon as what is at work is done, a second one ends it at once\n".encode())
                 return
             ending.give_grace()
             raise stopped

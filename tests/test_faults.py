@@ -278,6 +278,39 @@ def test_a_signal_before_the_work_leaves_no_cache(setup: Path, tmp_path: Path, m
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("second", [False, True])
+def test_what_must_be_finished_first_is_however_long_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: bool) -> None:
+    monkeypatch.setattr(kdcache.interrupt, "REPEAT_S", 0.0)
+    monkeypatch.setattr(kdcache.interrupt, "GRACE_S", 0.2)
+
+    def command() -> None:
+        with kdcache.interrupt.stopping_cleanly():
+            try:
+                with kdcache.interrupt.finishing_first(), kdcache.interrupt.finishing_first():
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.4)
+                    os.write(1, b"updated\n")
+                    if second:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                os.write(1, b"not reached\n")
+            except kdcache.interrupt.Stopped as stopped:
+                os.write(1, f"{stopped}\n".encode())
+                with kdcache.interrupt.finishing_first():
+                    time.sleep(0.4)
+                    os.write(1, b"saved\n")
+                time.sleep(60)
+
+    child = Forked(command, tmp_path / "log")
+    status = child.wait(30)
+    said = child.output()
+    if second:
+        assert (status, said.splitlines()[-1]) == (-signal.SIGTERM, "updated")
+    else:
+        assert status == 1
+        assert [line for line in said.splitlines() if line in ("updated", "not reached", "SIGINT", "saved")] == ["updated", "SIGINT", "saved"]
+        assert "still busy" in said
+
+
 def test_an_ignored_interrupt_stays_ignored(setup: Path, tmp_path: Path) -> None:
     """As under nohup, or in the background of a script."""
 
