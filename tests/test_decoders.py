@@ -380,5 +380,7 @@ def test_a_decoder_that_is_not_installed_is_named_with_its_cure_before_anything_
     result = CliRunner().invoke(main, ["inspect", str(folder / "cache"), "--html", str(page)])
     assert result.exit_code == 0, result.output
     assert "decoder simplejpeg is not installed" in page.read_text()
-    assert CliRunner().invoke(main, ["train", str(folder / "cache"), "--student", TINY_VIT, "--method", "kd"]).exit_code == 2
+    arguments = ["train", str(folder / "cache"), "--student", TINY_VIT, "--method", "kd", "--out", str(tmp_path / "none")]
+    assert CliRunner().invoke(main, arguments).exit_code == 2
+    assert not (tmp_path / "none").exists()
     assert train_on(tmp_path / "stored", tmp_path / "runs")[0]["status"] == "done", "stored views need no decoder"
