@@ -37,12 +37,12 @@ from .options import device_option, json_option, parse_settings, print_json, wor
 @click.option(
     "--decoder",
     type=click.Choice(["pillow", "simplejpeg"]),
-    help="What decodes JPEGs, part of the view plan. simplejpeg (pip install 'kdcache[fast]'): the same pixels in less time. Default: pillow.",
+    help="What decodes JPEGs, part of the view plan. simplejpeg: a fifth faster, needs pip install 'kdcache[fast]'. Default: pillow.",
 )
 @click.option(
     "--resizer",
     type=click.Choice(["pillow", "torch"]),
-    help="What resizes a view's crop, part of the view plan. torch: a third of the time, pixels at most 2 of 255 levels from pillow's. Default: pillow.",
+    help="What resizes a view's crop, part of the view plan. torch: the same filters in a sixth of the time, in fewer bits. Default: pillow.",
 )
 @click.option(
     "--store-views",
@@ -89,6 +89,9 @@ def command(
              features@norm:klt=0.99     as coarse as a mean cosine of .99 allows; under 2 bits
              features@layers.3:dct      bands of spatial frequency that are read apart
              features@norm:fp16,views=4 output of forward_features(), 4 views only; also bf16
+
+    A view of a JPEG of 500x375 pixels costs both stages half the time with --decoder simplejpeg --resizer torch. A cache keeps to what it
+    was made with. torch's pixels differ from pillow's by .03 of 255 levels on average; those of the two decoders agree so far.
 
     With --store-views the teacher sees what the stored view decodes to; training and further targets read that and need no tars
     (more views do). An image then costs training a quarter of rendering it (jpeg95), a twentieth (raw), or as much (png).

@@ -471,7 +471,7 @@ def resize(image: Decoded, size: int, resample: Image.Resampling) -> Decoded:
 
 
 def resize_torch(image: Decoded, size: int, resample: Image.Resampling) -> Decoded:
-    """The same by torch in 16-bit integers, uint8 (size, size, 3): a third of the time. Its arithmetic is written down in FORMAT.md §3.
+    """The same by torch in 16-bit integers, uint8 (size, size, 3): a sixth of the time. Its arithmetic is written down in FORMAT.md §3.
 
     Called directly, since torchvision takes another way round on a CPU without AVX2, with other pixels.
     """
