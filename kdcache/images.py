@@ -109,6 +109,7 @@ def size_of(image: Decoded) -> tuple[int, int]:
 
 
 def as_pillow(image: Decoded) -> Image.Image:
+    """The image for Pillow's ops; of an array a copy."""
     return Image.fromarray(image) if isinstance(image, np.ndarray) else image
 
 
