@@ -37,7 +37,7 @@ from .format import (
     tail_weights_path,
     views_record_path,
 )
-from .images import Decoded, decode_image
+from .images import Decoded, decode_image, require_decoder
 from .index import Index, is_current, load_documents, read_table, root_of, write_index
 from .layout import (
     ROW_ARRAYS,
@@ -545,6 +545,11 @@ class Cache:
                 ) from error
 
         return self.read_replays(shard, view, [row])[0].render(image_of)
+
+    def require_decoder(self) -> None:
+        """Raise UsageError, with its cure, if views are rendered from tars and the plan's decoder is not installed. Stored views need none."""
+        if self.plan.stored_views is None:
+            require_decoder(self.plan.decoder)
 
     @property
     def label_key(self) -> str | None:

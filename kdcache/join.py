@@ -26,7 +26,7 @@ from .augment import Q16, Pixels
 from .cache import Cache, Replay, pixel_drift
 from .errors import CorruptError, DriftError, KDCacheError, MissingError, ShardError, UsageError
 from .format import ViewRange
-from .images import Decoded, UnreadableImageError, decode_image, require_decoder
+from .images import Decoded, UnreadableImageError, decode_image
 from .plan import canonical_json
 from .shards import ShardFiles
 from .views import pixel_digest
@@ -177,8 +177,7 @@ class CachedViews(Dataset[Batch]):
         """Name in a batch → (teacher, target)."""
         self.check_views = check_views
         self._files = ShardFiles()
-        if cache.plan.stored_views is None:
-            require_decoder(cache.plan.decoder)
+        cache.require_decoder()
         for one in self.targets.values():
             cache.target_views(*one)  # raises MissingError
         self.components: dict[str, tuple[str, ...]] = {}

@@ -10,7 +10,6 @@ import numpy as np
 
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import MissingError, ShardError, UsageError
-from kdcache.images import require_decoder
 from kdcache.join import target_keys, usable_views
 from kdcache.methods import MethodSettings, method_class, needed_targets, parse_settings, teacher_weights, teachers_of_logits
 from kdcache.shards import NO_LABEL, ShardIndex, scan_shard
@@ -72,8 +71,7 @@ def open_data(config: TrainConfig) -> TrainingData:
     row_numbers = np.nonzero(chosen[rows.shard])[0].astype(np.int64)
     if len(row_numbers) == 0:
         raise MissingError(f"{cache.store.url}: its {len(shards)} shards have no rows; every sample was skipped when the cache was made")
-    if cache.plan.stored_views is None:
-        require_decoder(cache.plan.decoder)
+    cache.require_decoder()
     for shard in shards if cache.plan.stored_views is None else ():
         cache.check_source(shard)  # raises for a shard that --data lacks, a tar that is gone or one of another size and other members
     num_classes = _num_classes(config, cache, targets, settings)

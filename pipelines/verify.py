@@ -29,7 +29,6 @@ from kdcache.format import (
     digest_of_files,
     file_digest_holds,
 )
-from kdcache.images import require_decoder
 from kdcache.index import MAX_DOCUMENT_BYTES, document_paths, index_paths, read_document, read_index, read_table
 from kdcache.ownership import index_tables, owned_files
 from kdcache.plan import blake2b_128
@@ -83,8 +82,8 @@ def verify(
     if "cache.json" not in documents:
         return verdict
     cache = _build_cache(store, documents, data, verdict)
-    if cache is not None and cache.plan.stored_views is None and (views is not None or recompute is not None):
-        require_decoder(cache.plan.decoder)  # before the hours that reading every file may take
+    if cache is not None and (views is not None or recompute is not None):
+        cache.require_decoder()  # before the hours that reading every file may take
     _check_files(store, documents, verdict, progress=progress)
     if cache is None:
         return verdict
