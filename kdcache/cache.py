@@ -16,7 +16,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from PIL import Image
 
 from .arrays import ArrayReader, ArraySpec, ByteLRU, StreamReader, stream_spec
 from .augment import Pixels
@@ -38,7 +37,7 @@ from .format import (
     tail_weights_path,
     views_record_path,
 )
-from .images import decode_image
+from .images import Decoded, decode_image, require_decoder
 from .index import Index, is_current, load_documents, read_table, root_of, write_index
 from .layout import (
     ROW_ARRAYS,
@@ -106,7 +105,7 @@ class Replay:
     partner: Replay | None = None
     """Of a mixed view: its partner's view of the same number, unmixed."""
 
-    def render(self, image_of: Callable[[int], Image.Image], resizer: Resizer | None = None) -> Pixels:
+    def render(self, image_of: Callable[[int], Decoded], resizer: Resizer | None = None) -> Pixels:
         """The view: uint8 (size, size, 3), unchecked. image_of: row → its decoded image. resizer: as `views.render` takes it."""
         partner = self.partner.render(image_of, resizer) if self.partner is not None else None
         return render(image_of(self.row), self.params, partner, resizer=resizer)
@@ -535,10 +534,10 @@ class Cache:
         kept = self.tables[shard][self.tables[shard][:, 3] == 0]
         keys = self.keys(shard)
 
-        def image_of(number: int) -> Image.Image:
+        def image_of(number: int) -> Decoded:
             data = self._files.read(self.source(shard), keys[number], int(kept[number, 0]), int(kept[number, 1]))
             try:
-                return decode_image(data)
+                return decode_image(data, self.plan.decoder)
             except ValueError as error:
                 raise DriftError(
                     f"shard {shard}: key {keys[number]!r}: the image can't be decoded now ({error}), it could when the cache was made;"
@@ -546,6 +545,11 @@ class Cache:
                 ) from error
 
         return self.read_replays(shard, view, [row])[0].render(image_of)
+
+    def require_decoder(self) -> None:
+        """Raise UsageError, with its cure, if views are rendered from tars and the plan's decoder is not installed. Stored views need none."""
+        if self.plan.stored_views is None:
+            require_decoder(self.plan.decoder)
 
     @property
     def label_key(self) -> str | None:
@@ -601,7 +605,7 @@ def pixel_drift(shard: str, key: str, view: int, *, expected: int, found: int) -
     """The error for a view whose pixels are not those that the teacher saw."""
     return DriftError(
         f"shard {shard}: key {key!r}, view {view}: expected pixels with digest {expected:016x}, found {found:016x}; the image or the"
-        f" decoder is not the one that the teacher saw: run 'kdcache verify CACHE --views all', then install the recorded Pillow version"
+        f" decoder is not the one that the teacher saw: run 'kdcache verify CACHE --views all', then install the recorded versions"
     )
 
 

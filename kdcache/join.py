@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -27,7 +26,7 @@ from .augment import Q16, Pixels
 from .cache import Cache, Replay, pixel_drift
 from .errors import CorruptError, DriftError, KDCacheError, MissingError, ShardError, UsageError
 from .format import ViewRange
-from .images import UnreadableImageError, decode_image
+from .images import Decoded, UnreadableImageError, decode_image
 from .plan import canonical_json
 from .shards import ShardFiles
 from .views import pixel_digest
@@ -169,7 +168,8 @@ class CachedViews(Dataset[Batch]):
         fraction of an epoch's rows whose pixel digest is checked.
 
         parts: one of these → the parts of it to read, as its encoding names them: the bands `dc`, `low`, `mid`, `high` of `dct`, or `grid` without
-        `prefix`. Of the others no byte is read. Default: all. Raises MissingError for a target, UsageError for a part that is not there.
+        `prefix`. Of the others no byte is read. Default: all. Raises MissingError for a target, UsageError for a part that is not there, or for a
+        decoder that is not installed.
         """
         self.cache = cache
         named = {key: key.rpartition("/")[::2] for key in targets}
@@ -177,6 +177,7 @@ class CachedViews(Dataset[Batch]):
         """Name in a batch → (teacher, target)."""
         self.check_views = check_views
         self._files = ShardFiles()
+        cache.require_decoder()
         for one in self.targets.values():
             cache.target_views(*one)  # raises MissingError
         self.components: dict[str, tuple[str, ...]] = {}
@@ -278,7 +279,7 @@ class CachedViews(Dataset[Batch]):
         except CorruptError as error:
             raise self._cannot_render(group, number, error) from error
 
-    def _decode(self, group: _Group, number: int) -> Image.Image:
+    def _decode(self, group: _Group, number: int) -> Decoded:
         rows = self.cache.rows
         source, offset, size = self.cache.source(group.shard), int(rows.offset[number]), int(rows.size[number])
         try:
@@ -286,7 +287,7 @@ class CachedViews(Dataset[Batch]):
         except ShardError:
             data = self._files.read(source, self._key(number), offset, size)  # keys are read for messages only
         try:
-            return decode_image(data)
+            return decode_image(data, self.cache.plan.decoder)
         except UnreadableImageError as error:
             raise self._cannot_render(group, number, error) from error
 

@@ -95,6 +95,7 @@ def open_data(config: TrainConfig, opened: Opened) -> TrainingData:
     row_numbers = np.nonzero(chosen[rows.shard])[0].astype(np.int64)
     if len(row_numbers) == 0:
         raise MissingError(f"{cache.store.url}: its {len(shards)} shards have no rows; every sample was skipped when the cache was made")
+    cache.require_decoder()
     for shard in shards if cache.plan.stored_views is None else ():
         cache.check_source(shard)  # raises for a shard that --data lacks, a tar that is gone or one of another size and other members
     num_classes = _num_classes(config, cache, targets, settings)

@@ -146,7 +146,7 @@ def test_resume_after_kill_gives_identical_bytes(setup: Path, tmp_path: Path) ->
 @pytest.fixture
 def slow_images(monkeypatch: pytest.MonkeyPatch) -> None:
     decode = kdcache.rendering.decode_image
-    monkeypatch.setattr(kdcache.rendering, "decode_image", lambda data: (time.sleep(0.01), decode(data))[1])
+    monkeypatch.setattr(kdcache.rendering, "decode_image", lambda *given: (time.sleep(0.01), decode(*given))[1])
 
 
 def wait_for(condition: Callable[[], object], child: Forked) -> None:
@@ -252,7 +252,7 @@ def test_full_shared_memory_is_an_error_that_says_so_and_no_wait_for_ever(setup:
 
 
 def test_a_mistake_in_a_worker_is_shown_whole_and_not_called_a_kill(setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def decode(_data: bytes) -> None:
+    def decode(*_given: object) -> None:
         raise RuntimeError("a mistake of ours")
 
     monkeypatch.setattr(kdcache.rendering, "decode_image", decode)
@@ -329,7 +329,7 @@ def test_a_signal_during_training_keeps_the_last_epoch_and_says_how_to_resume(tm
     options = ["--model-kwargs", "embed_dim=16", "--model-kwargs", "depth=1", "--model-kwargs", "num_heads=2", "--model-kwargs", "patch_size=8"]
     command = ["train", cache, "--student", TINY_VIT, *options, "--epochs", 6, "-b", 4, "-j", workers, "--device", "cpu", "--out", tmp_path / "runs"]
     decode = kdcache.join.decode_image
-    monkeypatch.setattr(kdcache.join, "decode_image", lambda data: (time.sleep(0.03), decode(data))[1])
+    monkeypatch.setattr(kdcache.join, "decode_image", lambda *given: (time.sleep(0.03), decode(*given))[1])
     child = Forked(kdcache_command(*command), tmp_path / "log")
     wait_for(lambda: list(tmp_path.glob("runs/*/last/checkpoint.pt")), child)
     child.kill(signal.SIGTERM, group=True)
