@@ -307,6 +307,8 @@ class CachedDataset(Dataset[Sample]):
 class _ImagesAtHand(ShardFiles):
     """Image bytes that a pipeline has read already, in place of their tars."""
 
+    reads_runs = False
+
     def __init__(self) -> None:
         super().__init__()
         self.images: dict[tuple[str, int], bytes] = {}
