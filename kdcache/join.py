@@ -162,6 +162,18 @@ def usable_views(cache: Cache, teacher: str | None, targets: Sequence[str], shar
     return count or 0
 
 
+def image_bytes(cache: Cache, row_numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """(n,) what each row's image has in the tar, or its view where views are stored (an estimate of compressed ones): what `Blocks.fitting` takes.
+
+    A function of the plan and the tars alone. Targets are not counted: runs that read different ones must agree on the order to share a loader.
+    """
+    plan = cache.plan
+    if plan.stored_views is not None:
+        return np.full(len(row_numbers), int(estimated_bytes(plan.stored_views, plan.size)), np.int64)
+    sizes: np.ndarray[Any, np.dtype[np.int64]] = cache.rows.size[row_numbers]
+    return sizes
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -243,17 +255,6 @@ class CachedViews(Dataset[Batch]):
         """Of one row of a batch: its view, its label, and its targets as they are encoded."""
         labels = 20 if self.cache.plan.policy.mix is not None else 8
         return 3 * self.cache.plan.size**2 + labels + sum(self._target_bytes(key) for key in self.targets)
-
-    def stored_bytes(self, row_numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """(n,) what is read for each of these rows: its image in the tar or its stored view, and its targets, before compression.
-
-        A function of the plan, the tars and the targets' encodings alone, so that `Blocks.fitting` of it is too.
-        """
-        plan, targets = self.cache.plan, sum(self._target_bytes(key) for key in self.targets)
-        if plan.stored_views is not None:
-            return np.full(len(row_numbers), targets + int(estimated_bytes(plan.stored_views, plan.size)), np.int64)
-        found: np.ndarray[Any, np.dtype[np.int64]] = self.cache.rows.size[row_numbers] + targets
-        return found
 
     def _target_bytes(self, key: str) -> int:
         teacher, target = self.targets[key]

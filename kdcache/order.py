@@ -21,11 +21,11 @@ ORDER_VERSION = 1
 BLOCK_ORDER_VERSION = 1
 """Likewise of `block_order` and of `Blocks.fitting`."""
 
-WINDOW_BYTES = 1 << 30
-"""Of the blocks that are drawn from at once: images and targets as they are stored."""
-BLOCK_BYTES = 16 << 20
-"""The least that a block holds, where that leaves LEAST_BLOCKS of them in a window: a network file system gives runs of this size at its full speed, and
-the files of a window (at most 64 blocks lie in as many shards, seldom more) stay open."""
+WINDOW_BYTES = 512 << 20
+"""Of the images in the blocks that are drawn from at once. Their targets lie beside them: 1 % for logits, for a map of 190 kB once or twice as much again."""
+BLOCK_BYTES = 8 << 20
+"""The least that a block's images have, where that leaves LEAST_BLOCKS of them in a window: a network file system gives runs of this size at its full
+speed, and the 32 to 64 blocks of a window lie in few enough shards for all their files to stay open."""
 LEAST_BLOCKS = 16
 """In a window; with huge rows blocks get smaller for it."""
 
@@ -58,7 +58,7 @@ class Blocks:
     def fitting(cls, row_bytes: np.ndarray[Any, np.dtype[np.int64]]) -> Blocks:
         """The largest window whose blocks, whichever they are, hold at most WINDOW_BYTES; at least one block.
 
-        row_bytes: (N,) what is read from storage for each row, in the rows' order. Blocks have a power of two of rows: the least with BLOCK_BYTES
+        row_bytes: (N,) of each row's image as it is stored, in the rows' order. Blocks have a power of two of rows: the least with BLOCK_BYTES
         in the mean, halved while that leaves less than LEAST_BLOCKS in a window.
         """
         mean = max(1, int(row_bytes.sum()) // max(1, len(row_bytes)))

@@ -53,6 +53,7 @@ class Run:
             "epochs": config.epochs,
             "batch_size": config.batch_size,
             "seed": config.seed,
+            **({"shuffle": "block"} if data.blocks is not None else {}),
             "opt": config.opt,
             "lr": config.lr,
             "weight_decay": config.weight_decay,
@@ -202,6 +203,7 @@ class Run:
             "device": str(device),
             "channels_last": config.channels_last,
             "workers": workers,
+            "prefetch_bytes": config.prefetch_bytes,
             "check_views": config.check_views,
             "log_interval": config.log_interval,
         }

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kdcache.console import say
 from kdcache.device import fitting_threads
 from kdcache.errors import KDCacheError
 from kdcache.join import BatchLoader, CachedViews
@@ -82,7 +83,15 @@ def _feed(loop: StudentLoop, *, progress: bool) -> None:
     teacher = next(iter(data.teachers), None)  # of several each target says whose it is
     targets, parts = tuple(loop.encodings), loop.method.target_parts()
     dataset = CachedViews(data.cache, teacher=teacher, targets=targets, parts=parts, check_views=config.check_views)
-    loader = BatchLoader(dataset, loop.batches, num_workers=config.num_workers, pin_memory=loop.device.type == "cuda")
+    loader = BatchLoader(
+        dataset,
+        loop.batches,
+        num_workers=config.num_workers,
+        pin_memory=loop.device.type == "cuda",
+        prefetch_bytes=config.prefetch_bytes,
+    )
+    if loader.num_workers < config.num_workers:
+        say(f"{loader.num_workers} of {config.num_workers} workers: --prefetch-bytes {config.prefetch_bytes} holds no more batches")
     try:
         loop.begin(progress=progress)
         while not loop.is_done:

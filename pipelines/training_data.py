@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache import Cache, open_cache
+from kdcache.console import say
 from kdcache.errors import MissingError, ShardError, UsageError
-from kdcache.join import target_keys, usable_views
+from kdcache.join import image_bytes, target_keys, usable_views
 from kdcache.methods import MethodSettings, method_class, needed_targets, parse_settings, teacher_weights, teachers_of_logits
+from kdcache.mounts import far_path
+from kdcache.order import Blocks, Shuffle
 from kdcache.shards import NO_LABEL, ShardIndex, scan_shard
 from kdcache.sources import resolve_shards
 
@@ -41,6 +45,8 @@ class TrainingData:
     num_views: int
     """Epoch e trains on view e mod this."""
     num_classes: int
+    blocks: Blocks | None
+    """Of the rows' order, where it is `block`."""
     val: tuple[ShardIndex, ...]
 
     def describe(self) -> dict[str, Any]:
@@ -74,6 +80,7 @@ def open_data(config: TrainConfig) -> TrainingData:
     for shard in shards if cache.plan.stored_views is None else ():
         cache.check_source(shard)  # raises for a shard that --data lacks, a tar that is gone or one of another size and other members
     num_classes = _num_classes(config, cache, targets, settings)
+    is_block = _choose_shuffle(cache, shards, config.shuffle) == "block"
     label_key = config.label_key if config.label_key is not None else cache.label_key
     return TrainingData(
         cache=cache,
@@ -84,8 +91,23 @@ def open_data(config: TrainConfig) -> TrainingData:
         row_numbers=row_numbers,
         num_views=num_views,
         num_classes=num_classes,
+        blocks=Blocks.fitting(image_bytes(cache, row_numbers)) if is_block else None,
         val=tuple(scan_shard(source) for source in resolve_shards(config.val, label_key=label_key)) if config.val is not None else (),
     )
+
+
+def _choose_shuffle(cache: Cache, shards: Sequence[str], wanted: str) -> Shuffle:
+    """What --shuffle comes to, and with `auto` a line that says why."""
+    if wanted != "auto":
+        return "block" if wanted == "block" else "full"
+    tars = [] if cache.plan.stored_views is not None else [os.path.dirname(cache.source(shard).path) for shard in shards]
+    far = far_path([cache.store.url, *dict.fromkeys(tars)])
+    if far is None:
+        say("--shuffle auto: full, since nothing that is read is known to lie on a network file system")
+        return "full"
+    path, name = far
+    say(f"--shuffle auto: block, since {path} lies on a network file system ({name}): it is read in long runs, mixed in memory; full mixes better")
+    return "block"
 
 
 def _method_settings(config: TrainConfig) -> dict[str, Any]:

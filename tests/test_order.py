@@ -59,9 +59,9 @@ def test_blocks_are_as_large_as_they_should_be_and_the_window_is_bounded_in_byte
         assert BLOCK_BYTES <= blocks.rows * sizes[0] < 2 * BLOCK_BYTES
 
 
-def test_blocks_of_photographs_with_features_are_some_dozens() -> None:
-    assert Blocks.fitting(np.full(1_281_167, 111_000)) == Blocks(rows=256, window=37)  # images and logits
-    assert Blocks.fitting(np.full(1_281_167, 111_000 + 190_000)) == Blocks(rows=64, window=55)
+def test_blocks_of_photographs_are_some_dozens() -> None:
+    assert Blocks.fitting(np.full(1_281_167, 111_000)) == Blocks(rows=128, window=37)
+    assert Blocks.fitting(np.full(1_281_167, 3 * 224**2)) == Blocks(rows=64, window=55)  # stored raw
 
 
 def test_orders_of_other_versions_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
