@@ -106,7 +106,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option(
     "--shuffle", type=click.Choice(["auto", "full", "block"]), default="auto", show_default=True,
     help="Order of the rows. full: any row next; best mixed. block: blocks of neighbours, mixed in a window of 512 MiB of images in the page cache: storage"
-    " is read in long runs. auto: block on a network file system, else full.",
+    " is read in long runs. auto: block on a network file system unless shards are sorted by label, else full.",
 )  # fmt: skip
 # where, and what to show
 @click.option("--out", default="runs", show_default=True, metavar="RUNS", help="Folder of run folders.")

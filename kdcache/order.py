@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -29,7 +29,6 @@ speed, and the 32 to 64 blocks of a window lie in few enough shards for all thei
 LEAST_BLOCKS = 16
 """In a window; with huge rows blocks get smaller for it."""
 
-Shuffle: TypeAlias = Literal["full", "block"]
 Order: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -92,6 +91,13 @@ def block_order(num_rows: int, seed: int, epoch: int, blocks: Blocks) -> Order:
     start, stop = np.maximum(place - window + 1, 0), np.minimum(place + 1, count - window + 1)
     numbers = (start.astype(np.uint64) << np.uint64(32)) + (words[count:] >> np.uint64(32)) * (stop - start).astype(np.uint64)
     return np.argsort(numbers, kind="stable").astype(np.int64)
+
+
+def labels_per_batch(order: Order, labels: np.ndarray[Any, Any], batch_size: int) -> float:
+    """How many different labels a batch has, the mean of at most 64 batches spread over an order. labels: (N,) of the rows that it numbers."""
+    size = max(1, min(batch_size, len(order)))
+    starts = np.unique(np.linspace(0, max(0, len(order) // size - 1), 64).astype(np.int64)) * size
+    return float(np.mean([len(np.unique(labels[order[start : start + size]])) for start in starts.tolist()]))
 
 
 def first_of_blocks(order: Order, blocks: Blocks) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -61,7 +61,7 @@ class TrainConfig:
     """Of the student's weights, its dropout and the order of the rows."""
     shuffle: str = "auto"
     """One of SHUFFLES. full: a permutation of all rows. block: of blocks of neighbours, mixed in a window of at most 512 MiB of images, so that storage is read in
-    long runs. auto: block where cache or tars lie on a network file system, else full."""
+    long runs. auto: block where cache or tars lie on a network file system and are not sorted by label, else full."""
     opt: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.05

@@ -15,12 +15,14 @@ from kdcache.errors import MissingError, ShardError, UsageError
 from kdcache.join import image_bytes, target_keys, usable_views
 from kdcache.methods import MethodSettings, method_class, needed_targets, parse_settings, teacher_weights, teachers_of_logits
 from kdcache.mounts import far_path
-from kdcache.order import Blocks, Shuffle
+from kdcache.order import Blocks, block_order, epoch_order, labels_per_batch
 from kdcache.shards import NO_LABEL, ShardIndex, scan_shard
 from kdcache.sources import resolve_shards
 
 from .train_config import TrainConfig
 
+_WELL_MIXED = 0.9
+"""Share of the labels of a fully shuffled batch that one of blocks must have for `auto` to take them: of shards in a random order it has them all."""
 _METHOD_OPTIONS = {
     "kd_temperature": "temperature",
     "distill_loss_weight": "distill_loss_weight",
@@ -80,7 +82,7 @@ def open_data(config: TrainConfig) -> TrainingData:
     for shard in shards if cache.plan.stored_views is None else ():
         cache.check_source(shard)  # raises for a shard that --data lacks, a tar that is gone or one of another size and other members
     num_classes = _num_classes(config, cache, targets, settings)
-    is_block = _choose_shuffle(cache, shards, config.shuffle) == "block"
+    blocks = _choose_blocks(cache, shards, row_numbers, config)
     label_key = config.label_key if config.label_key is not None else cache.label_key
     return TrainingData(
         cache=cache,
@@ -91,23 +93,37 @@ def open_data(config: TrainConfig) -> TrainingData:
         row_numbers=row_numbers,
         num_views=num_views,
         num_classes=num_classes,
-        blocks=Blocks.fitting(image_bytes(cache, row_numbers)) if is_block else None,
+        blocks=blocks,
         val=tuple(scan_shard(source) for source in resolve_shards(config.val, label_key=label_key)) if config.val is not None else (),
     )
 
 
-def _choose_shuffle(cache: Cache, shards: Sequence[str], wanted: str) -> Shuffle:
-    """What --shuffle comes to, and with `auto` a line that says why."""
-    if wanted != "auto":
-        return "block" if wanted == "block" else "full"
+def _choose_blocks(cache: Cache, shards: Sequence[str], row_numbers: np.ndarray[Any, np.dtype[np.int64]], config: TrainConfig) -> Blocks | None:
+    """The blocks of the rows' order, None for a full permutation: what --shuffle comes to, and with `auto` a line that says why."""
+    if config.shuffle == "full":
+        return None
     tars = [] if cache.plan.stored_views is not None else [os.path.dirname(cache.source(shard).path) for shard in shards]
-    far = far_path([cache.store.url, *dict.fromkeys(tars)])
-    if far is None:
+    far = far_path([cache.store.url, *dict.fromkeys(tars)]) if config.shuffle == "auto" else None
+    if config.shuffle == "auto" and far is None:
         say("--shuffle auto: full, since nothing that is read is known to lie on a network file system")
-        return "full"
-    path, name = far
-    say(f"--shuffle auto: block, since {path} lies on a network file system ({name}): it is read in long runs, mixed in memory; full mixes better")
-    return "block"
+        return None
+    blocks = Blocks.fitting(image_bytes(cache, row_numbers))
+    labels, count = cache.rows.label[row_numbers], len(row_numbers)
+    orders = block_order(count, config.seed, 0, blocks), epoch_order(count, config.seed, 0)
+    in_blocks, in_full = (labels_per_batch(order, labels, config.batch_size) for order in orders)
+    is_mixed = in_blocks >= _WELL_MIXED * in_full
+    where = f"{far[0]} lies on a network file system ({far[1]})" if far is not None else ""
+    if far is not None and not is_mixed:
+        say(
+            f"--shuffle auto: full, though {where}: the shards are sorted by label, and in blocks a batch would have {in_blocks:.0f} labels in place of"
+            f" {in_full:.0f}; pass --shuffle block if reading turns out too slow, or shuffle the images before packing them"
+        )
+        return None
+    if far is not None:
+        say(f"--shuffle auto: block, since {where}: it is read in long runs, mixed in memory; --shuffle full mixes better")
+    elif not is_mixed:
+        say(f"--shuffle block: the shards are sorted by label: a batch has {in_blocks:.0f} labels, with --shuffle full {in_full:.0f}")
+    return blocks
 
 
 def _method_settings(config: TrainConfig) -> dict[str, Any]:

@@ -272,6 +272,21 @@ def test_auto_takes_blocks_on_a_network_file_system_and_says_why(
     assert pipelines.training_data.open_data(config(folder, tmp_path)).blocks is None, "a machine that does not say"
 
 
+def test_auto_leaves_shards_that_are_sorted_by_label_to_the_full_permutation(
+    folder: Path, tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipelines.training_data, "far_path", lambda paths: (next(iter(paths)), "nfs4"))
+    rows = open_cache(folder / "cache").rows
+    for labels, expected in ((np.arange(36) // 4, "full"), (np.arange(36) % 9, "block"), (np.full(36, -1), "block")):
+        monkeypatch.setattr(Cache, "rows", dataclasses.replace(rows, label=labels.astype(np.int64)))
+        for shuffle in ("auto", "block"):
+            data = pipelines.training_data.open_data(config(folder, tmp_path, shuffle=shuffle, task_loss_weight=0.0))
+            assert (data.blocks is None) == (shuffle == "auto" and expected == "full")
+            said = capsys.readouterr().err
+            assert (f"--shuffle {shuffle}: {expected}" in said) == (shuffle == "auto")
+            assert ("sorted by label" in said) == (expected == "full")
+
+
 def test_the_deepest_and_latest_mount_counts() -> None:
     table = (
         "22 1 0:1 / / rw - overlay overlay rw\n"
