@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -313,3 +316,11 @@ def test_options_are_checked(folder: Path, tmp_path: Path) -> None:
     for text, bad in (("1.5GiB", False), ("500MB", False), ("2000000", False), ("many", True), ("0", True), ("-1", True), ("3 parsecs", True)):
         result = CliRunner().invoke(main, ["train", str(tmp_path / "no-cache"), "--student", CNN, "--prefetch-bytes", text])
         assert ("expected a number of bytes" in result.output) == bad, result.output
+
+
+def test_the_benchmark_of_steps_runs() -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "train_step.py"
+    options = ["--parts", "step", "--small", "--samples", "8", "--batch-size", "2", "--rounds", "1"]
+    result = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"tiny → tiny +\d+ ms +\d+ ms, \d\.\d{3} × +\d+ ms, \d\.\d{3} × \(vitkd\) +\d+ ms, \d\.\d{3} ×", result.stdout)
