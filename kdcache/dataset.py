@@ -26,7 +26,7 @@ from .cache import Cache, open_cache
 from .encodings import Encoding
 from .errors import MissingError, ShardError, UsageError
 from .images import IMAGE_EXTENSIONS
-from .join import Batch, CachedViews, Item, to_device, usable_views
+from .join import Batch, CachedViews, Item, Items, to_device, usable_views
 from .losses import soft_labels
 from .pixels import Normalize
 from .shards import ShardFiles, ShardSource, printable
@@ -191,7 +191,10 @@ class CachedDataset(Dataset[Sample]):
         bytes that changed, ShardError for a tar that can't be read.
         """
         epoch = self.epoch
-        return self._samples(self._views.__getitems__([self._item(index, epoch) for index in indices]))
+        items = [self._item(index, epoch) for index in indices]
+        if isinstance(indices, Items):  # of an EpochBatches in blocks
+            items = Items(items, self.row_numbers[indices.opened])
+        return self._samples(self._views.__getitems__(items))
 
     def _item(self, index: int | tuple[int, ...], epoch: int) -> Item:
         if isinstance(index, tuple):

@@ -41,6 +41,8 @@ DEFAULT_PREFETCH_BYTES = 1 << 30
 """Of the batches that are under way."""
 MOST_PREFETCHED = 4
 """Batches under way, a worker: more would not help, and every tensor of them holds a file descriptor of the training process."""
+_OPEN_TARS = 128
+"""More than a window of blocks lies in; with the files of the store well under the usual limit of 1024."""
 _TAR_GAP_BYTES = 16 << 10
 """Images with no more than this between them (headers, a label) come with one read."""
 
@@ -219,7 +221,7 @@ class CachedViews(Dataset[Batch]):
         self.targets = {key: (of or cache.layer(teacher).name, target) for key, (of, target) in named.items()}
         """Name in a batch → (teacher, target)."""
         self.check_views = check_views
-        self._files = ShardFiles()
+        self._files = ShardFiles(_OPEN_TARS)
         self._is_handed_over = False
         for one in self.targets.values():
             cache.target_views(*one)  # raises MissingError
@@ -236,7 +238,7 @@ class CachedViews(Dataset[Batch]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._files = ShardFiles()
+        self._files = ShardFiles(_OPEN_TARS)
 
     def reading_from(self, files: ShardFiles) -> CachedViews:
         """The same dataset, which takes image bytes from `files`."""
@@ -321,7 +323,7 @@ class CachedViews(Dataset[Batch]):
             if cache.plan.stored_views is not None:
                 cache.touch_stored(shard, view, shard_rows)
             else:
-                for first, last in runs_of(rows.offset[group], rows.size[group], gap=_TAR_GAP_BYTES):
+                for first, last in runs_of(rows.offset[group], rows.size[group], gap=_TAR_GAP_BYTES, limit=2**62):
                     start, stop = int(rows.offset[group[first]]), int(rows.offset[group[last]] + rows.size[group[last]])
                     self._files.touch(cache.source(shard), start, stop)
             for key, (teacher, target) in self.targets.items():
@@ -341,18 +343,22 @@ class CachedViews(Dataset[Batch]):
         """(place in the batch, view) for the rows of a group, checked at the sampled rate. replays: of views that are not stored."""
         rows, cache = self.cache.rows, self.cache
         shard_rows = rows.row[group.row_numbers]
-        stored = cache.read_stored(group.shard, group.view, shard_rows) if cache.plan.stored_views is not None else None
+        is_stored = cache.plan.stored_views is not None
+        found_views = cache.read_stored(group.shard, group.view, shard_rows) if is_stored else self._render_rows(group, replays)
         asked = zip(shard_rows.tolist(), group.epochs.tolist(), strict=True)
         checked = np.array([is_checked(group.shard, row, epoch, fraction=self.check_views) for row, epoch in asked], dtype=bool)
         digests = np.zeros(len(shard_rows), np.uint64)
         if checked.any():
             digests[checked] = cache.read_pixel_digests(group.shard, group.view, shard_rows[checked])
-        images = _ImageBytes(self._files, cache.source(group.shard), rows, group.row_numbers if stored is None else ())
-        for i, (place, number) in enumerate(zip(group.places.tolist(), group.row_numbers.tolist(), strict=True)):
-            pixels = next(stored) if stored is not None else self._render_row(group, number, replays[i], images)
+        for i, (place, number, pixels) in enumerate(zip(group.places.tolist(), group.row_numbers.tolist(), found_views, strict=True)):
             if checked[i] and (found := pixel_digest(pixels)) != int(digests[i]):
                 raise pixel_drift(group.shard, self._key(number), group.view, expected=int(digests[i]), found=found)
             yield place, pixels
+
+    def _render_rows(self, group: _Group, replays: Sequence[Replay]) -> Iterator[Pixels]:
+        images = _ImageBytes(self._files, self.cache.source(group.shard), self.cache.rows, group.row_numbers)
+        for number, replay in zip(group.row_numbers.tolist(), replays, strict=True):
+            yield self._render_row(group, number, replay, images)
 
     def _render_row(self, group: _Group, number: int, replay: Replay, images: _ImageBytes) -> Pixels:
         first = number - replay.row  # of the shard's rows
@@ -385,14 +391,13 @@ class CachedViews(Dataset[Batch]):
 class _ImageBytes:
     """The images of a group's rows as their tar has them; neighbours come with one read."""
 
-    def __init__(self, files: ShardFiles, source: ShardSource, rows: Rows, row_numbers: Sequence[int] | np.ndarray[Any, Any]) -> None:
-        """row_numbers: ascending; others may be asked for too, and come alone."""
+    def __init__(self, files: ShardFiles, source: ShardSource, rows: Rows, numbers: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        """numbers: of rows, ascending; others may be asked for too, and come alone."""
         self._files, self._source, self._rows = files, source, rows
         self._run_of: dict[int, tuple[int, int]] = {}
         """Row number → first byte of its run and the byte after its last, for those that have neighbours."""
         self._begin, self._run = 0, b""
-        if len(row_numbers) > 1 and files.reads_runs:
-            numbers = np.asarray(row_numbers)
+        if len(numbers) > 1 and files.reads_runs:
             offsets, sizes = rows.offset[numbers], rows.size[numbers]
             for first, last in runs_of(offsets, sizes, gap=_TAR_GAP_BYTES):
                 if last > first:

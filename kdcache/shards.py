@@ -286,14 +286,14 @@ RUN_BYTES = 512 * 1024
 _TOUCH_BYTES = 1 << 20
 
 
-def runs_of(offsets: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any], *, gap: int) -> list[tuple[int, int]]:
-    """First and last place of each run of (offset, size), ascending, that lie no further than `gap` apart and hold at most RUN_BYTES, or are one."""
+def runs_of(offsets: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any], *, gap: int, limit: int = RUN_BYTES) -> list[tuple[int, int]]:
+    """First and last place of each run of (offset, size), ascending, that lie no further than `gap` apart and hold at most `limit` bytes, or are one."""
     starts, stops = offsets.tolist(), (offsets + sizes).tolist()
     runs: list[tuple[int, int]] = []
     for place, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         if runs:
             first, last = runs[-1]
-            if 0 <= start - stops[last] <= gap and stop - starts[first] <= RUN_BYTES:
+            if 0 <= start - stops[last] <= gap and stop - starts[first] <= limit:
                 runs[-1] = (first, place)
                 continue
         runs.append((place, place))
@@ -306,8 +306,8 @@ class ShardFiles:
     reads_runs = True
     """Whether any span of a tar can be asked for."""
 
-    def __init__(self, capacity: int = 128) -> None:
-        """capacity: files kept open, with those of a cache's store well under the usual limit of 1024; as many as a window of blocks lies in."""
+    def __init__(self, capacity: int = 16) -> None:
+        """capacity: files kept open."""
         self._capacity = capacity
         self._files: dict[str, int] = {}
 
@@ -339,7 +339,7 @@ class ShardFiles:
         """Read a span and drop it: whoever reads of it next finds it in the page cache. What is not there is left to whoever needs it. Raises ShardError."""
         try:
             descriptor = self._open(source.path)
-            scratch = bytearray(min(_TOUCH_BYTES, stop - start))
+            scratch = bytearray(max(0, min(_TOUCH_BYTES, stop - start)))
             while start < stop and (count := os.preadv(descriptor, [memoryview(scratch)[: stop - start]], start)):
                 start += count
         except OSError as error:

@@ -26,6 +26,7 @@ from cli.main import main
 from kdcache import mounts
 from kdcache.cache import Cache, open_cache
 from kdcache.checkpoint import save_checkpoint
+from kdcache.dataset import CachedDataset
 from kdcache.errors import StudentError, UsageError
 from kdcache.join import MOST_PREFETCHED, BatchLoader, CachedViews, EpochBatches, Items, plan_prefetch
 from kdcache.mounts import file_system_of, is_network_type
@@ -102,6 +103,15 @@ def test_block_batches_are_the_same_for_any_number_of_workers(cache: Cache, num_
         for batch, items in zip(found, list(batches), strict=True):
             torch.testing.assert_close(batch, dataset.__getitems__(list(items)), rtol=0, atol=0)
     loader.close()
+
+
+def test_blocks_are_opened_for_a_loader_of_ones_own_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = CachedDataset(folder / "cache", shards=["train-0001", "train-0002"])
+    opened: list[int] = []
+    monkeypatch.setattr(CachedViews, "read_ahead", lambda self, rows, view: opened.extend(rows.tolist()))
+    batches = EpochBatches(range(len(dataset)), batch_size=6, num_views=2, seed=0, blocks=Blocks(rows=4, window=2))
+    assert sum(len(labels) for _, labels, _ in torch.utils.data.DataLoader(dataset, batch_sampler=batches)) == 24
+    assert sorted(opened) == list(range(12, 36))
 
 
 @pytest.mark.parametrize("store_views", [None, "raw", "png"])
