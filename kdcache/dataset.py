@@ -26,7 +26,7 @@ from .cache import Cache, open_cache
 from .encodings import Encoding
 from .errors import MissingError, ShardError, UsageError
 from .images import IMAGE_EXTENSIONS
-from .join import Batch, CachedViews, Item, to_device, usable_views
+from .join import Batch, CachedViews, Item, Items, to_device, usable_views
 from .losses import soft_labels
 from .pixels import Normalize
 from .shards import ShardFiles, ShardSource, printable
@@ -217,6 +217,8 @@ class CachedDataset(Dataset[Sample]):
         epoch = self.epoch
         items = [self._item(index, epoch) for index in indices]
         self._count_reading([item.row for item, index in zip(items, indices, strict=True) if not isinstance(index, tuple)])
+        if isinstance(indices, Items):  # of an EpochBatches in blocks
+            items = Items(items, self.row_numbers[indices.opened])
         return self._samples(self._views.__getitems__(items))
 
     def _item(self, index: int | tuple[int, ...], epoch: int) -> Item:
@@ -333,6 +335,8 @@ class CachedDataset(Dataset[Sample]):
 
 class _ImagesAtHand(ShardFiles):
     """Image bytes that a pipeline has read already, in place of their tars."""
+
+    reads_runs = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -79,8 +79,10 @@ def stream_of(run: Run) -> dict[str, Any]:
         "--views": data.num_views,
         "--batch-size": config.batch_size,
         "--seed": config.seed,
+        "--shuffle": "block" if data.blocks is not None else "full",
         "--check-views": config.check_views,
         "--workers": config.num_workers,
+        "--prefetch-bytes": config.prefetch_bytes,
         "--device": str(resolve_device(config.device)),
     }
 
@@ -311,11 +313,19 @@ class Gang:
                     if loader is not None:
                         loader.close()
                     wanted, dataset = reads, dataset_of(first.data.cache, reads, check_views=first.config.check_views)
-                    loader = BatchLoader(dataset, first.batches, num_workers=first.config.num_workers, pin_memory=self._device.type == "cuda")
+                    loader = self._open_loader(dataset, first)
                 yield from self._feed_epoch(loader, *min(member.place for member in self._members))
         finally:
             if loader is not None:
                 loader.close()
+
+    def _open_loader(self, dataset: CachedViews, first: StudentLoop) -> BatchLoader:
+        config = first.config
+        pinned = self._device.type == "cuda"
+        loader = BatchLoader(dataset, first.batches, num_workers=config.num_workers, pin_memory=pinned, prefetch_bytes=config.prefetch_bytes)
+        if loader.num_workers < config.num_workers:
+            say(f"{loader.num_workers} of {config.num_workers} workers: --prefetch-bytes {config.prefetch_bytes} holds no more batches")
+        return loader
 
     def _feed_epoch(self, loader: BatchLoader, epoch: int, start: int) -> Iterator[dict[str, Any]]:
         """The batches of an epoch from its step `start`, for members that want them; ends early where none wants the next one."""

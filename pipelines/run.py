@@ -55,6 +55,7 @@ class Run:
             "epochs": config.epochs,
             "batch_size": config.batch_size,
             "seed": config.seed,
+            **({"shuffle": "block"} if data.blocks is not None else {}),
             "opt": config.opt,
             "lr": config.lr,
             "weight_decay": config.weight_decay,
@@ -187,7 +188,7 @@ class Run:
             return [], 0.0
         lines = [dict(line) for line in read_lines(self.folder / "metrics.jsonl") if "step" not in line]
         seconds = sum(line.pop("seconds", 0.0) for line in lines)
-        return [{name: value for name, value in line.items() if name != "images"} for line in lines], seconds
+        return [{name: value for name, value in line.items() if name not in ("images", "own_seconds")} for line in lines], seconds
 
     def _read_exported(self, history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
         """The row of the epoch whose weights were exported, None where the export does not say."""
@@ -253,6 +254,7 @@ class Run:
             "device": str(device),
             "channels_last": config.channels_last,
             "workers": workers,
+            "prefetch_bytes": config.prefetch_bytes,
             "check_views": config.check_views,
             "log_interval": config.log_interval,
         }

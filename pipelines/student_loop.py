@@ -57,7 +57,7 @@ class StudentLoop:
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method.to(memory_format=self.memory_format)
         self.normalize = student.normalize().to(device)
-        self.batches = EpochBatches(data.row_numbers, batch_size=config.batch_size, num_views=data.num_views, seed=config.seed)
+        self.batches = EpochBatches(data.row_numbers, batch_size=config.batch_size, num_views=data.num_views, seed=config.seed, blocks=data.blocks)
         self.encodings = {key: data.cache.encoding(*one) for key, one in target_keys(data.targets).items()}
         self.optimizer = make_optimizer(self.method, config)
         self.scheduler = self._scheduler()
