@@ -18,7 +18,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -110,6 +110,8 @@ class _Member:
         with fitting_threads(loop.method, loop.device):
             self._threads = torch.get_num_threads()
         self._generators = generator_states(loop.device)
+        self.losses: Mapping[str, float] = {}
+        """Of its last step."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -134,10 +136,10 @@ class _Member:
         """Let go of all that takes memory, whoever still holds this member."""
         del self.loop, self.portion, self._generators
 
-    def train_step(self, batch: SharedBatch) -> dict[str, float]:
+    def train_step(self, batch: SharedBatch) -> None:
         inputs = batch.inputs(self.portion)  # not in its own time: it is made for all
         with self.loop.own:
-            return self.loop.train_step(inputs)
+            self.losses = self.loop.train_step(inputs)
 
     def end_epoch(self) -> None:
         with self.loop.own:
@@ -223,16 +225,15 @@ class Gang:
         """Export a member that has no epoch left."""
         run = member.run
 
-        def finish() -> dict[str, Any]:
+        def finish() -> None:
             member.loop.close()
-            return run.finish()
+            self._ended.append(run.finish())
 
-        if entry := self._in_turn(run, finish):
-            self._ended.append(entry)
+        if self._in_turn(run, finish):
             self._forget(run)
 
-    def _in_turn(self, run: Run, action: Callable[[], Any]) -> Any:
-        """What a member's action gives, True for None; False if it failed and was ended.
+    def _in_turn(self, run: Run, action: Callable[[], None]) -> bool:
+        """Let a member act; False if that failed, and ended it.
 
         The one place where every exception is caught, because isolation is just that: a method or a model of anyone's, a full disk, a full device or
         a damaged checkpoint may raise anything, and the students beside it have nothing to do with it. Left alone are what ends the process, and a
@@ -240,18 +241,15 @@ class Gang:
         """
         member = next((member for member in self._members if member.run is run), None)
         try:
-            if member is None:
-                result = action()
-            else:
-                with member.turn():
-                    result = action()
+            with member.turn() if member is not None else nullcontext():
+                action()
         except Exception as error:
             if not self._isolate or is_killed_worker(error):
                 raise
             self._end(run, error)
             say(f"run {run.id} failed, the others go on: {describe_error(error)}")
         else:
-            return True if result is None else result
+            return True
         self._release()  # here, where the traceback no longer holds the frames that hold its tensors
         return False
 
@@ -286,17 +284,20 @@ class Gang:
         loader: BatchLoader | None = None
         try:
             while self._members:
-                first = self._members[0].loop
                 reads = union([member.portion for member in self._members])
                 if loader is None or reads != wanted:  # at first, and where those who wanted more have ended
                     if loader is not None:
                         loader.close()
-                    wanted, dataset = reads, dataset_of(first.data.cache, reads, check_views=first.config.check_views)
-                    loader = BatchLoader(dataset, first.batches, num_workers=first.config.num_workers, pin_memory=self._device.type == "cuda")
+                    wanted, loader = reads, self._loader(reads)
                 yield from self._feed_epoch(loader, *min(member.place for member in self._members))
         finally:
             if loader is not None:
                 loader.close()
+
+    def _loader(self, reads: Mapping[str, tuple[str, ...]]) -> BatchLoader:
+        loop = self._members[0].loop  # any: they agree in all of this
+        dataset = dataset_of(loop.data.cache, reads, check_views=loop.config.check_views)
+        return BatchLoader(dataset, loop.batches, num_workers=loop.config.num_workers, pin_memory=self._device.type == "cuda")
 
     def _feed_epoch(self, loader: BatchLoader, epoch: int, start: int) -> Iterator[dict[str, Any]]:
         """The batches of an epoch from its step `start`, for members that want them; ends early where none wants the next one."""
@@ -308,8 +309,8 @@ class Gang:
             self._save_together(here, step)
             shared = SharedBatch(batch, self._device)
             for member in here:
-                if losses := self._in_turn(member.run, partial(member.train_step, shared)):
-                    self._bar.note(member.run, losses)
+                if self._in_turn(member.run, partial(member.train_step, shared)):
+                    self._bar.note(member.run, member.losses)
             del shared
             self._bar.update()
             yield from self._hand_on()
