@@ -8,8 +8,9 @@ process of its own by train's own path: the gang; each student alone, as many lo
 already (its loader replaced by a list), which is what the students' own work costs. `--case loader`: students that cost next to nothing.
 `--case student`: students that cost more than loading, where a gang can gain little.
 
-Prints medians over the rounds of: seconds an epoch without the first (startup excluded), wall seconds of the processes (startup included), CPU
-seconds of all processes an epoch without the first, which busy neighbours change least; and the ratios, taken within each round.
+Prints medians over the rounds of: seconds an epoch without the first (startup excluded), wall seconds of the processes (startup included), and CPU
+seconds an epoch of the training process and of those that load, which busy neighbours change least: with a core each, an epoch takes the larger of
+the two. Then the ratios, taken within each round.
 
 Expected, before the first run, on two cores with one loading process: an image costs L = 1.6 ms to load, n = .2 ms to normalise, a small student
 s = .1 to .2 ms. Loading and training have a core each, so alone max(L, n + s) = L an image and student, the gang max(L, n + 4s) = L: 3.7 to 4 × with
@@ -83,7 +84,9 @@ def main() -> None:
             for kind, groups in kinds.items():
                 parts = [run(root, args, kind, group, number) for group in groups]
                 found[kind].append({name: sum(part[name] for part in parts) for name in parts[0]})
-            shown = "  ".join(f"{kind}: {one[-1]['epoch']:.2f} s, {one[-1]['cpu']:.2f} CPU s" for kind, one in found.items())
+            shown = "  ".join(
+                f"{kind}: {one[-1]['epoch']:.2f} s, {one[-1]['training']:.2f} + {one[-1]['loading']:.2f} CPU s" for kind, one in found.items()
+            )
             print(f"round {number + 1}: {shown}", flush=True)
     report(args, found)
 
@@ -102,7 +105,7 @@ def make_cache(root: Path, samples: int) -> None:
 
 
 def run(root: Path, args: argparse.Namespace, kind: str, group: list[int], number: int) -> dict[str, float]:
-    """One process: {"epoch", "cpu": seconds an epoch without the first; "process": wall seconds of all of it}."""
+    """One process: {"epoch", "training", "loading", "a core each": seconds an epoch without the first; "process": wall seconds of all of it}."""
     out = root / f"{kind}-{group[0]}-{number}"
     task = {"root": str(root), "out": str(out), "kind": kind, "group": group, "case": args.case}
     task |= {name: getattr(args, name) for name in ("batch_size", "workers", "epochs")}
@@ -128,12 +131,12 @@ def child(task: Options) -> None:
     torch.set_num_threads(1)
     if task["kind"] == "in memory":
         pipelines.gang.BatchLoader = InMemory  # type: ignore[misc]
-    ends: list[tuple[float, float]] = []
+    ends: list[tuple[float, float, float]] = []
     move = pipelines.gang._Bar.move
 
     def note(self: Any, epoch: int, step: int, *arguments: Any) -> None:
         if step == 0 and epoch > 0:
-            ends.append((time.perf_counter(), cpu_seconds()))
+            ends.append((time.perf_counter(), *cpu_seconds()))
         move(self, epoch, step, *arguments)
 
     pipelines.gang._Bar.move = note  # type: ignore[method-assign]
@@ -146,28 +149,28 @@ def child(task: Options) -> None:
     ]  # fmt: skip
     for entry in train_configs(configs, gang=len(configs)):
         assert entry["status"] == "done", entry
-    (begin, cpu_begin), (end, cpu_end), epochs = ends[0], ends[-1], len(ends) - 1
-    print(json.dumps({"epoch": (end - begin) / epochs, "cpu": (cpu_end - cpu_begin) / epochs}))
+    wall, training, loading = ((last - first) / (len(ends) - 1) for first, last in zip(ends[0], ends[-1], strict=True))
+    print(json.dumps({"epoch": wall, "training": training, "loading": loading, "a core each": max(training, loading / max(1, task["workers"]))}))
 
 
-def cpu_seconds() -> float:
-    """Of this process and its workers, which are alive and so not among the children that resource counts."""
+def cpu_seconds() -> tuple[float, float]:
+    """Of this process, and of its workers, which are alive and so not among the children that resource counts."""
     import psutil
 
     own = resource.getrusage(resource.RUSAGE_SELF)
     children = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
-    return own.ru_utime + own.ru_stime + sum(times.user + times.system for times in children)
+    return own.ru_utime + own.ru_stime, sum(times.user + times.system for times in children)
 
 
 def report(args: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> None:
     print(f"\ncase {args.case}: {args.samples} images, batches of {args.batch_size}, {args.workers} workers, {args.rounds} rounds, medians")
-    print(f"{'':12} {'s an epoch':>11} {'ms an image':>12} {'CPU s':>8} {'whole process s':>16}")
+    columns = ("epoch", "training", "loading", "a core each", "process")
+    print(f"{'seconds':12}" + "".join(f"{column:>13}" for column in columns))
     for kind, rounds in found.items():
-        epoch, cpu, process = (statistics.median(one[name] for one in rounds) for name in ("epoch", "cpu", "process"))
-        print(f"{kind:12} {epoch:11.2f} {1e3 * epoch / args.samples:12.2f} {cpu:8.2f} {process:16.1f}")
+        print(f"{kind:12}" + "".join(f"{statistics.median(one[column] for one in rounds):13.2f}" for column in columns))
     for over, what in (("alone", "one after another / gang"), ("in memory", "in memory / gang")):
         shown = []
-        for name in ("epoch", "cpu", "process"):
+        for name in ("epoch", "a core each", "process"):
             ratios = sorted(one[name] / ours[name] for one, ours in zip(found[over], found["gang"], strict=True))
             shown.append(f"{name} {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
         print(f"{what}: {', '.join(shown)}")

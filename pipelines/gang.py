@@ -18,7 +18,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -113,6 +113,8 @@ class _Member:
         with fitting_threads(loop.method, loop.device):
             self._threads = torch.get_num_threads()
         self._generators = generator_states(loop.device)
+        self.losses: Mapping[str, float] = {}
+        """Of its last step."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -140,10 +142,10 @@ class _Member:
         del self.loop, self.portion, self._generators
 
     @finishing_first()
-    def train_step(self, batch: SharedBatch) -> dict[str, float]:
+    def train_step(self, batch: SharedBatch) -> None:
         inputs = batch.inputs(self.portion)  # not in its own time: it is made for all
         with self.loop.own:
-            return self.loop.train_step(inputs)
+            self.losses = self.loop.train_step(inputs)
 
     def end_epoch(self) -> None:
         with self.loop.own:
@@ -243,16 +245,15 @@ class Gang:
         """Export a member that has no epoch left."""
         run = member.run
 
-        def finish() -> dict[str, Any]:
+        def finish() -> None:
             member.loop.close()
-            return run.finish()
+            self._ended.append(run.finish())
 
-        if entry := self._in_turn(run, finish):
-            self._ended.append(entry)
+        if self._in_turn(run, finish):
             self._forget(run)
 
-    def _in_turn(self, run: Run, action: Callable[[], Any]) -> Any:
-        """What a member's action gives, True for None; False if it failed and was ended.
+    def _in_turn(self, run: Run, action: Callable[[], None]) -> bool:
+        """Let a member act; False if that failed, and ended it.
 
         The one place where every exception is caught, because isolation is just that: a method or a model of anyone's, a full disk, a full device or
         a damaged checkpoint may raise anything, and the students beside it have nothing to do with it. Left alone are what ends the process, and a
@@ -260,18 +261,15 @@ class Gang:
         """
         member = next((member for member in self._members if member.run is run), None)
         try:
-            if member is None:
-                result = action()
-            else:
-                with member.turn():
-                    result = action()
+            with member.turn() if member is not None else nullcontext():
+                action()
         except Exception as error:
             if not self._isolate or is_killed_worker(error):
                 raise
             self._end(run, error)
             say(f"run {run.id} failed, the others go on: {describe_error(error)}")
         else:
-            return True if result is None else result
+            return True
         self._release()  # here, where the traceback no longer holds the frames that hold its tensors
         return False
 
@@ -307,24 +305,23 @@ class Gang:
         loader: BatchLoader | None = None
         try:
             while self._members:
-                first = self._members[0].loop
                 reads = union([member.portion for member in self._members])
                 if loader is None or reads != wanted:  # at first, and where those who wanted more have ended
                     if loader is not None:
                         loader.close()
-                    wanted, dataset = reads, dataset_of(first.data.cache, reads, check_views=first.config.check_views)
-                    loader = self._open_loader(dataset, first)
+                    wanted, loader = reads, self._loader(reads)
                 yield from self._feed_epoch(loader, *min(member.place for member in self._members))
         finally:
             if loader is not None:
                 loader.close()
 
-    def _open_loader(self, dataset: CachedViews, first: StudentLoop) -> BatchLoader:
-        config = first.config
-        pinned = self._device.type == "cuda"
-        loader = BatchLoader(dataset, first.batches, num_workers=config.num_workers, pin_memory=pinned, prefetch_bytes=config.prefetch_bytes)
+    def _loader(self, reads: Mapping[str, tuple[str, ...]]) -> BatchLoader:
+        loop, config = self._members[0].loop, self._members[0].loop.config  # any: they agree in all of this
+        dataset = dataset_of(loop.data.cache, reads, check_views=config.check_views)
+        pinned, ahead = self._device.type == "cuda", config.prefetch_bytes
+        loader = BatchLoader(dataset, loop.batches, num_workers=config.num_workers, pin_memory=pinned, prefetch_bytes=ahead)
         if loader.num_workers < config.num_workers:
-            say(f"{loader.num_workers} of {config.num_workers} workers: --prefetch-bytes {config.prefetch_bytes} holds no more batches")
+            say(f"{loader.num_workers} of {config.num_workers} workers: --prefetch-bytes {ahead} holds no more batches")
         return loader
 
     def _feed_epoch(self, loader: BatchLoader, epoch: int, start: int) -> Iterator[dict[str, Any]]:
@@ -337,8 +334,8 @@ class Gang:
             self._save_together(here, step)
             shared = SharedBatch(batch, self._device)
             for member in here:
-                if losses := self._in_turn(member.run, partial(member.train_step, shared)):
-                    self._bar.note(member.run, losses)
+                if self._in_turn(member.run, partial(member.train_step, shared)):
+                    self._bar.note(member.run, member.losses)
             del shared
             self._bar.update()
             yield from self._hand_on()

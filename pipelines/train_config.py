@@ -28,7 +28,7 @@ class TrainConfig:
     cache: str
     """Folder of the cache."""
     students: Sequence[str]
-    """timm names, `hf-hub:…` or `local-dir:…`; trained one after another."""
+    """timm names, `hf-hub:…` or `local-dir:…`; trained one after another, or in gangs."""
     method: str = "kd"
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the method."""
