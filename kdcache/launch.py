@@ -103,6 +103,11 @@ def _check_below(rank: str, number: int, world: str, count: int) -> None:
         raise UsageError(f"{rank}={number} and {world}={count} contradict each other: expected a rank from 0 to {world} - 1")
 
 
+def without_launch(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that is to be alone, whatever launched the one that starts it: a job of a sweep, Ray's workers in a SLURM step."""
+    return {name: value for name, value in environ.items() if name not in _VARIABLES}
+
+
 def _is_batch_script(env: Mapping[str, str]) -> bool:
     """Whether this is the script that sbatch started: SLURM numbers it like task 0 of a step, but it is one process in no step."""
     in_step = "SLURM_STEP_ID" in env or "SLURM_STEP_NUM_TASKS" in env

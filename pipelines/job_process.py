@@ -33,6 +33,7 @@ from typing import Any
 from kdcache.console import harmless
 from kdcache.errors import KDCacheError, StoreError
 from kdcache.interrupt import GRACE_S, Stopped, stopping_cleanly
+from kdcache.launch import without_launch
 
 from .engines import Job, run_job
 from .watching import Line, telling
@@ -191,9 +192,9 @@ def close_all(processes: Sequence[JobProcess]) -> None:
 
 
 def environ_of_child(environ: Mapping[str, str], *, cores: int, gpu: str | None = None) -> dict[str, str]:
-    """The environment of a child that may use so many cores, and of the GPUs this one only (None: those of `environ`)."""
+    """The environment of a child that may use so many cores, and of the GPUs this one only (None: those of `environ`). It is no rank of a launch."""
     threads = {} if "OMP_NUM_THREADS" in environ else {"OMP_NUM_THREADS": str(cores)}
-    return {**environ, **threads, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})}
+    return {**without_launch(environ), **threads, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {})}
 
 
 def with_share_of(job: Job, cores: int) -> Job:

@@ -219,7 +219,7 @@ def test_each_process_has_its_gpu_and_its_share_of_the_cores(folder: Path, tmp_p
     assert isinstance(local_engine(device="cpu"), InProcess) and isinstance(local_engine(processes=1), InProcess)
     with pytest.raises(UsageError, match=r"--device cuda:1 with 2 processes.*CUDA_VISIBLE_DEVICES"):
         local_engine(processes=2, device="cuda:1")
-    child = environ_of_child({"A": "1"}, cores=4, gpu="GPU-a")
+    child = environ_of_child({"A": "1", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "WORLD_SIZE": "8", "RANK": "3"}, cores=4, gpu="GPU-a")
     assert child == {"A": "1", "OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": "GPU-a"}
     assert environ_of_child({"OMP_NUM_THREADS": "1"}, cores=4) == {"OMP_NUM_THREADS": "1"}
     (job,) = jobs_of(folder, tmp_path, {"workers": None})
