@@ -97,8 +97,12 @@ class Opened:
         return self.val[shards, label_key]
 
 
-def open_data(config: TrainConfig, opened: Opened) -> TrainingData:
-    """Open the cache and settle what is trained on. Raises KDCacheError for whatever would fail an hour later."""
+def open_data(config: TrainConfig, opened: Opened | None = None) -> TrainingData:
+    """Open the cache and settle what is trained on. Raises KDCacheError for whatever would fail an hour later.
+
+    opened: by configs before this one. Default: nothing.
+    """
+    opened = Opened() if opened is None else opened
     settings = parse_settings(config.method, method_settings(config), config.teacher)
     cache = opened.cache(config.cache, config.data)
     shards = _choose_shards(cache, config.limit_shards)

@@ -192,9 +192,10 @@ def test_generators_and_threads_are_given_back(folder: Path, alone: dict[str, An
 
 
 def stub(number: int, **differing: Any) -> Any:
-    config = {"data": None, "batch_size": 2, "seed": 42, "check_views": 0.05, "num_workers": 0, "device": "cpu", **differing}
+    config = {"data": None, "batch_size": 2, "seed": 42, "check_views": 0.05, "num_workers": 0, "device": "cpu", "prefetch_bytes": 1, **differing}
+    blocks = config.pop("blocks", None)
     views, shards = config.pop("views", 1), config.pop("shards", 1)
-    data = SimpleNamespace(cache=SimpleNamespace(store=SimpleNamespace(url="file:///c")), shards=("s",) * shards, num_views=views)
+    data = SimpleNamespace(cache=SimpleNamespace(store=SimpleNamespace(url="file:///c")), shards=("s",) * shards, num_views=views, blocks=blocks)
     finished = config.pop("finished", False)
     folder = Path(f"run{config.pop('twin', number)}")
     return SimpleNamespace(config=SimpleNamespace(**config), data=data, is_finished=finished, folder=folder, id=f"run{number}")
@@ -205,6 +206,7 @@ differing = st.fixed_dictionaries(
     optional={
         "batch_size": st.sampled_from([2, 4]), "seed": st.sampled_from([42, 1]), "views": st.integers(1, 2), "finished": st.booleans(),
         "twin": st.integers(0, 2), "check_views": st.just(1.0), "data": st.just("elsewhere"), "shards": st.just(2), "num_workers": st.just(1),
+        "blocks": st.just(object), "prefetch_bytes": st.just(9),
     },
 )  # fmt: skip
 
