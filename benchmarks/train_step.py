@@ -12,7 +12,7 @@ Makes JPEGs of 500×375 pixels. Teachers and students are randomly initialised; 
 * loader: ms a sample of the loading alone by where views come from (rendered from tars, stored raw, stored jpeg95) and what is read beside them.
 * split: of one worker's time index (order, grouping), tar read, decode, render, digest (of 5 % of the views), params, target read with decompression; and the hand-over to
   the training process, which is what a worker process needs beyond the same work in this one.
-* memory: of batches under way for several --prefetch-bytes, beside what `plan_prefetch` allows, while nothing takes them.
+* memory: shared memory of the batches under way for several --prefetch-bytes, beside what `plan_prefetch` allows, while nothing takes them.
 
 On a CPU the clock is this process's own CPU time, which busy neighbours disturb least, and loading is in this process (--workers 0); on a GPU the wall, after synchronising.
 """
@@ -25,7 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +205,8 @@ def batches_of(cache: Cache, args: argparse.Namespace) -> EpochBatches:
 
 
 def family_seconds() -> tuple[float, float]:
-    """CPU seconds of this process, and of its children."""
-    me = psutil.Process()
-    return sum(me.cpu_times()[:2]), sum(sum(child.cpu_times()[:2]) for child in me.children())
+    """CPU seconds of this process, and, to a hundredth, of its children."""
+    return time.process_time(), sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children())
 
 
 def measure_loader(caches: Mapping[str, Cache], args: argparse.Namespace) -> None:
@@ -263,11 +262,11 @@ class SplitClock:
 
     def timed(self, part: str, work: Callable[[], Any]) -> Any:
         self._within.append(0.0)
-        begin = time.perf_counter()
+        begin = time.process_time()
         try:
             return work()
         finally:
-            took = time.perf_counter() - begin
+            took = time.process_time() - begin
             self.seconds[part] = self.seconds.get(part, 0.0) + took - self._within.pop()
             if self._within:
                 self._within[-1] += took
@@ -290,9 +289,9 @@ SPLIT = (
 
 
 def measure_split(caches: Mapping[str, Cache], args: argparse.Namespace) -> None:
-    """A line for each source, with logits and an int8 map: µs a sample of each part, median of the rounds; the rest is putting batches together."""
+    """A line for each source, with logits and an int8 map: CPU µs a sample of each part, median of the rounds; the rest is putting batches together."""
     parts = [*dict.fromkeys(part for _, _, part in SPLIT), "rest", "hand-over"]
-    print("split: µs a sample of one worker, with logits and an int8 map")
+    print("split: CPU µs a sample of one worker, with logits and an int8 map")
     print(f"{'':<10}" + "".join(f"{part:>13}" for part in parts))
     for source, cache in caches.items():
         dataset = CachedViews(cache, targets=TARGETS["logits, int8 map"], check_views=0.05)
@@ -334,35 +333,38 @@ def hand_over_us(dataset: CachedViews, batches: EpochBatches, args: argparse.Nam
 
 
 def measure_memory(caches: Mapping[str, Cache], _args: argparse.Namespace) -> None:
-    """A line for each budget: PSS that this process and its workers have more once all that may be under way is, than with one batch a worker."""
-    dataset = CachedViews(caches["raw"], targets=TARGETS["logits, int8 map"], check_views=0.0)
+    """A line for each budget: shared memory of the batches that wait, of what is allowed, and the one that the loop has besides."""
+    cache = caches["raw"]
+    dataset = CachedViews(cache, targets=TARGETS["logits, int8 map"], check_views=0.0)
     batches = EpochBatches(np.tile(np.arange(len(dataset)), 64), batch_size=64, num_views=1, seed=0)
     size = 64 * dataset.row_bytes
-    print(f"memory: batches of 64, {size / 1e6:.1f} MB each, 2 workers; MB under way allowed, and found beyond those of one batch a worker")
-    found: dict[int, float] = {}
-    for budget in (2 * size, 4 * size, 6 * size, 1 << 30):
+    print(f"memory: batches of 64, {size / 1e6:.1f} MB each, 2 workers; MB in shared memory once it has stopped growing")
+    for budget in (size, 2 * size, 4 * size, 6 * size, 1 << 30):
         loader = BatchLoader(dataset, batches, num_workers=2, prefetch_bytes=budget)
         epoch = loader.epoch(0)
-        for _ in range(16):
-            next(epoch)
-        used = settled_bytes()
-        epoch.close()  # type: ignore[attr-defined]
+        held = [next(epoch) for _ in range(1)]
+        used = settled_bytes() - len(held) * size
         allowed = loader.num_workers * loader.prefetched * size
-        loader.close()
-        found[allowed] = used
         print(
-            f"--prefetch-bytes {budget / 1e6:7.1f} MB: {allowed / 1e6:6.1f} MB, {(used - found[2 * size]) / 1e6:6.1f} + {2 * size / 1e6:.1f} MB",
+            f"--prefetch-bytes {budget / 1e6:7.1f} MB: {loader.num_workers} × {loader.prefetched} batches, {allowed / 1e6:6.1f} MB; found {used / 1e6:6.1f} MB",
             flush=True,
         )
+        held.clear()
+        loader.close()
 
 
 def settled_bytes() -> float:
-    """PSS of this process and its children, shared memory in /dev/shm included, once it has stopped growing."""
-    last, now = -1e9, 0.0
-    while abs(now - last) > 1e6:
-        time.sleep(1)
-        me = psutil.Process()
-        last, now = now, float(sum(one.memory_full_info().pss for one in (me, *me.children())))
+    """Shared memory that this process and its children hold, each piece once, once it has stopped growing. Of Linux."""
+    last, now = -1.0, 0.0
+    while now != last:
+        time.sleep(2)
+        pieces: dict[int, int] = {}
+        for process in (psutil.Process(), *psutil.Process().children()):
+            for link in Path(f"/proc/{process.pid}/fd").iterdir():
+                with suppress(OSError):  # closed meanwhile
+                    if str(link.readlink()).startswith("/dev/shm/"):
+                        pieces[link.stat().st_ino] = 512 * link.stat().st_blocks
+        last, now = now, float(sum(pieces.values()))
     return now
 
 

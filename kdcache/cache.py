@@ -424,7 +424,7 @@ class Cache:
             yield from self._read_raw(record, view, rows)
             return
         spans = self._views_reader(record, STORED_SPAN).read(view - record.views.start, rows)
-        stream, run, held = self._stream(record), (0, 0), b""
+        run, held = (0, 0), b""
         run_of = _span_runs(spans)
         for i, row in enumerate(rows):
             start, stop = spans[i].tolist()
@@ -434,10 +434,10 @@ class Cache:
                 if i in run_of and run != run_of[i]:
                     run = run_of[i]
                     try:
-                        held = stream.read(*run)
+                        held = self._stream(record).read(*run)
                     except CorruptError:  # of one of them: each is read alone
                         run_of = {}
-                data = held[start - run[0] : stop - run[0]] if i in run_of else stream.read(start, stop)
+                data = held[start - run[0] : stop - run[0]] if i in run_of else self._stream(record).read(start, stop)
                 yield decode_view(codec, data, self.plan.size)
             except CorruptError as error:
                 raise CorruptError(f"shard {shard}: key {self.keys(shard)[row]!r}, view {view}: {error}") from error
