@@ -24,7 +24,7 @@ from kdcache.plan import canonical_json
 from .gang import gangs_of
 from .run import Run, describe_error
 from .train_config import TrainConfig
-from .training_data import DATA_FIELDS, Opened, TrainingData, open_data
+from .training_data import NOT_OF_DATA, Opened, TrainingData, open_data
 
 Entry: TypeAlias = dict[str, Any]
 """What `train` reports of a run: {"id", "student", "method", "epochs", "top1", "seconds", "path", "status"}; status is "done", "already done" or
@@ -55,7 +55,7 @@ class Opener:
 
     def runs(self, config: TrainConfig) -> list[Run]:
         """Its students' runs, with ids and folders. Raises KDCacheError as `open_data`."""
-        key = canonical_json({name: getattr(config, name) for name in DATA_FIELDS})
+        key = canonical_json({name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_OF_DATA})
         if key not in self._data:
             self._data[key] = open_data(config, self._opened)
         return [Run(dataclasses.replace(config, students=(name,)), self._data[key], name) for name in config.students]

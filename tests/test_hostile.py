@@ -39,6 +39,7 @@ from kdcache.tail import Tail, load_tail
 from kdcache.targets import canonical_encoding, parse_target
 from kdcache.timm_models import load_weights
 from pipelines.copy import CopyConfig, copy
+from pipelines.sweep import read_sweep
 from pipelines.verify import verify
 
 FIXTURE = Path(__file__).parent / "fixtures" / "format-v1"
@@ -223,6 +224,22 @@ def test_any_policy_file_is_a_policy_or_an_error(tmp_path_factory: pytest.TempPa
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
     with only_errors_of_ours(str(path)):
         load_policy(path)
+
+
+SWEEP_SNIPPETS = [
+    "base: {lr: 1}\n", "grid: {student: [a]}\n", "runs: [{method: kd}]\n", "runs: [{settings: {? !!binary aGk= : 1}}]\n", "runs: [{grid: null}]\n",
+    "grid: {model_kwargs.x: [!!binary aGk=]}\n", "grid: {set.temperature: [.nan, 1e999]}\n", "grid: {'a, b': [[1, 2]]}\n", "grid: {', ': [[1, 2]]}\n",
+    "base: {teacher: {a: .nan}}\n",
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(SWEEP_SNIPPETS) | st.sampled_from(SNIPPETS) | st.text(max_size=30), min_size=1, max_size=4).map("".join))
+@settings(max_examples=150)
+def test_any_sweep_file_is_a_sweep_or_an_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "sweep.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    with only_errors_of_ours(str(path)):
+        read_sweep(str(path), cache="c")
 
 
 @pytest.mark.parametrize("text", SNIPPETS, ids=range(len(SNIPPETS)))

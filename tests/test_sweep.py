@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from cli.main import main
 from kdcache.console import visible
 from kdcache.errors import UsageError
 from kdcache.model_cost import cost_of
-from pipelines.engines import Job, config_from_json, config_to_json
+from pipelines.engines import Job, config_from_json, config_to_json, open_runs
 from pipelines.sweep import plan_sweep, read_sweep
 from pipelines.sweep.report import build_report, front_of
 from pipelines.sweep.results import read_results
 from pipelines.train import TrainConfig, train
+from pipelines.training_data import NOT_OF_DATA
 
 CNN = "resnet18"
 CNN_ARGS: dict[str, Any] = {"channels": [4, 4, 8, 8], "stem_width": 4}
@@ -209,6 +211,15 @@ def test_options_of_the_command_go_before_base_and_clash_with_lists(tmp_path: Pa
     ):  # fmt: skip
         refused = CliRunner().invoke(main, ["train", "nowhere", *options])
         assert refused.exit_code == 2 and text in refused.stderr
+
+
+def test_data_is_shared_by_runs_that_differ_in_what_it_does_not_depend_on(folder: Path, tmp_path: Path) -> None:
+    assert set(NOT_OF_DATA) <= {field.name for field in fields(TrainConfig)}
+    config = TrainConfig(cache=str(folder / "cache"), students=("a", "b"), out=str(tmp_path))
+    runs = open_runs([config, replace(config, lr=1.0), replace(config, views=1)])
+    assert [run.data is runs[0].data for run in runs] == [True, True, True, True, False, False]
+    assert {id(run.data.cache) for run in runs} == {id(runs[0].data.cache)}
+    assert len({run.id for run in runs}) == 6
 
 
 def test_a_job_goes_through_json_whole() -> None:

@@ -223,17 +223,26 @@ class _File:
         """The leaves that `key: value` gives, checked by type."""
         name, field = self._named(key, path, at_base=at_base)
         if field:
+            self._check_plain(value, path)
             return {f"{name}.{field}": Leaf(value, path)}
         words, adapter = _types()[name]
         try:
             checked = adapter.validate_json(json.dumps(value), strict=True)  # lists are tuples in JSON only
         except (ValidationError, TypeError, ValueError, RecursionError) as error:
             raise self._error(path, f"expected {words}, found {_shown(value)}") from error
+        if name in _HOLDING:
+            self._check_plain(value, path)
         if name == "model_kwargs":
             return {f"{name}.{one}": Leaf(part, f"{path}.{one}") for one, part in value.items()}
         if name == "settings":
             return {f"{name}.{one}": Leaf(part, f"{path}.{one}") for one, part in _flat(value)}
         return {name: Leaf(checked, path)}
+
+    def _check_plain(self, value: Any, path: str) -> None:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise self._error(path, f"expected numbers, names, and lists of them, found {_shown(value)}") from error
 
     def _add(self, leaves: dict[str, Leaf], more: Leaves) -> None:
         self._check_overlap(leaves, more)
@@ -350,7 +359,10 @@ def _shown(value: Any) -> str:
     """A value as YAML has it, in short."""
     if value is None:
         return "nothing"
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):  # keys of other types
+        text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
