@@ -412,7 +412,7 @@ def test_what_the_loader_meets_ends_the_gang_and_keeps_its_checkpoints(folder: P
 
 
 def test_the_command_reports_all_runs_and_exits_with_1_if_one_failed(folder: Path, tmp_path: Path) -> None:
-    arguments = ["train", folder / "cache", "--teacher", "one", "--student", "resnet18", "--student", "resnet10t", "--out", tmp_path / "runs"]
+    arguments = ["train", folder / "cache", "--teacher", "one", "--student", "test_vit", "--student", "test_resnet", "--out", tmp_path / "runs"]
     arguments += ["-b", 2, "-j", 0, "--device", "cpu", "--gang", 2, "--epochs", 1, "--json", "--opt", "sgd"]
     good = CliRunner().invoke(main, [str(one) for one in [*arguments, "--lr", 1e-3]])
     assert good.exit_code == 0, good.output
@@ -477,7 +477,7 @@ def test_those_who_save_by_the_clock_save_at_one_step(folder: Path, tmp_path: Pa
 
 def test_a_gang_that_is_killed_again_and_again_equals_single_runs(folder: Path, tmp_path: Path) -> None:
     """Real SIGKILLs of the command at random moments."""
-    common = [folder / "cache", "--teacher", "one", "--student", TINY_VIT, "--student", "resnet10t", "--method", "kd", "--val", folder / "val"]
+    common = [folder / "cache", "--teacher", "one", "--student", "test_vit", "--student", "test_resnet", "--method", "kd", "--val", folder / "val"]
     common += ["--epochs", 3, "-b", 2, "-j", 1, "--device", "cpu", "--log-interval", 1, "--recovery-interval", 2, "--model-ema"]
     expected = {run["student"]: run for run in run_command([*common, "--out", tmp_path / "alone"], tmp_path)}
     arguments = ["train", *common, "--out", tmp_path / "runs", "--gang", 2, "--resume"]
