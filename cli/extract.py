@@ -35,6 +35,16 @@ from .options import device_option, json_option, parse_settings, print_json, wor
 @click.option("--size", type=click.IntRange(1), metavar="S", help="Side of a view, pixels. Default: the teacher's input size.")
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Seed of the view plan. Default: 0.")
 @click.option(
+    "--decoder",
+    type=click.Choice(["pillow", "simplejpeg"]),
+    help="What decodes JPEGs, part of the view plan. simplejpeg: a fifth faster, needs pip install 'kdcache[fast]'. Default: pillow.",
+)
+@click.option(
+    "--resizer",
+    type=click.Choice(["pillow", "torch"]),
+    help="What resizes a view's crop, part of the view plan. torch: the same filters in a sixth of the time, in fewer bits. Default: pillow.",
+)
+@click.option(
     "--store-views",
     type=click.Choice(["jpeg95", "png", "raw"]),
     help="Store the views: no tars needed afterwards. A view of 224 px: jpeg95 ~28 kB, png ~100 kB, raw 151 kB. Default: no.",
@@ -79,6 +89,9 @@ def command(
              features@norm:klt=0.99     as coarse as a mean cosine of .99 allows; under 2 bits
              features@layers.3:dct      bands of spatial frequency that are read apart
              features@norm:fp16,views=4 output of forward_features(), 4 views only; also bf16
+
+    A view of a JPEG of 500x375 pixels costs both stages half the time with --decoder simplejpeg --resizer torch. A cache keeps to what it
+    was made with. torch's pixels differ from pillow's by .03 of 255 levels on average; those of the two decoders agree so far.
 
     With --store-views the teacher sees what the stored view decodes to; training and further targets read that and need no tars
     (more views do). An image then costs training a quarter of rendering it (jpeg95), a twentieth (raw), or as much (png).

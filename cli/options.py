@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +22,18 @@ workers_option = click.option(
     metavar="W",
     help="Decoding processes; 0 decodes in this one. Default: one a core, at most 8.",
 )
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(_ctx: click.Context, _parameter: click.Parameter, text: str) -> int:
+    """A callback of options SIZE: 500MB, 1.5GiB, 2000000; at least 1."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]*)", text.strip().lower())
+    unit = _UNITS.get(match[2]) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise click.BadParameter(f"expected a number of bytes such as 500MB, 1GiB or 2000000, found {text!r}")
+    return int(float(match[1]) * unit)
 
 
 def parse_rows(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> int | str | None:

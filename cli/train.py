@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .main import run_command
-from .options import device_option, json_option, parse_settings, print_json, workers_option
+from .options import device_option, json_option, parse_bytes, parse_settings, print_json, workers_option
 from .sweep import explicit_options, train_sweep
 
 _FRACTION = click.FloatRange(0, 1)
@@ -113,6 +113,11 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 )  # fmt: skip
 @click.option("--model-ema-warmup", is_flag=True, help="Begin with a smaller share; for runs of few updates.")
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True, metavar="S", help="Of the weights, dropout and the order of the rows.")
+@click.option(
+    "--shuffle", type=click.Choice(["auto", "full", "block"]), default="auto", show_default=True,
+    help="Order of the rows. full: any row next; best mixed. block: blocks of neighbours, mixed in a window of 512 MiB of images in the page cache: storage"
+    " is read in long runs. auto: block on a network file system unless shards are sorted by label, else full.",
+)  # fmt: skip
 # where, and what to show
 @click.option("--out", default="runs", show_default=True, metavar="RUNS", help="Folder of run folders.")
 @click.option(
@@ -126,7 +131,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 )
 @click.option(
     "--recovery-interval", type=click.IntRange(0), metavar="N",
-    help="Steps between checkpoints within an epoch; 0 saves at its end only. Default: one every 10 minutes.",
+    help="Steps between checkpoints within an epoch; 0 saves at its end only. Default: one every 10 minutes. Ctrl-C and SIGTERM save too.",
 )  # fmt: skip
 @click.option(
     "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
@@ -149,6 +154,10 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 )
 @click.option("--retries", type=click.IntRange(0), metavar="N", help="Of --sweep: how often a job whose process is killed goes on. Default: 2.")
 @workers_option
+@click.option(
+    "--prefetch-bytes", callback=parse_bytes, default="1GiB", show_default=True, metavar="SIZE",
+    help="Most memory of the batches that are loaded ahead, e.g. 500MB; fewer workers if it holds no batch for each.",
+)  # fmt: skip
 @device_option
 @click.option("--channels-last", is_flag=True, help="Memory format of images and convolutions; on a GPU faster with --amp for most CNNs.")
 @click.option("--log-interval", type=click.IntRange(1), default=50, show_default=True, metavar="N", help="Steps between lines in metrics.jsonl.")

@@ -360,6 +360,13 @@ class ArrayReader:
                     out[order[starts[i] : stops[i]]] = scratch[wanted[starts[i] : stops[i]] % chunk_rows]
         return out
 
+    def touch(self, view: int, rows: Sequence[int] | np.ndarray[Any, Any]) -> None:
+        """Read the chunks of these rows, ascending, and drop them, unchecked: whoever reads them next finds them in the page cache."""
+        chunks = np.unique(np.asarray(rows, dtype=np.int64) // self.spec.chunk_rows) + view * self.spec.num_blocks(self.rows)
+        entries = self._index[chunks].tolist()
+        for first, last in _adjacent_runs(entries):
+            self._store.get_range(self._path, entries[first][0], sum(entries[last]) - entries[first][0])
+
     def read_encoded(self, view: int, block: int) -> bytes:
         """One chunk as it lies in the file, its crc32c checked: what `ShardWriter.append` takes."""
         offset, size = self._index[view * self.spec.num_blocks(self.rows) + block].tolist()
@@ -441,6 +448,12 @@ class StreamReader:
             payloads.append(payload)
         begin = start - first * STREAM_CHUNK_BYTES
         return b"".join(payloads)[begin : begin + stop - start]
+
+    def touch(self, start: int, stop: int) -> None:
+        """Read the chunks of these bytes and drop them, unchecked: whoever reads them next finds them in the page cache."""
+        first, last = start // STREAM_CHUNK_BYTES, (stop - 1) // STREAM_CHUNK_BYTES
+        if 0 <= first <= last < self._num_chunks:  # else who reads says what is wrong
+            self._store.get_range(self._path, first * _STREAM_STRIDE, (last - first + 1) * _STREAM_STRIDE)
 
 
 def _adjacent_runs(entries: Sequence[Sequence[int]]) -> list[tuple[int, int]]:

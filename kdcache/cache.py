@@ -16,9 +16,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from PIL import Image
 
-from .arrays import ArrayReader, ArraySpec, ByteLRU, StreamReader, stream_spec
+from .arrays import STREAM_CHUNK_BYTES, ArrayReader, ArraySpec, ByteLRU, StreamReader, stream_spec
 from .augment import Pixels
 from .errors import CacheError, CorruptError, DriftError, MissingError, ShardError, UsageError
 from .format import (
@@ -38,7 +37,7 @@ from .format import (
     tail_weights_path,
     views_record_path,
 )
-from .images import decode_image
+from .images import Decoded, decode_image, require_decoder
 from .index import Index, is_current, load_documents, read_table, root_of, write_index
 from .layout import (
     ROW_ARRAYS,
@@ -54,7 +53,7 @@ from .layout import (
     target_specs,
 )
 from .plan import ViewPlan, blake2b_128
-from .shards import ShardFiles, ShardSource, check_same_tar, scan_shard
+from .shards import RUN_BYTES, ShardFiles, ShardSource, check_same_tar, runs_of, scan_shard
 from .sources import locate_shards
 from .store import Store, open_store
 from .stored_views import decode_view
@@ -106,7 +105,7 @@ class Replay:
     partner: Replay | None = None
     """Of a mixed view: its partner's view of the same number, unmixed."""
 
-    def render(self, image_of: Callable[[int], Image.Image], resizer: Resizer | None = None) -> Pixels:
+    def render(self, image_of: Callable[[int], Decoded], resizer: Resizer | None = None) -> Pixels:
         """The view: uint8 (size, size, 3), unchecked. image_of: row → its decoded image. resizer: as `views.render` takes it."""
         partner = self.partner.render(image_of, resizer) if self.partner is not None else None
         return render(image_of(self.row), self.params, partner, resizer=resizer)
@@ -421,18 +420,57 @@ class Cache:
         """
         codec, record = self.plan.stored_views, self.views_record(shard, view)
         assert codec is not None
-        column = view - record.views.start
-        spans = self._views_reader(record, STORED_SPAN).read(column, rows) if codec != "raw" else None
+        if codec == "raw":
+            yield from self._read_raw(record, view, rows)
+            return
+        spans = self._views_reader(record, STORED_SPAN).read(view - record.views.start, rows)
+        stream, run, held = self._stream(record), (0, 0), b""
+        run_of = _span_runs(spans)
         for i, row in enumerate(rows):
+            start, stop = spans[i].tolist()
             try:
-                if spans is not None and spans[i, 1] - spans[i, 0] > _most_stored_bytes(self.plan.size):
-                    raise CorruptError(f"its image file is said to have {spans[i, 1] - spans[i, 0]} bytes; run 'kdcache verify' on the cache")
-                if spans is None:
-                    yield self._views_reader(record, STORED_PIXELS).read(column, [row])[0]
-                else:
-                    yield decode_view(codec, self._stream(record).read(int(spans[i, 0]), int(spans[i, 1])), self.plan.size)
+                if stop - start > _most_stored_bytes(self.plan.size):
+                    raise CorruptError(f"its image file is said to have {stop - start} bytes; run 'kdcache verify' on the cache")
+                if i in run_of and run != run_of[i]:
+                    run = run_of[i]
+                    try:
+                        held = stream.read(*run)
+                    except CorruptError:  # of one of them: each is read alone
+                        run_of = {}
+                data = held[start - run[0] : stop - run[0]] if i in run_of else stream.read(start, stop)
+                yield decode_view(codec, data, self.plan.size)
             except CorruptError as error:
                 raise CorruptError(f"shard {shard}: key {self.keys(shard)[row]!r}, view {view}: {error}") from error
+
+    def _read_raw(self, record: ViewsIdentity, view: int, rows: RowNumbers) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
+        def read(some: RowNumbers) -> np.ndarray[Any, np.dtype[np.uint8]]:
+            return self._views_reader(record, STORED_PIXELS).read(view - record.views.start, some)
+
+        together = max(1, RUN_BYTES // (3 * self.plan.size**2))
+        for first in range(0, len(rows), together):
+            some = rows[first : first + together]
+            try:
+                yield from read(some)
+                continue
+            except CorruptError:  # of one of them: each is read alone
+                pass
+            for row in some:
+                try:
+                    yield read([row])[0]
+                except CorruptError as error:
+                    raise CorruptError(f"shard {record.shard}: key {self.keys(record.shard)[row]!r}, view {view}: {error}") from error
+
+    def touch_stored(self, shard: str, view: int, rows: RowNumbers) -> None:
+        """Read what `read_stored` of any of these rows will, in runs as long as it lies, and drop it: it is in the page cache then."""
+        codec, record = self.plan.stored_views, self.views_record(shard, view)
+        column = view - record.views.start
+        if codec == "raw":
+            self._views_reader(record, STORED_PIXELS).touch(column, rows)
+            return
+        spans = self._views_reader(record, STORED_SPAN).read(column, rows)
+        stream = self._stream(record)
+        for first, last in runs_of(spans[:, 0], spans[:, 1] - spans[:, 0], gap=STREAM_CHUNK_BYTES):
+            stream.touch(int(spans[first, 0]), int(spans[last, 1]))
 
     def _stream(self, record: ViewsIdentity) -> StreamReader:
         file = record.group.files.get(stream_spec(STORED_BYTES).shard_path)
@@ -445,6 +483,21 @@ class Cache:
 
         components: which ones, and of the others no byte is read; default all. `Encoding.components_of` gives those of a part.
         """
+        column, readers = self._component_readers(teacher, target, shard, view, components)
+        return {name: reader.read(column, rows) for name, reader in readers.items()}
+
+    def touch_components(
+        self, teacher: str, target: str, shard: str, view: int, rows: RowNumbers, *, components: Sequence[str] | None = None
+    ) -> None:
+        """Read what `read_components` of any of these rows will, in runs as long as it lies, and drop it: it is in the page cache then."""
+        column, readers = self._component_readers(teacher, target, shard, view, components)
+        for reader in readers.values():
+            reader.touch(column, rows)
+
+    def _component_readers(
+        self, teacher: str, target: str, shard: str, view: int, components: Sequence[str] | None
+    ) -> tuple[int, dict[str, ArrayReader]]:
+        """Where the view lies in their arrays, and the readers of a target's components. Raises MissingError."""
         layer = self.layer(teacher)
         if target not in layer.targets:
             raise self._missing_target(teacher, target)
@@ -454,8 +507,8 @@ class Cache:
             if view in record.views:
                 specs = target_specs({target: card}, len(record.views), record.samples)
                 prefix = len(target) + 1
-                return {
-                    name[prefix:]: self._reader(f"teachers/{teacher}", record.group, spec, record.rows).read(view - record.views.start, rows)
+                return view - record.views.start, {
+                    name[prefix:]: self._reader(f"teachers/{teacher}", record.group, spec, record.rows)
                     for name, spec in specs.items()
                     if components is None or name[prefix:] in components
                 }
@@ -535,10 +588,10 @@ class Cache:
         kept = self.tables[shard][self.tables[shard][:, 3] == 0]
         keys = self.keys(shard)
 
-        def image_of(number: int) -> Image.Image:
+        def image_of(number: int) -> Decoded:
             data = self._files.read(self.source(shard), keys[number], int(kept[number, 0]), int(kept[number, 1]))
             try:
-                return decode_image(data)
+                return decode_image(data, self.plan.decoder)
             except ValueError as error:
                 raise DriftError(
                     f"shard {shard}: key {keys[number]!r}: the image can't be decoded now ({error}), it could when the cache was made;"
@@ -546,6 +599,11 @@ class Cache:
                 ) from error
 
         return self.read_replays(shard, view, [row])[0].render(image_of)
+
+    def require_decoder(self) -> None:
+        """Raise UsageError, with its cure, if views are rendered from tars and the plan's decoder is not installed. Stored views need none."""
+        if self.plan.stored_views is None:
+            require_decoder(self.plan.decoder)
 
     @property
     def label_key(self) -> str | None:
@@ -583,6 +641,15 @@ class Cache:
             check_same_tar(scan_shard(source), documents[0].identity)
 
 
+def _span_runs(spans: np.ndarray[Any, Any]) -> dict[int, tuple[int, int]]:
+    """Place → first byte of the run that one read serves and the byte after its last, for spans that have neighbours. spans: (n, 2), ascending."""
+    run_of: dict[int, tuple[int, int]] = {}
+    for first, last in runs_of(spans[:, 0], spans[:, 1] - spans[:, 0], gap=STREAM_CHUNK_BYTES):
+        if last > first:
+            run_of |= dict.fromkeys(range(first, last + 1), (int(spans[first, 0]), int(spans[last, 1])))
+    return run_of
+
+
 def _most_stored_bytes(size: int) -> int:
     """More than any image file of a view has: of noise a PNG or JPEG has a third more than its 3 · size² pixels at most."""
     return 8 * size * size + (1 << 16)
@@ -601,7 +668,7 @@ def pixel_drift(shard: str, key: str, view: int, *, expected: int, found: int) -
     """The error for a view whose pixels are not those that the teacher saw."""
     return DriftError(
         f"shard {shard}: key {key!r}, view {view}: expected pixels with digest {expected:016x}, found {found:016x}; the image or the"
-        f" decoder is not the one that the teacher saw: run 'kdcache verify CACHE --views all', then install the recorded Pillow version"
+        f" decoder is not the one that the teacher saw: run 'kdcache verify CACHE --views all', then install the recorded versions"
     )
 
 

@@ -47,7 +47,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], *, fingerprint: str, root
                 os.replace(path, previous)  # not synced: whichever of the two names a loss of power undoes, one whole checkpoint is left
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            Path(temporary).unlink(missing_ok=True)  # gone, if a signal came right after it got its name
             raise
         sync_folder(path.parent)
     except OSError as error:

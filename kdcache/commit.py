@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -194,20 +194,26 @@ IdentityT = TypeVar("IdentityT", bound=FrozenModel)
 
 
 def create_document(
-    store: Store, path: str, identity: IdentityT, *, measured: Mapping[str, Any] | None = None, provenance: Mapping[str, Any] | None = None
+    store: Store,
+    path: str,
+    identity: IdentityT,
+    *,
+    measured: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    packages: Iterable[str] = (),
 ) -> tuple[Document[IdentityT], bool]:
-    """Create a document if it is absent; the one that is there now, and whether this call made it."""
-    data = dump_document(identity, measured=measured, provenance={**environment(), **(provenance or {})})
+    """Create a document if it is absent; the one that is there now, and whether this call made it. packages: as `environment` takes them."""
+    data = dump_document(identity, measured=measured, provenance={**environment(packages), **(provenance or {})})
     created = store.put_new(path, data)
     if not created:
         data = store.get(path, max_size=MAX_DOCUMENT_BYTES)
     return parse_document(data, type(identity), where=f"{store.url}/{path}"), created
 
 
-def environment() -> dict[str, Any]:
-    """Provenance that every document carries: versions and machine, never compared."""
+def environment(packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Provenance that every document carries: versions and machine, never compared. packages: whose version to note beside those that all note."""
     return {
-        "packages": {name: version(name) for name in _PROVENANCE_PACKAGES},
+        "packages": {name: version(name) for name in dict.fromkeys((*_PROVENANCE_PACKAGES, *packages))},
         "libraries": {name: features.version(name) for name in _PROVENANCE_LIBRARIES},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",

@@ -26,7 +26,7 @@ from .cache import Cache, open_cache
 from .encodings import Encoding
 from .errors import MissingError, ShardError, UsageError
 from .images import IMAGE_EXTENSIONS
-from .join import Batch, CachedViews, Item, to_device, usable_views
+from .join import Batch, CachedViews, Item, Items, to_device, usable_views
 from .losses import soft_labels
 from .pixels import Normalize
 from .shards import ShardFiles, ShardSource, printable
@@ -37,7 +37,9 @@ Sample: TypeAlias = tuple[Any, Any, dict[str, dict[str, Tensor]]]
 _READ_AHEAD = 32
 """Samples of a pipeline that `join` reads targets for at once: neighbours in a tar share chunks."""
 _COUNTERS = 256
-"""Of dropped samples, one a worker process: two that add to one number at once would lose some."""
+"""Of dropped samples and of rows read again, one a worker process: two that add to one number at once would lose some."""
+_LOOKS = 64
+"""Rows, and as large a part of all, that may be read again before an epoch was chosen: people look at a batch or two first."""
 
 
 class Decoder(nn.Module):
@@ -124,11 +126,16 @@ class CachedDataset(Dataset[Sample]):
         self.num_classes = self._count_classes(num_classes) if labels and self.cache.plan.policy.mix is not None else None
         """K of soft labels; None where labels are int."""
         self._decoder = self.decoder() if decode else None
-        self._epoch, self._dropped = _shared(torch.zeros(1, dtype=torch.int64)), _shared(torch.zeros(_COUNTERS, dtype=torch.int64))
+        self._epoch = _shared(torch.full((1,), -1, dtype=torch.int64))
+        """-1 until one was chosen."""
+        self._dropped, self._again = (_shared(torch.zeros(_COUNTERS, dtype=torch.int64)) for _ in range(2))
+        self._seen = _shared(torch.zeros(len(rows) if self.num_views > 1 else 0, dtype=torch.bool))
+        """(rows of the cache,) those that were read before an epoch was chosen."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._epoch, self._dropped = _shared(self._epoch), _shared(self._dropped)
+        for name in ("_epoch", "_dropped", "_again", "_seen"):
+            setattr(self, name, _shared(getattr(self, name)))
 
     def _choose_views(self, wanted: int | None) -> int:
         of_teachers: dict[str, list[str]] = {}
@@ -166,14 +173,31 @@ class CachedDataset(Dataset[Sample]):
     @property
     def epoch(self) -> int:
         """The epoch that was chosen last, 0 at first."""
-        return int(self._epoch)
+        return max(0, int(self._epoch))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose view, `epoch` mod `num_views`, an index gives. To be called before an epoch's iteration begins, beside the sampler's own.
 
-        It reaches worker processes that are running already, so `persistent_workers=True` is fine.
+        It reaches worker processes that are running already, so `persistent_workers=True` is fine. A loop that never calls it would train on
+        view 0 for ever: where there are more, reading rows over again without it raises UsageError.
         """
+        if epoch < 0:
+            raise UsageError(f"set_epoch({epoch}): expected a number from 0")
         self._epoch.fill_(epoch)
+
+    def _count_reading(self, row_numbers: Sequence[int]) -> None:
+        """Raise UsageError if rows are read over and over while no epoch was chosen."""
+        if self.num_views == 1 or int(self._epoch) >= 0 or not row_numbers:
+            return
+        seen, worker = self._seen.numpy(), get_worker_info()
+        self._again[worker.id % _COUNTERS if worker is not None else 0] += int(seen[row_numbers].sum())
+        seen[row_numbers] = True
+        again = int(self._again.sum())
+        if again > _LOOKS + len(self) // _LOOKS:
+            raise UsageError(
+                f"CachedDataset: {again} rows were read again and no epoch was ever chosen, so that each gave view 0 of {self.num_views} again; call"
+                f" dataset.set_epoch(epoch) before every epoch, or pass views=1 to train on the first view only"
+            )
 
     # --- rows ---
 
@@ -188,10 +212,14 @@ class CachedDataset(Dataset[Sample]):
         """The samples of these indices, in this order, read as one batch whose memory they share; torch's DataLoader calls this.
 
         Raises MissingError for a view or target that is not there, DriftError for pixels that the teacher did not see, CorruptError for stored
-        bytes that changed, ShardError for a tar that can't be read.
+        bytes that changed, ShardError for a tar that can't be read, UsageError if `set_epoch` was forgotten.
         """
         epoch = self.epoch
-        return self._samples(self._views.__getitems__([self._item(index, epoch) for index in indices]))
+        items = [self._item(index, epoch) for index in indices]
+        self._count_reading([item.row for item, index in zip(items, indices, strict=True) if not isinstance(index, tuple)])
+        if isinstance(indices, Items):  # of an EpochBatches in blocks
+            items = Items(items, self.row_numbers[indices.opened])
+        return self._samples(self._views.__getitems__(items))
 
     def _item(self, index: int | tuple[int, ...], epoch: int) -> Item:
         if isinstance(index, tuple):
@@ -259,6 +287,7 @@ class CachedDataset(Dataset[Sample]):
                     found.append((sample, self._image_key(sample, number, files), Item(number, epoch % self.num_views, epoch)))
             if not found:
                 continue
+            self._count_reading([item.row for _, _, item in found])
             joined = self._samples(reader.__getitems__([item for _, _, item in found]))
             for (sample, image, _), (view, label, targets) in zip(found, joined, strict=True):
                 yield {**sample, image: view, "label": label, "targets": targets}
@@ -306,6 +335,8 @@ class CachedDataset(Dataset[Sample]):
 
 class _ImagesAtHand(ShardFiles):
     """Image bytes that a pipeline has read already, in place of their tars."""
+
+    reads_runs = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,8 +20,10 @@ from PIL import Image, features
 from .augment import Pixels
 from .cache import Cache, Replay
 from .errors import KDCacheError
+from .images import Decoded, as_pillow
+from .plan import ViewPlan
 from .shards import ShardFiles, ShardIndex, ShardSource, digest_of_images
-from .views import Resizer, pixel_digest
+from .views import Resizer, pixel_digest, resize_torch
 
 MAX_NAMED = 3
 """Members that a message names."""
@@ -81,11 +83,12 @@ def images_changed(cache: Cache, source: ShardSource) -> bool | None:
 # --- the decoder -----------------------------------------------------------------------------------------------------
 
 
-def libraries_then_and_now(provenance: Mapping[str, Any]) -> str:
-    """'Pillow 12.1.0, libjpeg_turbo 3.1.2 then; Pillow …, … now', from the provenance of a views record."""
-    then = {"Pillow": provenance.get("packages", {}).get("pillow", "of an unknown version")}
+def libraries_then_and_now(provenance: Mapping[str, Any], plan: ViewPlan) -> str:
+    """'Pillow 12.1.0, libjpeg_turbo 3.1.2 then; Pillow …, … now', from the provenance of a views record; of a plan's packages."""
+    packages = {"Pillow" if name == "pillow" else name: name for name in plan.packages}
+    then = {shown: provenance.get("packages", {}).get(name, "of an unknown version") for shown, name in packages.items()}
     recorded = {name: number for name, number in provenance.get("libraries", {}).items() if number is not None}
-    now = {"Pillow": version("pillow")} | {name: features.version(name) for name in recorded}
+    now = {shown: version(name) for shown, name in packages.items()} | {name: features.version(name) for name in recorded}
     words = [", ".join(f"{name} {number}" for name, number in side.items()) for side in (then | recorded, now)]
     return f"{words[0]} then; {'the same' if words[0] == words[1] else words[1]} now"
 
@@ -112,17 +115,18 @@ def other_resizers() -> Iterator[tuple[str, Resizer]]:
         yield f"Pillow's {name.lower()} filter", partial(_pillow_resize, resample=resample)
     for gap in (2.0, 3.0):
         yield f"Pillow with reducing_gap={gap:g}", partial(_pillow_resize, gap=gap)
+    yield "torch on uint8", resize_torch
     yield "torch with antialiasing (torchvision on tensors)", partial(_torch_resize, antialias=True)
     yield "torch without antialiasing (torchvision on tensors)", partial(_torch_resize, antialias=False)
 
 
 def _pillow_resize(
-    image: Image.Image, size: int, planned: Image.Resampling, *, resample: Image.Resampling | None = None, gap: float | None = None
+    image: Decoded, size: int, planned: Image.Resampling, *, resample: Image.Resampling | None = None, gap: float | None = None
 ) -> Image.Image:
-    return image.resize((size, size), planned if resample is None else resample, reducing_gap=gap)
+    return as_pillow(image).resize((size, size), planned if resample is None else resample, reducing_gap=gap)
 
 
-def _torch_resize(image: Image.Image, size: int, planned: Image.Resampling, *, antialias: bool) -> Image.Image:
+def _torch_resize(image: Decoded, size: int, planned: Image.Resampling, *, antialias: bool) -> Image.Image:
     import torch
     import torch.nn.functional as F
 
@@ -132,7 +136,7 @@ def _torch_resize(image: Image.Image, size: int, planned: Image.Resampling, *, a
     return Image.fromarray(resized.round().clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0).numpy())
 
 
-def resizer_of(cache: Cache, shard: str, view: int, row: int, digest: int, image_of: Callable[[int], Image.Image]) -> tuple[str, Distance] | None:
+def resizer_of(cache: Cache, shard: str, view: int, row: int, digest: int, image_of: Callable[[int], Decoded]) -> tuple[str, Distance] | None:
     """The resizer that renders a view with this digest, and how far from it the view is that is rendered now; None if no known one does."""
     replay: Replay = next(islice(cache.read_replays(shard, view, [row]), 1))
     now = replay.render(image_of)

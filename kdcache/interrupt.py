@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM: the first ends a command cleanly and soon, the second at once. Installed by every command.
 
 The signal becomes an exception in the main thread, so that `finally` blocks do the cleaning, as on any error. A cooperative flag
-would be asked too late: one teacher pass over a batch may take minutes on a CPU.
+would be asked too late: one teacher pass over a batch may take minutes on a CPU. What must not be left half done, an update of
+weights or a save, is a block of `finishing_first`: there the exception waits for its end.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from .console import say
@@ -27,9 +28,69 @@ class Stopped(KeyboardInterrupt):
     """A signal asked this process to end. Its text is the signal's name."""
 
 
+class _Ending:
+    """How this process ends, once a signal has asked for it."""
+
+    def __init__(self) -> None:
+        self.unfinished = 0
+        """Blocks of `finishing_first` that the main thread is within."""
+        self.waiting: Stopped | None = None
+        """The exception that waits for their end."""
+        self._is_begun = False
+        self._grace: threading.Timer | None = None
+
+    def give_grace(self) -> None:
+        """From now on `GRACE_S` are left, or from the end of the block that must be finished first."""
+        self._is_begun = True
+        self.stop_clock()
+        if self.unfinished == 0:
+            self._grace = threading.Timer(GRACE_S, _give_up)
+            self._grace.daemon = True
+            self._grace.start()
+
+    def stop_clock(self) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+
+    def enter(self) -> None:
+        self.unfinished += 1
+        self.stop_clock()
+
+    def leave(self) -> None:
+        self.unfinished -= 1
+        if self._is_begun:
+            self.give_grace()
+
+
+_ending = _Ending()
+
+
+@contextmanager
+def finishing_first() -> Iterator[None]:
+    """Within, the first signal waits for the block's end, where it raises Stopped; only then does its grace begin. A second one kills as ever.
+
+    Blocks nest. A block that is entered after the signal stops the clock too: a save takes what it takes. One that raises leaves a
+    signal that waits to the next.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _ending.enter()
+    try:
+        yield
+    finally:
+        _ending.leave()
+    if _ending.waiting is not None and _ending.unfinished == 0:
+        stopped, _ending.waiting = _ending.waiting, None
+        _ending.give_grace()
+        raise stopped
+
+
 @contextmanager
 def stopping_cleanly() -> Iterator[None]:
     """Within, SIGINT and SIGTERM raise Stopped in the main thread, a second one kills, and after `GRACE_S` the process ends with 1.
+
+    What is within `finishing_first` comes to its end before.
 
     Processes forked within leave SIGINT to their parent and end quietly on SIGTERM, which is often sent to the whole group. A signal
     that is ignored, as under nohup or in the background, stays so. Outside the main thread nothing is installed.
@@ -37,10 +98,10 @@ def stopping_cleanly() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    global _ending
+    _ending = ending = _Ending()
     owner = os.getpid()
     begun: list[float] = []
-    timer = threading.Timer(GRACE_S, _give_up)
-    timer.daemon = True
 
     def handle(number: int, _frame: FrameType | None) -> None:
         if os.getpid() != owner:
@@ -49,9 +110,15 @@ def stopping_cleanly() -> Iterator[None]:
             return
         if not begun:
             begun.append(time.monotonic())
-            timer.start()
             signal.signal(signal.SIGCHLD, _pass)  # torch would raise for each worker that the same signal has reached
-            raise Stopped(signal.Signals(number).name)
+            stopped = Stopped(signal.Signals(number).name)
+            if ending.unfinished:
+                ending.waiting = stopped
+                with suppress(OSError):  # written past print, which may be at work
+                    os.write(2, f"\n{stopped}: ends as soon as what is at work is done, a second one ends it at once\n".encode())
+                return
+            ending.give_grace()
+            raise stopped
         if time.monotonic() - begun[0] > REPEAT_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(owner, number)
@@ -64,7 +131,8 @@ def stopping_cleanly() -> Iterator[None]:
     try:
         yield
     finally:
-        timer.cancel()
+        ending.stop_clock()
+        _ending = _Ending()
         for number in handled:
             signal.signal(number, before[number])
         if begun and on_child is not None:

@@ -278,7 +278,7 @@ class ShardJob:
             if self.known is not None:
                 raise DriftError(
                     f"shard {self.index.source.name}: key {sample.key!r}: can't be decoded now ({reason}), it could when the cache was made;"
-                    f" install the recorded Pillow version, or make a new cache"
+                    f" install the recorded versions, or make a new cache"
                 )
             self._skipped.append(Skipped(key=sample.key, index=position, reason=reason.reason))
             self._details[sample.key] = reason.detail
@@ -316,7 +316,7 @@ class ShardJob:
                 key = rows[int(wrong[0])][1].key
                 raise DriftError(
                     f"shard {self.index.source.name}: key {key!r}, view {view}: the pixels differ from those in the cache; the image or the"
-                    f" decoder is not the one it was made with: run 'kdcache verify CACHE --views all' and install the recorded Pillow version"
+                    f" decoder is not the one it was made with: run 'kdcache verify CACHE --views all' and install the recorded versions"
                 )
 
     def finish(self, teacher: Teacher | None) -> None:
@@ -407,13 +407,19 @@ class ShardJob:
             "images": digest_of_images(self._image_crcs),
         }
         document, created = create_document(
-            self.store, path, identity, measured={"skip_details": self._details}, provenance={**provenance, "source": source}
+            self.store,
+            path,
+            identity,
+            measured={"skip_details": self._details},
+            provenance={**provenance, "source": source},
+            packages=self.plan.packages,
         )
         self._settle(document.identity.group, group, created, layer="views")
         if (document.identity.rows, document.identity.pixels_by_view) != (identity.rows, identity.pixels_by_view):
             remedy = "run the command again to go on with the views that are stored, or " if self.plan.stored_views is not None else ""
             raise DriftError(
-                f"shard {shard}: another run has just recorded other views for it; both must decode and encode alike: {remedy}compare Pillow versions"
+                f"shard {shard}: another run has just recorded other views for it; both must decode and encode alike: {remedy}compare the versions"
+                f" of {', '.join(self.plan.packages)}"
             )
         return path, document, _group_bytes(document.identity.group) if created else 0
 

@@ -1,10 +1,11 @@
 """Stage two's input: the views that the teacher saw, rendered again or read, beside the targets that the cache holds for them.
 
-Everything is driven by an index: the order of rows is a pure function of (seed, epoch), a batch is a list of (row number, view, epoch),
+Everything is driven by an index: the order of rows is a pure function of (seed, epoch) (`order`), a batch is a list of (row number, view, epoch),
 and a worker that is given one reads images by their place in the tar, renders them from the *stored* params (or, from a cache that
 stores its views, reads those and opens no tar), checks their pixels against the stored digests at a sampled rate, and reads the
-encoded targets by chunk. Targets stay encoded: they are decoded on the student's device, since dequantising in a worker was measured to
-cost a quarter of its throughput.
+encoded targets by chunk; neighbours, in a tar and in a target, come with one read. Targets stay encoded: they are decoded on the student's device,
+since dequantising in a worker was measured to cost a quarter of its throughput. Batches are made where they are handed over, in shared memory, and
+those under way are bounded in bytes.
 
 Legend: B batch, H W of the view.
 """
@@ -12,29 +13,37 @@ Legend: B batch, H W of the view.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .augment import Q16, Pixels
-from .cache import Cache, Replay, pixel_drift
+from .cache import Cache, Replay, Rows, pixel_drift
 from .errors import CorruptError, DriftError, KDCacheError, MissingError, ShardError, UsageError
 from .format import ViewRange
-from .images import UnreadableImageError, decode_image
+from .images import Decoded, UnreadableImageError, decode_image
+from .order import Blocks, Order, block_order, epoch_order, first_of_blocks
 from .plan import canonical_json
-from .shards import ShardFiles
+from .shards import ShardFiles, ShardSource, runs_of
+from .stored_views import estimated_bytes
 from .views import pixel_digest
-from .workers import hand_over, iterate
+from .workers import empty_tensor, hand_over, iterate
 
-ORDER_VERSION = 1
-"""Bumped whenever `epoch_order` gives another order for the same seed and epoch."""
+DEFAULT_PREFETCH_BYTES = 1 << 30
+"""Of the batches that are under way."""
+MOST_PREFETCHED = 4
+"""Batches under way, a worker: more would not help, and every tensor of them holds a file descriptor of the training process."""
+_OPEN_TARS = 128
+"""More than a window of blocks lies in; with the files of the store well under the usual limit of 1024."""
+_TAR_GAP_BYTES = 16 << 10
+"""Images with no more than this between them (headers, a label) come with one read."""
 
 
 class Item(NamedTuple):
@@ -45,6 +54,18 @@ class Item(NamedTuple):
     view: int
     epoch: int = 0
     """Chooses which rows have their pixels checked, and nothing else: batches of a (row, view) are alike in every epoch."""
+
+
+class Items(list[Item]):
+    """A batch to be, of an order in blocks."""
+
+    def __init__(self, items: Iterable[Item], opened: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        super().__init__(items)
+        self.opened = opened
+        """(n,) row numbers of all blocks that this batch is the first to draw from: they are read whole before its own."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Items, (list(self), self.opened)
 
 
 class Batch(TypedDict):
@@ -65,30 +86,28 @@ class Batch(TypedDict):
 # --- order -----------------------------------------------------------------------------------------------------------
 
 
-def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """A permutation of range(num_rows), int64: a pure function of its arguments on every machine and NumPy version.
-
-    The stable argsort of raw Philox words (4x64, 10 rounds, counter 0), keyed by the BLAKE2b-128 of the canonical JSON
-    ["order", 1, seed, epoch], as two little-endian uint64.
-    """
-    digest = hashlib.blake2b(canonical_json(["order", ORDER_VERSION, seed, epoch]), digest_size=16).digest()
-    words = np.random.Philox(key=np.frombuffer(digest, "<u8").astype(np.uint64)).random_raw(num_rows)
-    order: np.ndarray[Any, np.dtype[np.int64]] = np.argsort(words, kind="stable").astype(np.int64)
-    return order
-
-
 class EpochBatches(Sampler[list[Item]]):
     """Batches of one epoch's items; `set_epoch` chooses which.
 
     Epoch e takes view e mod num_views of every row. The last, partial batch is dropped unless it is the only one.
     """
 
-    def __init__(self, row_numbers: Sequence[int] | np.ndarray[Any, Any], *, batch_size: int, num_views: int, seed: int) -> None:
+    def __init__(
+        self,
+        row_numbers: Sequence[int] | np.ndarray[Any, Any],
+        *,
+        batch_size: int,
+        num_views: int,
+        seed: int,
+        blocks: Blocks | None = None,
+    ) -> None:
+        """blocks: of the order in blocks of neighbours in `row_numbers`; None for a full permutation."""
         self._rows = np.asarray(row_numbers, dtype=np.int64)
         assert len(self._rows) > 0
         assert num_views > 0
         self.batch_size = min(batch_size, len(self._rows))
         self.num_views, self.seed, self.epoch, self.start = num_views, seed, 0, 0
+        self.blocks = blocks
 
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
         """Choose the epoch that the next iteration gives, and the batch of it that it begins with."""
@@ -98,11 +117,24 @@ class EpochBatches(Sampler[list[Item]]):
         """Batches of a whole epoch."""
         return len(self._rows) // self.batch_size
 
+    def order(self, epoch: int) -> Order:
+        """The places in `row_numbers`, all of them, in the order in which an epoch takes them: what batches are cut from."""
+        if self.blocks is None:
+            return epoch_order(len(self._rows), self.seed, epoch)
+        return block_order(len(self._rows), self.seed, epoch, self.blocks)
+
     def __iter__(self) -> Iterator[list[Item]]:
         view = self.epoch % self.num_views
-        order = self._rows[epoch_order(len(self._rows), self.seed, self.epoch)]
-        for start in range(self.start * self.batch_size, len(self) * self.batch_size, self.batch_size):
-            yield [Item(row, view, self.epoch) for row in order[start : start + self.batch_size].tolist()]
+        places = self.order(self.epoch)[self.start * self.batch_size : len(self) * self.batch_size]
+        opening = first_of_blocks(places, self.blocks) if self.blocks is not None else None
+        for start in range(0, len(places), self.batch_size):
+            taken = slice(start, start + self.batch_size)
+            items = [Item(row, view, self.epoch) for row in self._rows[places[taken]].tolist()]
+            if self.blocks is not None and opening is not None:
+                numbers = np.sort(places[taken][opening[taken]] // self.blocks.rows)
+                opened = [self._rows[number * self.blocks.rows : (number + 1) * self.blocks.rows] for number in numbers.tolist()]
+                items = Items(items, np.concatenate(opened) if opened else np.zeros(0, np.int64))
+            yield items
 
 
 def usable_views(cache: Cache, teacher: str | None, targets: Sequence[str], shards: Sequence[str]) -> int:
@@ -129,6 +161,18 @@ def usable_views(cache: Cache, teacher: str | None, targets: Sequence[str], shar
                 )
             count = have if count is None else min(count, have)
     return count or 0
+
+
+def image_bytes(cache: Cache, row_numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """(n,) what each row's image has in the tar, or its view where views are stored (an estimate of compressed ones): what `Blocks.fitting` takes.
+
+    A function of the plan and the tars alone. Targets are not counted: runs that read different ones must agree on the order to share a loader.
+    """
+    plan = cache.plan
+    if plan.stored_views is not None:
+        return np.full(len(row_numbers), int(estimated_bytes(plan.stored_views, plan.size)), np.int64)
+    sizes: np.ndarray[Any, np.dtype[np.int64]] = cache.rows.size[row_numbers]
+    return sizes
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -169,14 +213,17 @@ class CachedViews(Dataset[Batch]):
         fraction of an epoch's rows whose pixel digest is checked.
 
         parts: one of these → the parts of it to read, as its encoding names them: the bands `dc`, `low`, `mid`, `high` of `dct`, or `grid` without
-        `prefix`. Of the others no byte is read. Default: all. Raises MissingError for a target, UsageError for a part that is not there.
+        `prefix`. Of the others no byte is read. Default: all. Raises MissingError for a target, UsageError for a part that is not there, or for a
+        decoder that is not installed.
         """
         self.cache = cache
         named = {key: key.rpartition("/")[::2] for key in targets}
         self.targets = {key: (of or cache.layer(teacher).name, target) for key, (of, target) in named.items()}
         """Name in a batch → (teacher, target)."""
         self.check_views = check_views
-        self._files = ShardFiles()
+        self._files = ShardFiles(_OPEN_TARS)
+        self._is_handed_over = False
+        cache.require_decoder()
         for one in self.targets.values():
             cache.target_views(*one)  # raises MissingError
         self.components: dict[str, tuple[str, ...]] = {}
@@ -192,13 +239,31 @@ class CachedViews(Dataset[Batch]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._files = ShardFiles()
+        self._files = ShardFiles(_OPEN_TARS)
 
     def reading_from(self, files: ShardFiles) -> CachedViews:
         """The same dataset, which takes image bytes from `files`."""
         other = copy(self)
         other._files = files
         return other
+
+    def handed_over(self) -> CachedViews:
+        """The same dataset, whose batches are handed over as they are: in a worker they are made in shared memory."""
+        other = copy(self)
+        other._is_handed_over = True
+        return other
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row of a batch: its view, its label, and its targets as they are encoded."""
+        labels = 20 if self.cache.plan.policy.mix is not None else 8
+        return 3 * self.cache.plan.size**2 + labels + sum(self._target_bytes(key) for key in self.targets)
+
+    def _target_bytes(self, key: str) -> int:
+        teacher, target = self.targets[key]
+        chosen = self.components.get(key)
+        parts = self.cache.layer(teacher).targets[target].identity.components
+        return sum(prod(part.shape) * np.dtype(part.dtype).itemsize for name, part in parts.items() if chosen is None or name in chosen)
 
     def __len__(self) -> int:
         return len(self.cache.rows)
@@ -216,8 +281,12 @@ class CachedViews(Dataset[Batch]):
         rows = self.cache.rows
         row_numbers = np.array([item[0] for item in items], dtype=np.int64)
         size = self.cache.plan.size
-        views_BHWC = np.empty((len(items), size, size, 3), np.uint8)
+        views = empty_tensor((len(items), size, size, 3), np.dtype(np.uint8), shared=self._is_handed_over)
+        views_BHWC = views.numpy()
+        tensors: dict[str, dict[str, Tensor]] = {target: {} for target in self.targets}
         arrays: dict[str, dict[str, np.ndarray[Any, Any]]] = {target: {} for target in self.targets}
+        if isinstance(items, Items) and len(items.opened):
+            self.read_ahead(items.opened, items[0].view)
         is_mixed, is_stored = self.cache.plan.policy.mix is not None, self.cache.plan.stored_views is not None
         partners, weights = row_numbers.copy(), np.ones(len(items), np.float32)
         for group in self._groups(items):
@@ -233,17 +302,33 @@ class CachedViews(Dataset[Batch]):
                 components = self.cache.read_components(teacher, target, group.shard, group.view, shard_rows, components=self.components.get(key))
                 for name, values in components.items():
                     if name not in arrays[key]:
-                        arrays[key][name] = np.empty((len(items), *values.shape[1:]), values.dtype)
+                        tensor = tensors[key][name] = empty_tensor((len(items), *values.shape[1:]), values.dtype, shared=self._is_handed_over)
+                        arrays[key][name] = tensor.numpy().view(values.dtype)
                     arrays[key][name][group.places] = values
         batch = Batch(
-            views=torch.from_numpy(views_BHWC),
+            views=views,
             labels=torch.from_numpy(rows.label[row_numbers]),
-            targets={target: {name: _to_tensor(array) for name, array in components.items()} for target, components in arrays.items()},
+            targets=tensors,
         )
         if is_mixed:
             batch["partner_labels"] = torch.from_numpy(rows.label[partners])
             batch["label_weights"] = torch.from_numpy(weights)
         return batch
+
+    def read_ahead(self, row_numbers: np.ndarray[Any, Any], view: int) -> None:
+        """Read all that the batches of these rows, of one view, will need, in runs as long as they lie, and drop it: it is in the page cache then."""
+        rows, cache = self.cache.rows, self.cache
+        numbers = np.sort(row_numbers)
+        for group in np.split(numbers, np.nonzero(np.diff(rows.shard[numbers]))[0] + 1):
+            shard, shard_rows = rows.shards[rows.shard[group[0]]], rows.row[group]
+            if cache.plan.stored_views is not None:
+                cache.touch_stored(shard, view, shard_rows)
+            else:
+                for first, last in runs_of(rows.offset[group], rows.size[group], gap=_TAR_GAP_BYTES, limit=2**62):
+                    start, stop = int(rows.offset[group[first]]), int(rows.offset[group[last]] + rows.size[group[last]])
+                    self._files.touch(cache.source(shard), start, stop)
+            for key, (teacher, target) in self.targets.items():
+                cache.touch_components(teacher, target, shard, view, shard_rows, components=self.components.get(key))
 
     def _groups(self, items: Sequence[Item | tuple[int, int]]) -> Iterator[_Group]:
         rows = self.cache.rows
@@ -259,34 +344,37 @@ class CachedViews(Dataset[Batch]):
         """(place in the batch, view) for the rows of a group, checked at the sampled rate. replays: of views that are not stored."""
         rows, cache = self.cache.rows, self.cache
         shard_rows = rows.row[group.row_numbers]
-        stored = cache.read_stored(group.shard, group.view, shard_rows) if cache.plan.stored_views is not None else None
+        is_stored = cache.plan.stored_views is not None
+        found_views = cache.read_stored(group.shard, group.view, shard_rows) if is_stored else self._render_rows(group, replays)
         asked = zip(shard_rows.tolist(), group.epochs.tolist(), strict=True)
         checked = np.array([is_checked(group.shard, row, epoch, fraction=self.check_views) for row, epoch in asked], dtype=bool)
         digests = np.zeros(len(shard_rows), np.uint64)
         if checked.any():
             digests[checked] = cache.read_pixel_digests(group.shard, group.view, shard_rows[checked])
-        for i, (place, number) in enumerate(zip(group.places.tolist(), group.row_numbers.tolist(), strict=True)):
-            pixels = next(stored) if stored is not None else self._render_row(group, number, replays[i])
+        for i, (place, number, pixels) in enumerate(zip(group.places.tolist(), group.row_numbers.tolist(), found_views, strict=True)):
             if checked[i] and (found := pixel_digest(pixels)) != int(digests[i]):
                 raise pixel_drift(group.shard, self._key(number), group.view, expected=int(digests[i]), found=found)
             yield place, pixels
 
-    def _render_row(self, group: _Group, number: int, replay: Replay) -> Pixels:
+    def _render_rows(self, group: _Group, replays: Sequence[Replay]) -> Iterator[Pixels]:
+        images = _ImageBytes(self._files, self.cache.source(group.shard), self.cache.rows, group.row_numbers)
+        for number, replay in zip(group.row_numbers.tolist(), replays, strict=True):
+            yield self._render_row(group, number, replay, images)
+
+    def _render_row(self, group: _Group, number: int, replay: Replay, images: _ImageBytes) -> Pixels:
         first = number - replay.row  # of the shard's rows
         try:
-            return replay.render(lambda row: self._decode(group, first + row))
+            return replay.render(lambda row: self._decode(group, first + row, images))
         except CorruptError as error:
             raise self._cannot_render(group, number, error) from error
 
-    def _decode(self, group: _Group, number: int) -> Image.Image:
-        rows = self.cache.rows
-        source, offset, size = self.cache.source(group.shard), int(rows.offset[number]), int(rows.size[number])
+    def _decode(self, group: _Group, number: int, images: _ImageBytes) -> Decoded:
         try:
-            data = self._files.read(source, "", offset, size)
+            data = images.read(number)
         except ShardError:
-            data = self._files.read(source, self._key(number), offset, size)  # keys are read for messages only
+            data = images.read(number, self._key(number))  # keys are read for messages only
         try:
-            return decode_image(data)
+            return decode_image(data, self.cache.plan.decoder)
         except UnreadableImageError as error:
             raise self._cannot_render(group, number, error) from error
 
@@ -299,6 +387,33 @@ class CachedViews(Dataset[Batch]):
     def _key(self, number: int) -> str:
         rows = self.cache.rows
         return self.cache.keys(rows.shards[int(rows.shard[number])])[int(rows.row[number])]
+
+
+class _ImageBytes:
+    """The images of a group's rows as their tar has them; neighbours come with one read."""
+
+    def __init__(self, files: ShardFiles, source: ShardSource, rows: Rows, numbers: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        """numbers: of rows, ascending; others may be asked for too, and come alone."""
+        self._files, self._source, self._rows = files, source, rows
+        self._run_of: dict[int, tuple[int, int]] = {}
+        """Row number → first byte of its run and the byte after its last, for those that have neighbours."""
+        self._begin, self._run = 0, b""
+        if len(numbers) > 1 and files.reads_runs:
+            offsets, sizes = rows.offset[numbers], rows.size[numbers]
+            for first, last in runs_of(offsets, sizes, gap=_TAR_GAP_BYTES):
+                if last > first:
+                    span = int(offsets[first]), int(offsets[last] + sizes[last])
+                    self._run_of |= dict.fromkeys(numbers[first : last + 1].tolist(), span)
+
+    def read(self, number: int, key: str | None = None) -> bytes:
+        """Raises ShardError. key: of the row, for the message; with it the image is read alone."""
+        offset, size = int(self._rows.offset[number]), int(self._rows.size[number])
+        begin, end = self._run_of.get(number, (0, 0))
+        if not end or key is not None:
+            return self._files.read(self._source, key or "", offset, size)
+        if begin != self._begin or not self._run:
+            self._run, self._begin = self._files.read(self._source, "", begin, end - begin), begin
+        return self._run[offset - begin : offset - begin + size]
 
 
 _GOLDEN_Q64 = 11400714819323198485
@@ -318,11 +433,6 @@ def is_checked(shard: str, row: int, epoch: int, *, fraction: float) -> bool:
     return (start + epoch * _GOLDEN_Q64) % 2**64 < int(fraction * 2**64)
 
 
-def _to_tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    """Torch has no full uint16: its bits travel as int16."""
-    return torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array)
-
-
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
@@ -339,20 +449,51 @@ class _CarryErrors(Dataset[Any]):
             return type(error)(*error.args)
 
 
+def plan_prefetch(batch_bytes: int, num_workers: int, prefetch_bytes: int) -> tuple[int, int]:
+    """(worker processes, batches under way of each) so that workers · batches · batch_bytes <= prefetch_bytes; (0, 0) to load in this process.
+
+    As many workers as asked for if each may have a batch under way, else fewer; at most MOST_PREFETCHED batches each. Raises UsageError if not
+    one batch fits.
+    """
+    if num_workers == 0:
+        return 0, 0
+    fitting = prefetch_bytes // max(1, batch_bytes)
+    if fitting == 0:
+        raise UsageError(
+            f"--prefetch-bytes {prefetch_bytes}: one batch has {batch_bytes} bytes of views and encoded targets; expected at least that, or a smaller"
+            f" --batch-size, or --workers 0, which has none under way"
+        )
+    workers = min(num_workers, fitting)
+    return workers, min(MOST_PREFETCHED, fitting // workers)
+
+
 class BatchLoader:
     """Batches of a dataset in an EpochBatches' order, from persistent worker processes with one thread each. Close it when done."""
 
-    def __init__(self, dataset: CachedViews, batches: EpochBatches, *, num_workers: int, pin_memory: bool = False) -> None:
-        """num_workers: 0 loads in this process."""
+    def __init__(
+        self,
+        dataset: CachedViews,
+        batches: EpochBatches,
+        *,
+        num_workers: int,
+        pin_memory: bool = False,
+        prefetch_bytes: int = DEFAULT_PREFETCH_BYTES,
+    ) -> None:
+        """num_workers: 0 loads in this process. prefetch_bytes: the most that batches hold which are being made or wait to be asked for.
+
+        Raises UsageError as `plan_prefetch`.
+        """
         self._batches = batches
+        self.num_workers, self.prefetched = plan_prefetch(batches.batch_size * dataset.row_bytes, num_workers, prefetch_bytes)
+        """Worker processes, and batches under way of each."""
         self._loader: DataLoader[Any] | None = DataLoader(
-            _CarryErrors(dataset),
+            _CarryErrors(dataset.handed_over()),
             batch_sampler=batches,
-            num_workers=num_workers,
+            num_workers=self.num_workers,
             collate_fn=hand_over,
             pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-            prefetch_factor=2 if num_workers else None,
+            persistent_workers=self.num_workers > 0,
+            prefetch_factor=self.prefetched or None,
             generator=torch.Generator(),  # the loader draws a seed an epoch: not from the generator that the student draws from
         )
 

@@ -204,6 +204,10 @@ POLICIES: dict[str, Policy] = {
 }
 
 
+DecoderName: TypeAlias = Literal["pillow", "simplejpeg"]
+"""simplejpeg: libjpeg-turbo for plain JPEGs, Pillow for all else (`kdcache.images`)."""
+ResizerName: TypeAlias = Literal["pillow", "torch"]
+"""torch: `interpolate` on uint8, antialiased; the same filters as Pillow's, in fewer bits (`kdcache.views`)."""
 StoredCodec: TypeAlias = Literal["jpeg95", "png", "raw"]
 """jpeg95: JPEG of quality 95 without chroma subsampling. png, raw: without loss."""
 
@@ -217,8 +221,8 @@ class ViewPlan(FrozenModel):
     size: int = Field(ge=1, le=4096)
     """Side of the square view, pixels."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    decoder: Literal["pillow"] = "pillow"
-    resizer: Literal["pillow"] = "pillow"
+    decoder: DecoderName = "pillow"
+    resizer: ResizerName = "pillow"
     draw_version: Literal[1] = 1
     stored_views: StoredCodec | None = None
     """How the rendered views are stored, if they are: the view is then what the stored bytes decode to (`kdcache.stored_views`)."""
@@ -227,6 +231,12 @@ class ViewPlan(FrozenModel):
     def fingerprint(self) -> str:
         """BLAKE2b-128 of the plan's canonical JSON, 32 hex digits."""
         return blake2b_128(canonical_json(self.to_json()))
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The packages whose versions may decide pixels, as they are installed."""
+        named = (self.decoder if self.decoder != "pillow" else None, self.resizer if self.resizer != "pillow" else None)
+        return ("pillow", *(name for name in named if name is not None))
 
 
 def require_same(what: str, expected: FrozenModel, found: FrozenModel, *, remedy: str) -> None:

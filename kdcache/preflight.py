@@ -19,7 +19,7 @@ from torch import Tensor
 from .cache import Cache
 from .encodings import Calibrator, TargetShape
 from .errors import ShardError
-from .images import UnreadableImageError, decode_image
+from .images import UnreadableImageError, decode_image, size_of
 from .plan import ViewPlan
 from .shards import ShardFiles, ShardIndex, ShardSource
 from .stored_views import as_stored
@@ -80,13 +80,13 @@ def first_views(
             if len(views) == wanted:
                 break
             try:
-                image = decode_image(files.read(source, sample.key, sample.image_offset, sample.image_size))
+                image = decode_image(files.read(source, sample.key, sample.image_offset, sample.image_size), plan.decoder)
             except UnreadableImageError:
                 continue
             except ShardError as error:
                 first_error = first_error or error
                 break
-            views.append(as_stored(plan, render(image, draw(plan, source.name, sample.key, 0, image.size)))[0])
+            views.append(as_stored(plan, render(image, draw(plan, source.name, sample.key, 0, size_of(image))))[0])
             labels.append(sample.label)
     if not views and first_error is not None:
         raise first_error

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from .arrays import ByteLRU
 from .augment import Pixels
 from .cache import Cache
 from .errors import KDCacheError
-from .images import UnreadableImageError, decode_image
+from .images import Decoded, UnreadableImageError, decode_image, size_of
 from .plan import ViewPlan
 from .shards import Sample, ShardFiles, ShardIndex, ShardSource
 from .stored_views import as_stored
@@ -122,7 +122,7 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
         """cache: where stored views are read from, for tasks that name any."""
         self._plan, self._cache = plan, cache
         self._files: ShardFiles | None = None
-        self._partners: ByteLRU[tuple[str, int], Image.Image | None] = ByteLRU(PARTNER_BYTES)
+        self._partners: ByteLRU[tuple[str, int], Decoded | None] = ByteLRU(PARTNER_BYTES)
 
     def __getitem__(self, task: RenderTask) -> RenderedBlock | FailedTask:
         try:
@@ -148,14 +148,14 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
         for place, (position, sample) in enumerate(task.samples if rendered else ()):
             data = self._files.read(task.source, sample.key, sample.image_offset, sample.image_size)
             try:
-                image = decode_image(data)
+                image = decode_image(data, plan.decoder)
             except UnreadableImageError as error:
                 reasons[place] = error
                 continue
             row = len(kept)
             image_crcs[row] = google_crc32c.value(data)
             for column, view in rendered:
-                drawn = draw(plan, task.source.name, sample.key, view, image.size)
+                drawn = draw(plan, task.source.name, sample.key, view, size_of(image))
                 mix, partner = self._mix(task, position, sample, view)
                 drawn = replace(drawn, mix=mix)
                 pixels[row, column], stored_as = as_stored(plan, render(image, drawn, partner))
@@ -201,24 +201,24 @@ class Renderer(Dataset[RenderedBlock | FailedTask]):
             candidate = (mix.partner + step) % count
             image = self._partner_image(task.source, neighbours, candidate) if candidate != position else None
             if image is not None:
-                own = draw(plan, task.source.name, neighbours.keys[candidate], view, image.size)
+                own = draw(plan, task.source.name, neighbours.keys[candidate], view, size_of(image))
                 return replace(mix, partner=candidate), render(image, own)
         return None, None
 
-    def _partner_image(self, source: ShardSource, neighbours: Neighbours, position: int) -> Image.Image | None:
+    def _partner_image(self, source: ShardSource, neighbours: Neighbours, position: int) -> Decoded | None:
         """The decoded image at this position of the tar, or None for one that has no row."""
 
-        def decode() -> Image.Image | None:
+        def decode() -> Decoded | None:
             assert self._files is not None
             offset, size = int(neighbours.offsets[position]), int(neighbours.sizes[position])
             if size < 0:
                 return None
             try:
-                return decode_image(self._files.read(source, neighbours.keys[position], offset, size))
+                return decode_image(self._files.read(source, neighbours.keys[position], offset, size), self._plan.decoder)
             except UnreadableImageError:  # skipped, with its reason, where its own turn comes
                 return None
 
-        return self._partners.get_or((source.path, position), decode, lambda image: 100 if image is None else 3 * image.width * image.height)
+        return self._partners.get_or((source.path, position), decode, lambda image: 100 if image is None else 3 * prod(size_of(image)))
 
 
 def rendered_blocks(

@@ -281,10 +281,33 @@ def _look_up(body: Any, key: str) -> Any:
     return body
 
 
+RUN_BYTES = 512 * 1024
+"""Neighbours are read together up to this size, as chunks of targets are."""
+_TOUCH_BYTES = 1 << 20
+
+
+def runs_of(offsets: np.ndarray[Any, Any], sizes: np.ndarray[Any, Any], *, gap: int, limit: int = RUN_BYTES) -> list[tuple[int, int]]:
+    """First and last place of each run of (offset, size), ascending, that lie no further than `gap` apart and hold at most `limit` bytes, or are one."""
+    starts, stops = offsets.tolist(), (offsets + sizes).tolist()
+    runs: list[tuple[int, int]] = []
+    for place, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        if runs:
+            first, last = runs[-1]
+            if 0 <= start - stops[last] <= gap and stop - starts[first] <= limit:
+                runs[-1] = (first, place)
+                continue
+        runs.append((place, place))
+    return runs
+
+
 class ShardFiles:
     """Reads image bytes by offset from tars, with the last few files kept open. One per process."""
 
+    reads_runs = True
+    """Whether any span of a tar can be asked for."""
+
     def __init__(self, capacity: int = 16) -> None:
+        """capacity: files kept open."""
         self._capacity = capacity
         self._files: dict[str, int] = {}
 
@@ -299,12 +322,7 @@ class ShardFiles:
     def read(self, source: ShardSource, key: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`. Raises ShardError naming the shard and key."""
         try:
-            descriptor = self._files.pop(source.path, None)
-            if descriptor is None:
-                descriptor = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for who writes
-            self._files[source.path] = descriptor  # most recent last
-            if len(self._files) > self._capacity:
-                os.close(self._files.pop(next(iter(self._files))))
+            descriptor = self._open(source.path)
             there = os.fstat(descriptor).st_size - offset  # what is asked for is allocated first
             data = os.pread(descriptor, size, offset) if 0 <= size <= there and offset >= 0 else b""
         except OSError as error:
@@ -316,3 +334,24 @@ class ShardFiles:
                 f"shard {source.name}: key {key!r}: expected {size} bytes at {offset} of {source.path}, found {len(data)}; the tar was changed"
             )
         return data
+
+    def touch(self, source: ShardSource, start: int, stop: int) -> None:
+        """Read a span and drop it: whoever reads of it next finds it in the page cache. What is not there is left to whoever needs it. Raises ShardError."""
+        try:
+            descriptor = self._open(source.path)
+            scratch = bytearray(max(0, min(_TOUCH_BYTES, stop - start)))
+            while start < stop and (count := os.preadv(descriptor, [memoryview(scratch)[: stop - start]], start)):
+                start += count
+        except OSError as error:
+            raise ShardError(
+                f"shard {source.name}: {source.path} can't be read: {error.strerror}; pass --data with SHARDS where the tars lie now"
+            ) from error
+
+    def _open(self, path: str) -> int:
+        descriptor = self._files.pop(path, None)
+        if descriptor is None:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for who writes
+        self._files[path] = descriptor  # most recent last
+        if len(self._files) > self._capacity:
+            os.close(self._files.pop(next(iter(self._files))))
+        return descriptor

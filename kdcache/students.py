@@ -14,11 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
-from .errors import StudentError, UsageError
+from .checkpoint import sync_folder
+from .errors import StoreError, StudentError, UsageError
 from .pixels import Normalize
 from .timm_models import build_model, built_size_of, input_size_of, mean_std_of, model_args_of
+
+_OF_OTHER_WEIGHTS = ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes")
+"""Fields of a timm config that say something of its pretrained weights."""
+_OF_OTHER_CLASSES = ("label_names", "label_descriptions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,8 @@ def build_student(
         given.setdefault("img_size", view_size)
         if built_size_of(model) is None and isinstance(given["img_size"], int):  # CoAtNet, MaxViT: their data config keeps the size of the weights
             model.pretrained_cfg = {**(getattr(model, "pretrained_cfg", None) or {}), "input_size": (3, given["img_size"], given["img_size"])}  # type: ignore[assignment]
+    foreign = (*_OF_OTHER_CLASSES, *(() if pretrained else _OF_OTHER_WEIGHTS))  # or the export would carry them on
+    model.pretrained_cfg = {name: value for name, value in (getattr(model, "pretrained_cfg", None) or {}).items() if name not in foreign}  # type: ignore[assignment]
     config = resolve_model_data_config(model)
     fixed = takes_size or bool((getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size"))
     mean, std = mean_std_of(model)
@@ -111,21 +119,61 @@ def _build(name: str, args: Mapping[str, Any], *, view_size: int, pretrained: bo
     return attempt(args), False
 
 
+def check_student(student: Student, *, batch_size: int) -> None:
+    """Raise StudentError for a student that can't be trained on batches of so many images of its size, by a pass over black ones in training mode.
+
+    Changes its statistics, and torch's global generator.
+    """
+    size = student.input_size
+    images_BCHW = torch.zeros(min(batch_size, 2), 3, size, size)
+    try:
+        with torch.no_grad():
+            output = student.model.train()(images_BCHW)
+    except (RuntimeError, ValueError, AssertionError, LookupError, TypeError) as error:  # what models raise for a size that they do not take
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        larger = ", or a larger --batch-size" if batch_size == 1 else ""
+        raise StudentError(
+            f"student {student.name!r}: can't be trained on images of {size} x {size} pixels, {batch_size} a batch: {reason}; choose a student that"
+            f" takes this size, a cache of views of another --size{larger}"
+        ) from error
+    if not isinstance(output, Tensor) or output.shape != (len(images_BCHW), student.num_classes):
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise StudentError(
+            f"student {student.name!r}: expected logits ({len(images_BCHW)}, {student.num_classes}) of {len(images_BCHW)} images, found {found}; choose"
+            f" a classifier"
+        )
+
+
 def export_student(student: Student, folder: Path, *, record: Mapping[str, Any], figures: Mapping[str, float]) -> None:
     """Write `folder` so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives this student: config.json,
-    model.safetensors and a README.md card. It appears whole or not at all.
+    model.safetensors and a README.md card. It appears whole or not at all. Raises StoreError if it can't be written.
 
     record: what the student was trained from and how, JSON types, stored under "kdcache" in config.json (fingerprint, root, teacher,
     method, recipe). figures: name → measured value, for the card.
     """
+    attempt = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        for old in folder.parent.glob(f"{folder.name}.*.tmp"):
+            shutil.rmtree(old)
+        _write_export(student, attempt, record, figures)
+        for path in attempt.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(attempt)
+        os.rename(attempt, folder)
+        sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(attempt, ignore_errors=True)
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise StoreError(f"{folder}: can't be written: {reason}; the checkpoints are whole, run again with --resume") from error
+
+
+def _write_export(student: Student, folder: Path, record: Mapping[str, Any], figures: Mapping[str, float]) -> None:
     from timm.models import save_for_hf
 
-    attempt = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    for old in folder.parent.glob(f"{folder.name}.*.tmp"):
-        shutil.rmtree(old)
     save_for_hf(
         student.model,
-        str(attempt),
+        str(folder),
         model_args=dict(student.model_args),
         model_config={"kdcache": dict(record)},
         data_config={
@@ -138,8 +186,7 @@ def export_student(student: Student, folder: Path, *, record: Mapping[str, Any],
         },
         safe_serialization=True,
     )
-    (attempt / "README.md").write_text(_card(student, record, figures), encoding="utf-8")
-    os.rename(attempt, folder)
+    (folder / "README.md").write_text(_card(student, record, figures), encoding="utf-8")
 
 
 def _card(student: Student, record: Mapping[str, Any], figures: Mapping[str, float]) -> str:

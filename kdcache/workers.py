@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -69,16 +72,41 @@ def hand_over(item: Any) -> Any:
     if get_worker_info() is None:
         return item
     try:
-        _share(item)
+        with _naming_full_memory():
+            _share(item)
+    except StoreError as error:
+        return StoreError(*error.args)  # without its cause, which may not pickle
+    return item
+
+
+def empty_tensor(shape: Sequence[int], dtype: np.dtype[Any], *, shared: bool) -> Tensor:
+    """A tensor to be filled. uint16 is int16 here, bit for bit: torch lacks it in full.
+
+    shared: in shared memory if this is a worker, so that `hand_over` copies nothing.
+
+    Raises StoreError if shared memory is full.
+    """
+    of_torch = torch.from_numpy(np.empty(0, np.int16 if dtype == np.uint16 else dtype)).dtype
+    if not shared or get_worker_info() is None or 0 in shape:
+        return torch.empty(tuple(shape), dtype=of_torch)
+    with _naming_full_memory():  # as torch's own collation does:
+        storage = torch.UntypedStorage._new_shared(prod(shape) * dtype.itemsize, device="cpu")  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=of_torch).set_(storage).view(tuple(shape))
+
+
+@contextmanager
+def _naming_full_memory() -> Iterator[None]:
+    """Within, no room for a tensor in shared memory is a StoreError."""
+    try:
+        yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         if name := re.search(r"</(torch_\w+)>", reason):
             Path("/dev/shm", name[1]).unlink(missing_ok=True)  # torch leaves it there
-        return StoreError(
+        raise StoreError(
             f"a worker process has no shared memory left for its batch ({reason}); enlarge /dev/shm (docker run --shm-size=2g, or --ipc=host),"
             f" or run the command again with fewer --workers; --workers 0 needs none"
-        )
-    return item
+        ) from error
 
 
 def _share(value: Any) -> None:

@@ -124,8 +124,13 @@ class _Run:
         progress: bool,
     ) -> None:
         from kdcache.device import resolve_device, share_machine
+        from kdcache.images import require_decoder
         from kdcache.teacher import load_teacher
 
+        if cache is not None:
+            cache.require_decoder()
+        else:
+            require_decoder(config.decoder or "pillow")
         self.config, self.store, self.sources, self.launch, self.progress = config, store, sources, launch, progress
         self.all_sources = all_sources
         self.label_key = common_label_key(sources)
@@ -165,6 +170,8 @@ class _Run:
             policy=policy_of(config) or POLICIES["weak"],
             size=config.size or self.teacher.identity.preprocessing.input_size,
             seed=config.seed or 0,
+            decoder=config.decoder or "pillow",
+            resizer=config.resizer or "pillow",
             stored_views=config.store_views,
         )
 

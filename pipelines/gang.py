@@ -5,6 +5,7 @@ train, for which a run alone is a gang of one.
   would see alone (`shared_batch`).
 * A member owns all that decides its result: weights, optimizer, schedule, average, generators, its place in its epochs, its files. Its generators
   and its number of threads are put in place for its turn, so that its bits are those of a run alone.
+* Members that see validation images alike share the processes that load them.
 * The stream begins where the least advanced member is; those that are ahead wait for it. So members killed at different steps, new ones and ones
   that failed before go on together.
 * What goes wrong in a member's turn ends that member (`Gang._in_turn`); what goes wrong in the loader ends the gang, and every member's checkpoints
@@ -17,7 +18,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from kdcache.console import say
 from kdcache.device import fitting_threads, generator_states, release_memory, resolve_device, set_generator_states
 from kdcache.errors import KDCacheError, StoreError
 from kdcache.evaluate import Evaluator
+from kdcache.interrupt import Stopped, finishing_first
 from kdcache.join import BatchLoader, CachedViews
 from kdcache.workers import is_killed_worker, naming_killed_workers
 
@@ -50,18 +52,20 @@ def gangs_of(runs: Sequence[Run], size: int) -> list[list[Run]]:
     are kept apart.
     """
     gangs: list[list[Run]] = []
+    open_gangs: list[tuple[dict[str, Any], list[Run]]] = []
     for run in runs:
-        if not run.is_finished:
-            stream = stream_of(run)
-            is_double = any(run.folder == other.folder for gang in gangs for other in gang)
-            fitting = (gang for gang in gangs if len(gang) < size and not gang[0].is_finished and stream_of(gang[0]) == stream)
-            gang = None if is_double else next(fitting, None)
-            if gang is not None:
-                gang.append(run)
-                continue
-        gangs.append([run])
+        if run.is_finished or any(run.folder == other.folder for gang in gangs for other in gang):
+            gangs.append([run])
+            continue
+        stream = stream_of(run)
+        gang = next((gang for other, gang in open_gangs if len(gang) < size and other == stream), None)
+        if gang is None:
+            gang = []
+            gangs.append(gang)
+            open_gangs.append((stream, gang))
+        gang.append(run)
     if size > 1:
-        _say_gangs([gang for gang in gangs if not gang[0].is_finished])
+        _say_gangs(open_gangs)
     return gangs
 
 
@@ -75,25 +79,24 @@ def stream_of(run: Run) -> dict[str, Any]:
         "--views": data.num_views,
         "--batch-size": config.batch_size,
         "--seed": config.seed,
+        "--shuffle": "block" if data.blocks is not None else "full",
         "--check-views": config.check_views,
         "--workers": config.num_workers,
+        "--prefetch-bytes": config.prefetch_bytes,
         "--device": str(resolve_device(config.device)),
     }
 
 
-def _say_gangs(gangs: Sequence[Sequence[Run]]) -> None:
-    """Who is in which gang, and what keeps a gang from joining the first: fields with both values."""
-    if len(gangs) < 2 and all(len(gang) > 1 for gang in gangs):
+def _say_gangs(gangs: Sequence[tuple[Mapping[str, Any], Sequence[Run]]]) -> None:
+    """Who is in which gang, and what keeps a gang from joining the first: fields with both values. gangs: (stream, runs) of each."""
+    if len(gangs) < 2:
         return
+    first, _ = gangs[0]
     lines = []
-    for number, gang in enumerate(gangs, 1):
-        reasons = [
-            f"{name} {value!r}, {stream_of(gangs[0][0])[name]!r} in gang 1"
-            for name, value in stream_of(gang[0]).items()
-            if value != stream_of(gangs[0][0])[name]
-        ]
-        why = f" (by itself: {'; '.join(reasons)})" if reasons else " (those before are full)" if number > 1 else ""
-        lines.append(f"gang {number} of {len(gangs)}: {', '.join(run.id for run in gang)}{why}")
+    for number, (stream, runs) in enumerate(gangs, 1):
+        reasons = [f"{name} {value!r}, not {first[name]!r}" for name, value in stream.items() if value != first[name]]
+        why = f" (apart from gang 1: {'; '.join(reasons)})" if reasons else " (gang 1 is full)" if number > 1 else ""
+        lines.append(f"gang {number} of {len(gangs)}: {', '.join(run.id for run in runs)}{why}")
     say("\n".join(lines))
 
 
@@ -110,6 +113,8 @@ class _Member:
         with fitting_threads(loop.method, loop.device):
             self._threads = torch.get_num_threads()
         self._generators = generator_states(loop.device)
+        self.losses: Mapping[str, float] = {}
+        """Of its last step."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -124,8 +129,10 @@ class _Member:
             torch.set_num_threads(self._threads)
         try:
             set_generator_states(self._generators, self.loop.device)
-            yield
-            self._generators = generator_states(self.loop.device)
+            try:
+                yield
+            finally:
+                self._generators = generator_states(self.loop.device)
         finally:
             if threads != self._threads:
                 torch.set_num_threads(threads)
@@ -134,10 +141,11 @@ class _Member:
         """Let go of all that takes memory, whoever still holds this member."""
         del self.loop, self.portion, self._generators
 
-    def train_step(self, batch: SharedBatch) -> dict[str, float]:
+    @finishing_first()
+    def train_step(self, batch: SharedBatch) -> None:
         inputs = batch.inputs(self.portion)  # not in its own time: it is made for all
         with self.loop.own:
-            return self.loop.train_step(inputs)
+            self.losses = self.loop.train_step(inputs)
 
     def end_epoch(self) -> None:
         with self.loop.own:
@@ -193,12 +201,21 @@ class Gang:
                 self._end(run, error)
             yield from self._hand_on()
             raise
-        finally:
+        except Stopped:  # between two turns, or while one is measured
             for member in self._members:
-                member.loop.close()
-            for run in self._runs:
-                run.release()
-            self._bar.close()
+                try:
+                    with member.turn():
+                        member.loop.save_if_behind()
+                except KDCacheError as error:  # the others are saved all the same
+                    say(f"run {member.run.id}: not saved: {error}")
+            raise
+        finally:
+            with ExitStack() as stack:
+                for run in self._runs:
+                    stack.callback(run.release)
+                stack.callback(self._bar.close)
+                for member in self._members:
+                    stack.callback(member.loop.close)
 
     def _hand_on(self) -> Iterator[dict[str, Any]]:
         ended, self._ended = self._ended, []
@@ -228,16 +245,15 @@ class Gang:
         """Export a member that has no epoch left."""
         run = member.run
 
-        def finish() -> dict[str, Any]:
+        def finish() -> None:
             member.loop.close()
-            return run.finish()
+            self._ended.append(run.finish())
 
-        if entry := self._in_turn(run, finish):
-            self._ended.append(entry)
+        if self._in_turn(run, finish):
             self._forget(run)
 
-    def _in_turn(self, run: Run, action: Callable[[], Any]) -> Any:
-        """What a member's action gives, True for None; False if it failed and was ended.
+    def _in_turn(self, run: Run, action: Callable[[], None]) -> bool:
+        """Let a member act; False if that failed, and ended it.
 
         The one place where every exception is caught, because isolation is just that: a method or a model of anyone's, a full disk, a full device or
         a damaged checkpoint may raise anything, and the students beside it have nothing to do with it. Left alone are what ends the process, and a
@@ -245,18 +261,15 @@ class Gang:
         """
         member = next((member for member in self._members if member.run is run), None)
         try:
-            if member is None:
-                result = action()
-            else:
-                with member.turn():
-                    result = action()
+            with member.turn() if member is not None else nullcontext():
+                action()
         except Exception as error:
             if not self._isolate or is_killed_worker(error):
                 raise
             self._end(run, error)
             say(f"run {run.id} failed, the others go on: {describe_error(error)}")
         else:
-            return True if result is None else result
+            return True
         self._release()  # here, where the traceback no longer holds the frames that hold its tensors
         return False
 
@@ -266,7 +279,7 @@ class Gang:
         if run.is_claimed:  # else its folder is another process's
             _write_record(run, error)
         if run.loop is not None:
-            with suppress(OSError, KDCacheError):  # the disk may be what failed
+            with suppress(Exception):  # the disk may be what failed: the first error is the one that counts
                 run.loop.close()
         self._forget(run)
 
@@ -292,17 +305,24 @@ class Gang:
         loader: BatchLoader | None = None
         try:
             while self._members:
-                first = self._members[0].loop
                 reads = union([member.portion for member in self._members])
                 if loader is None or reads != wanted:  # at first, and where those who wanted more have ended
                     if loader is not None:
                         loader.close()
-                    wanted, dataset = reads, dataset_of(first.data.cache, reads, check_views=first.config.check_views)
-                    loader = BatchLoader(dataset, first.batches, num_workers=first.config.num_workers, pin_memory=self._device.type == "cuda")
+                    wanted, loader = reads, self._loader(reads)
                 yield from self._feed_epoch(loader, *min(member.place for member in self._members))
         finally:
             if loader is not None:
                 loader.close()
+
+    def _loader(self, reads: Mapping[str, tuple[str, ...]]) -> BatchLoader:
+        loop, config = self._members[0].loop, self._members[0].loop.config  # any: they agree in all of this
+        dataset = dataset_of(loop.data.cache, reads, check_views=config.check_views)
+        pinned, ahead = self._device.type == "cuda", config.prefetch_bytes
+        loader = BatchLoader(dataset, loop.batches, num_workers=config.num_workers, pin_memory=pinned, prefetch_bytes=ahead)
+        if loader.num_workers < config.num_workers:
+            say(f"{loader.num_workers} of {config.num_workers} workers: --prefetch-bytes {ahead} holds no more batches")
+        return loader
 
     def _feed_epoch(self, loader: BatchLoader, epoch: int, start: int) -> Iterator[dict[str, Any]]:
         """The batches of an epoch from its step `start`, for members that want them; ends early where none wants the next one."""
@@ -314,8 +334,8 @@ class Gang:
             self._save_together(here, step)
             shared = SharedBatch(batch, self._device)
             for member in here:
-                if losses := self._in_turn(member.run, partial(member.train_step, shared)):
-                    self._bar.note(member.run, losses)
+                if self._in_turn(member.run, partial(member.train_step, shared)):
+                    self._bar.note(member.run, member.losses)
             del shared
             self._bar.update()
             yield from self._hand_on()

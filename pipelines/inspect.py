@@ -329,7 +329,8 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
     lines = [
         f"{path}: {'complete' if facts['complete'] else 'UNFINISHED'}",
         f"  root         {facts['root']}",
-        f"  plan         {facts['fingerprint']}: dataset {plan['dataset']!r}, {plan['size']} px, seed {plan['seed']}, decoder {plan['decoder']}",
+        f"  plan         {facts['fingerprint']}: dataset {plan['dataset']!r}, {plan['size']} px, seed {plan['seed']}, decoder {plan['decoder']}"
+        + (f", resizer {plan['resizer']}" if plan["resizer"] != plan["decoder"] else ""),
         *_block("policy", [f"{facts['policy']['name']}:", *facts["policy"]["words"]], joined=True),
         f"  rows         {facts['rows']:,} x {facts['views']} views in {done}",
         *_block("unfinished", _unfinished_in_words(facts["unfinished"])),

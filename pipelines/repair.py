@@ -262,7 +262,7 @@ class _Planner:
             if path == "cache.json":
                 self.plan.impossible.append(
                     "cache.json is lost, and no sound index holds a copy: the plan can't be made from what is left. Restore the file, or move it away and run"
-                    " 'kdcache extract' with the options that made the cache (dataset, augment, size, seed, store-views): a plan that differs is refused"
+                    " 'kdcache extract' with the options that made the cache (dataset, augment, size, seed, decoder, resizer, store-views): a plan that differs is refused"
                 )
                 self.plan.delete.pop(path, None)
             elif kind[0] == "teachers" and (kind[2] in ("teacher.json", "tail.json") or kind[2] == "targets"):

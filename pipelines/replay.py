@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from kdcache import drift
 from kdcache.cache import Cache
 from kdcache.errors import CacheError, KDCacheError
-from kdcache.images import decode_image
+from kdcache.images import Decoded, decode_image, require_decoder
 from kdcache.plan import canonical_json
 from kdcache.shards import Sample, ShardFiles, ShardIndex, ShardSource, scan_shard
 from kdcache.stored_views import as_stored
@@ -165,6 +164,7 @@ class _Replay:
         except KDCacheError as error:
             self.verdict.problems.append(Problem("source", shard, "", f"{error}; pass --data with SHARDS where the tars lie now"))
             return None, None
+        require_decoder(self.cache.plan.decoder)  # of a cache that stores its views, only now is it known to be needed
         if index.member_table != record.member_table:
             try:
                 differences = drift.member_differences(self.cache, index)
@@ -256,7 +256,7 @@ class _Replay:
 
     def _libraries(self, shard: str, view: int) -> str:
         document = next((one for one in self.cache.views[shard] if view in one.identity.views), self.cache.views[shard][0])
-        return f"rendered with {drift.libraries_then_and_now(document.provenance)}"
+        return f"rendered with {drift.libraries_then_and_now(document.provenance, self.cache.plan)}"
 
     def _how_far(self, source: ShardSource, row: int, view: int, expected: int) -> str:
         shard = source.name
@@ -264,8 +264,8 @@ class _Replay:
         table = self.cache.table_from_group(self.cache.views[shard][0].identity)
         places = table[table[:, 3] == 0]
 
-        def image_of(number: int) -> Image.Image:
-            return decode_image(files.read(source, "", int(places[number, 0]), int(places[number, 1])))
+        def image_of(number: int) -> Decoded:
+            return decode_image(files.read(source, "", int(places[number, 0]), int(places[number, 1])), self.cache.plan.decoder)
 
         try:
             if self.cache.plan.stored_views is not None:

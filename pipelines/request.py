@@ -13,7 +13,7 @@ from kdcache.cache import Cache, TeacherLayer, open_to_write
 from kdcache.errors import UsageError
 from kdcache.format import CacheIdentity
 from kdcache.index import read_document
-from kdcache.plan import Policy, StoredCodec, ViewPlan, require_same
+from kdcache.plan import DecoderName, Policy, ResizerName, StoredCodec, ViewPlan, require_same
 from kdcache.shards import ShardSource
 from kdcache.sources import check_names, default_dataset_id, resolve_shards
 from kdcache.store import Store
@@ -58,6 +58,10 @@ class ExtractConfig:
     """Side of a view, pixels. Default: the teacher's input size."""
     seed: int | None = None
     """Plan seed. Default: 0."""
+    decoder: DecoderName | None = None
+    """What decodes images. Default: pillow."""
+    resizer: ResizerName | None = None
+    """What resizes a view's crop. Default: pillow."""
     store_views: StoredCodec | None = None
     """Store the rendered views, so that training and further targets need no tars. Default: no."""
     batch_size: int = 64
@@ -155,7 +159,7 @@ def policy_of(config: ExtractConfig) -> Policy | None:
 def check_given_plan(config: ExtractConfig, cache: Cache, sources: Sequence[ShardSource]) -> None:
     """What the user gave must be what the cache has; what was not given is taken from it. Raises MismatchError."""
     given: dict[str, Any] = {"dataset": config.dataset, "policy": policy_of(config), "size": config.size, "seed": config.seed}
-    given["stored_views"] = config.store_views
+    given |= {"decoder": config.decoder, "resizer": config.resizer, "stored_views": config.store_views}
     if config.dataset is None and not {source.name for source in sources} & set(cache.all_shards):
         given["dataset"] = default_dataset_id(sources)  # other shards altogether: most likely the wrong cache
     asked = cache.plan.model_copy(update={key: value for key, value in given.items() if value is not None})

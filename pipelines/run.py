@@ -13,12 +13,12 @@ import torch
 import yaml
 
 from kdcache.device import resolve_device
-from kdcache.errors import KDCacheError, StudentError
+from kdcache.errors import KDCacheError, StoreError, StudentError
 from kdcache.evaluate import EvaluationSet, Evaluator
 from kdcache.methods import build, method_class, uses_labels
 from kdcache.methods.base import Method
 from kdcache.plan import blake2b_128, canonical_json
-from kdcache.students import Student, build_student, export_student
+from kdcache.students import Student, build_student, check_student, export_student
 
 from .recipes import differences, how_to_continue, read_args
 from .run_checkpoints import RunCheckpoints, can_resume, describe_plan_differences
@@ -26,7 +26,7 @@ from .run_lock import RunLock
 from .student_loop import StudentLoop, best_epoch, make_optimizer
 from .train_config import TrainConfig
 from .training_data import TrainingData, check_labels
-from .watching import replace_file
+from .watching import read_lines, replace_file
 
 
 class Run:
@@ -55,6 +55,7 @@ class Run:
             "epochs": config.epochs,
             "batch_size": config.batch_size,
             "seed": config.seed,
+            **({"shuffle": "block"} if data.blocks is not None else {}),
             "opt": config.opt,
             "lr": config.lr,
             "weight_decay": config.weight_decay,
@@ -140,7 +141,10 @@ class Run:
         """
         if self.is_finished:
             return False
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self.folder}: can't be made: {error.strerror}; pass --out with a folder that can be written to") from error
         self._lock = RunLock(self.folder)
         if self.export.is_dir():  # finished by another process, while this one waited
             self.release()
@@ -168,11 +172,31 @@ class Run:
         student, method = self._build()
         make_optimizer(method, self.config)
         self._evaluator(student, workers=0)
+        check_student(student, batch_size=min(self.config.batch_size, len(self.data.row_numbers)))
 
     def already_done(self) -> dict[str, Any]:
         """The report's entry of a run that was finished before."""
-        final = self.checkpoints().load_final(best=False)
-        return self._report(final["history"], final["seconds"], "already done")
+        history, seconds = self._read_metrics()
+        if len(history) != self.config.epochs:
+            final = self.checkpoints().load_last()
+            history, seconds = final["history"], final["seconds"]
+        return self._report(history, seconds, "already done", exported=self._read_exported(history))
+
+    def _read_metrics(self) -> tuple[list[dict[str, Any]], float]:
+        """The rows of its epochs, and their seconds, as metrics.jsonl has them: a checkpoint of a large student takes long to read, and may be gone."""
+        if not (self.folder / "metrics.jsonl").is_file():
+            return [], 0.0
+        lines = [dict(line) for line in read_lines(self.folder / "metrics.jsonl") if "step" not in line]
+        seconds = sum(line.pop("seconds", 0.0) for line in lines)
+        return [{name: value for name, value in line.items() if name not in ("images", "own_seconds")} for line in lines], seconds
+
+    def _read_exported(self, history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        """The row of the epoch whose weights were exported, None where the export does not say."""
+        try:
+            config = json.loads((self.export / "config.json").read_text(encoding="utf-8"))
+            return history[int(config["kdcache"]["epoch"])]
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
 
     def begin(self) -> StudentLoop:
         """Its loop, where its last checkpoint left it. `claim` comes first."""
@@ -194,8 +218,8 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Export what its loop has trained; the report's entry."""
         assert self.loop is not None
-        self._export(self.loop)
-        return self._report(self.loop.history, self.loop.seconds, "done")
+        exported = self._export(self.loop)
+        return self._report(self.loop.history, self.loop.seconds, "done", exported=exported)
 
     def failed(self, error: Exception) -> dict[str, Any]:
         """The report's entry of a run that an error ended, with "error"."""
@@ -230,6 +254,7 @@ class Run:
             "device": str(device),
             "channels_last": config.channels_last,
             "workers": workers,
+            "prefetch_bytes": config.prefetch_bytes,
             "check_views": config.check_views,
             "log_interval": config.log_interval,
         }
@@ -239,12 +264,13 @@ class Run:
         text = yaml.safe_dump(body, sort_keys=False, allow_unicode=True)
         replace_file(self.folder / "args.yaml", text)
 
-    def _export(self, loop: StudentLoop) -> None:
-        """The best epoch's weights with --val, else the last one's; with --model-ema their moving average."""
-        cache, history = self.data.cache, loop.history
-        final = history[best_epoch(history)] if self.data.val else history[-1]
+    def _export(self, loop: StudentLoop) -> Mapping[str, Any]:
+        """The best epoch's weights with --val, else the last one's; with --model-ema their moving average. Its row of the history."""
+        cache, final = self.data.cache, loop.history[-1]
         if self.data.val:
-            loop.load_weights(loop.checkpoints.load_final(best=True))
+            best = loop.checkpoints.load_best()
+            loop.load_weights(best)
+            final = best["history"][-1]  # of these very weights, whatever the device has made of that epoch when it was repeated
         identities = {name: cache.layer(name).document.identity for name in self.data.teachers}
         teachers = [{"name": name, "model": one.model, "weights": one.weights} for name, one in identities.items()]
         record = {
@@ -252,6 +278,7 @@ class Run:
             "root": cache.root,
             **({"teachers": teachers} if len(teachers) > 1 else {"teacher": next(iter(teachers), None)}),
             "method": self.config.method,
+            "epoch": final["epoch"],
             "recipe": {key: value for key, value in self.recipe.items() if key != "data"} | {"settings": loop.method.settings.to_json()},
             **({"other_caches": loop.other_caches} if loop.other_caches else {}),
         }
@@ -259,14 +286,20 @@ class Run:
         student = dataclasses.replace(loop.student, model=loop.weights_to_export, crop_pct=crop_pct)
         student.model.cpu().to(memory_format=torch.contiguous_format)  # as safetensors wants it
         export_student(student, self.export, record=record, figures=final)
+        return final
 
-    def _report(self, history: Sequence[Mapping[str, Any]], seconds: float, status: str) -> dict[str, Any]:
+    def _report(
+        self, history: Sequence[Mapping[str, Any]], seconds: float, status: str, *, exported: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """exported: the row of the epoch whose weights are exported; None for the best one."""
+        if exported is None and any("eval_top1" in row for row in history):
+            exported = history[best_epoch(history)]
         return {
             "id": self.id,
             "student": self.student_name,
             "method": self.config.method,
             "epochs": len(history),
-            "top1": history[best_epoch(history)]["eval_top1"] if any("eval_top1" in row for row in history) else None,
+            "top1": exported.get("eval_top1") if exported is not None else None,
             "seconds": round(seconds, 3),
             "path": str(self.folder),
             "status": status,

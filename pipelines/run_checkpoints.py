@@ -9,6 +9,7 @@ Each is the whole state of the run at one step, so that it does not matter to th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Mapping
@@ -104,9 +105,28 @@ class RunCheckpoints:
             )
         say(f"{path} was trained on cache {state['fingerprint']}, goes on with {self._cache.fingerprint}; {changed.removesuffix('; ')}")
 
-    def load_final(self, *, best: bool) -> dict[str, Any]:
-        """The state to report or export: the best one, or the last. Raises CorruptError for one that is torn or gone."""
-        return load_checkpoint(self.best if best else self.last)
+    def load_last(self) -> dict[str, Any]:
+        """The last state. Raises CorruptError if it is torn or gone."""
+        return load_checkpoint(self.last)
+
+    def load_best(self) -> dict[str, Any]:
+        """The state after the best epoch; if that is torn, the better one of the last two, which is said. Raises CorruptError if none can be used."""
+        try:
+            return load_checkpoint(self.best)
+        except CorruptError as error:
+            damage = error
+        found: list[tuple[float, Path, dict[str, Any]]] = []
+        for path in (self.last, self.previous):
+            with contextlib.suppress(CorruptError):
+                state = load_checkpoint(path)
+                if state.get("step", 0) == 0 and "eval_top1" in state["history"][-1]:
+                    found.append((state["history"][-1]["eval_top1"], path, state))
+        if not found:
+            raise damage
+        top1, path, state = max(found, key=lambda candidate: candidate[0])
+        best = max(row["eval_top1"] for row in state["history"] if "eval_top1" in row)
+        say(f"{damage}\nexporting {path} instead, {describe(state)}: top-1 {top1:.2f} %, the best was {best:.2f} %")
+        return state
 
     def remove_debris(self) -> None:
         """Remove what a save that was killed has left."""

@@ -19,6 +19,7 @@ from kdcache.console import say
 from kdcache.device import autocast, generator_states, set_generator_states
 from kdcache.errors import StudentError, UsageError
 from kdcache.evaluate import Evaluation, Evaluator
+from kdcache.interrupt import finishing_first
 from kdcache.join import EpochBatches, target_keys
 from kdcache.methods.base import Method
 from kdcache.students import Student
@@ -56,7 +57,7 @@ class StudentLoop:
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method.to(memory_format=self.memory_format)
         self.normalize = student.normalize().to(device)
-        self.batches = EpochBatches(data.row_numbers, batch_size=config.batch_size, num_views=data.num_views, seed=config.seed)
+        self.batches = EpochBatches(data.row_numbers, batch_size=config.batch_size, num_views=data.num_views, seed=config.seed, blocks=data.blocks)
         self.encodings = {key: data.cache.encoding(*one) for key, one in target_keys(data.targets).items()}
         self.optimizer = make_optimizer(self.method, config)
         self.scheduler = self._scheduler()
@@ -76,6 +77,8 @@ class StudentLoop:
         self.own = Stopwatch()
         """What feeds it runs this while it trains, measures or saves, and lets it rest while it waits for batches or for other students."""
         self.own_seconds = self.own_epoch_seconds = 0.0
+        self._saved = (0, 0)
+        """(epoch, step) of the checkpoint that was saved or loaded last."""
         self._watch: Watch | None = None
 
     def _scheduler(self) -> Any:
@@ -119,9 +122,18 @@ class StudentLoop:
         if self._watch is not None:
             self._watch.close(failed=not self.is_done)
 
+    def save_if_behind(self) -> None:
+        """Save between two steps, unless nothing was done since the last time: for a signal that ends the run."""
+        if self._watch is not None and (self.epoch, self.step) != self._saved:
+            self._count_seconds()
+            self._save()
+            say(f"run {self.run_id}: saved {describe({'epoch': self.epoch, 'step': self.step})}, in {self.checkpoints.last}")
+
+    @finishing_first()
     def train_step(self, inputs: Inputs) -> dict[str, float]:
         """The next update; {"loss", part…}. Raises StudentError for a loss that is not finite."""
         assert self._watch is not None, "begin comes first"
+        lr = self.optimizer.param_groups[0]["lr"]
         losses = self._step(inputs, self.step)
         self.step += 1
         for name, value in losses.items():
@@ -133,32 +145,37 @@ class StudentLoop:
         if self.ema is not None:
             self.ema.update(self.method.student, step=updates)
         if self.step % self.config.log_interval == 0:
-            self._watch.write({"epoch": epoch, "step": self.step, **losses, "lr": self.optimizer.param_groups[0]["lr"]})
+            self._watch.write({"epoch": epoch, "step": self.step, **losses, "lr": lr})
         if self.step < steps and self.checkpoints.is_due(self.step):
             self._count_seconds()
-            self._watch.flush()
-            self.checkpoints.save(self._state())
+            self._save()
         return losses
 
     def end_epoch(self) -> None:
-        """After the last step of an epoch: measure, report, save."""
+        """After the last step of an epoch: measure, report, save. A signal while it is measured leaves that to be done again."""
         assert self._watch is not None, "begin comes first"
+        self._check_weights()
         row: dict[str, Any] = {"epoch": self.epoch, **{f"train_{name}": value / len(self.batches) for name, value in self.sums.items()}}
         is_last = self.epoch + 1 == self.config.epochs
         measured = self.evaluator is not None and ((self.epoch + 1) % self.config.val_interval == 0 or is_last)
         if self.evaluator is not None and measured:
             row |= self._evaluate(self.evaluator)
             self.method.train()
+        self._end_epoch(row, measured=measured)
+
+    @finishing_first()
+    def _end_epoch(self, row: dict[str, Any], *, measured: bool) -> None:
+        assert self._watch is not None
         row["lr"] = sum(group["lr"] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
         self._count_seconds()
         self.history.append(row)
-        times = {"seconds": round(self.epoch_seconds, 3), "own_seconds": round(self.own_epoch_seconds, 3)}
+        times = {"seconds": self.epoch_seconds, "own_seconds": self.own_epoch_seconds}
         self._watch.write({**row, "images": self._images, **times})
         self.epoch, self.step, self.sums, self.epoch_seconds, self.own_epoch_seconds = self.epoch + 1, 0, {}, 0.0, 0.0
-        self._watch.flush()
         if measured and best_epoch(self.history) == len(self.history) - 1:
+            self._watch.flush()
             self.checkpoints.save_best(self._state())  # before last/: a kill between the two repeats what came after the last one
-        self.checkpoints.save(self._state())
+        self._save()
         write_summary(self.folder / "summary.csv", self.history)
 
     # --- a step ---
@@ -184,6 +201,15 @@ class StudentLoop:
         self.scaler.update()
         return values
 
+    def _check_weights(self) -> None:
+        """A loss looks at the weights before its update: those after an epoch's last may be worth nothing, and would be kept."""
+        floats = [tensor.isfinite().all() for tensor in self.weights_to_export.state_dict().values() if tensor.is_floating_point()]
+        if floats and not bool(torch.stack(floats).all()):
+            raise StudentError(
+                f"student {self.student.name}: its weights are not finite after epoch {self.epoch}; expected numbers; try a smaller --lr, or"
+                f" --clip-grad 1; run {self.folder} keeps its last checkpoint"
+            )
+
     @property
     def weights_to_export(self) -> nn.Module:
         """The student with the weights that count: their moving average, if there is one."""
@@ -206,6 +232,13 @@ class StudentLoop:
             say(f"--val: {len(evaluation.skipped)} images can't be read and are left out; first: {evaluation.skipped[0]}")
 
     # --- state ---
+
+    @finishing_first()
+    def _save(self) -> None:
+        assert self._watch is not None
+        self._watch.flush()
+        self.checkpoints.save(self._state())
+        self._saved = self.epoch, self.step
 
     def _state(self) -> dict[str, Any]:
         """All that decides what comes next, and what was measured."""
@@ -261,8 +294,9 @@ class StudentLoop:
             self.other_caches.append({name: state[name] for name in ("fingerprint", "root", "epoch")})
         else:
             self.step, self.sums = state.get("step", 0), dict(state.get("sums", {}))
-            self.epoch_seconds = state.get("epoch_seconds", 0.0)
-            self.own_epoch_seconds = state.get("own_epoch_seconds", 0.0)
+        self.epoch_seconds = state.get("epoch_seconds", 0.0)
+        self.own_epoch_seconds = state.get("own_epoch_seconds", 0.0)
+        self._saved = self.epoch, self.step
         set_generator_states(state["generators"], self.device)
 
     def load_weights(self, state: Mapping[str, Any]) -> None:
@@ -335,8 +369,10 @@ def make_optimizer(method: Method[Any], config: TrainConfig) -> torch.optim.Opti
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             method, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **betas
         )
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"--opt {config.opt}: timm can't build it with {betas} and momentum {config.momentum}: {error}") from error
+    except (TypeError, ValueError, AssertionError, RuntimeError, ImportError) as error:  # timm's own assert that there is CUDA, or bitsandbytes
+        raise UsageError(f"--opt {config.opt}: timm can't build it here with {betas} and momentum {config.momentum}: {error}") from error
+    if getattr(getattr(optimizer, "_base_optimizer", optimizer), "is_second_order", False):
+        raise UsageError(f"--opt {config.opt}: it needs second derivatives, which no step here computes; choose another, such as adamw")
     if betas and "betas" not in optimizer.defaults:  # timm drops what an optimizer does not take
         raise UsageError(f"--opt-betas {config.opt_betas}: {config.opt} has no betas; leave the option out")
     return optimizer

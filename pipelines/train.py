@@ -7,7 +7,7 @@ A run's folder is named by a digest of all that decides its result, so that a re
         args.yaml            the resolved recipe and where the run was started
         summary.csv          one row an epoch, timm's columns
         metrics.jsonl        one line every --log-interval steps and one an epoch
-        last/checkpoint.pt   resumable, after every epoch and every ten minutes; the one before is in previous/
+        last/checkpoint.pt   resumable, after every epoch, every ten minutes and a signal; the one before is in previous/
         best/checkpoint.pt   of the epoch with the best eval_top1, with --val
         tensorboard/ wandb/  if asked for
         error.txt            of a run that failed: why, and the traceback; gone when it is resumed

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kdcache.errors import UsageError
+from kdcache.join import DEFAULT_PREFETCH_BYTES
 from kdcache.methods import TeacherChoice
 
 SCHEDULES = ("cosine", "tanh", "constant", "none")
 """timm's schedules that need no options beyond ours."""
+
+SHUFFLES = ("auto", "full", "block")
 
 AMP_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
 """timm's names of them → ours."""
@@ -25,7 +28,7 @@ class TrainConfig:
     cache: str
     """Folder of the cache."""
     students: Sequence[str]
-    """timm names, `hf-hub:…` or `local-dir:…`; trained one after another."""
+    """timm names, `hf-hub:…` or `local-dir:…`; trained one after another, or in gangs."""
     method: str = "kd"
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the method."""
@@ -56,6 +59,9 @@ class TrainConfig:
     batch_size: int = 128
     seed: int = 42
     """Of the student's weights, its dropout and the order of the rows."""
+    shuffle: str = "auto"
+    """One of SHUFFLES. full: a permutation of all rows. block: of blocks of neighbours, mixed in a window of at most 512 MiB of images, so that storage is read in
+    long runs. auto: block where cache or tars lie on a network file system and are not sorted by label, else full."""
     opt: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.05
@@ -91,6 +97,8 @@ class TrainConfig:
     """Fraction of views whose pixels are compared with the digest of what the teacher saw."""
     workers: int | None = None
     """Loading processes; 0: load in this one. Default: one a core, at most 8."""
+    prefetch_bytes: int = DEFAULT_PREFETCH_BYTES
+    """The most that batches hold which are being loaded or wait for their step."""
     device: str | None = None
     """Default: cuda, else mps, else cpu."""
     channels_last: bool = False
@@ -129,6 +137,8 @@ class TrainConfig:
             ("--recovery-interval", self.recovery_interval, self.recovery_interval is None or self.recovery_interval >= 0, "at least 0"),
             ("--model-ema-decay", self.model_ema_decay, 0 <= self.model_ema_decay < 1, "a number from 0, below 1"),
             ("--sched", self.sched, self.sched in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("--shuffle", self.shuffle, self.shuffle in SHUFFLES, f"one of {', '.join(SHUFFLES)}"),
+            ("--prefetch-bytes", self.prefetch_bytes, self.prefetch_bytes >= 1, "at least 1"),
             ("--amp-dtype", self.amp_dtype, self.amp_dtype in AMP_DTYPES, f"one of {', '.join(AMP_DTYPES)}"),
             ("--seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0, below 2^63"),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,14 +10,19 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache import Cache, open_cache
+from kdcache.console import say
 from kdcache.errors import MissingError, ShardError, UsageError
-from kdcache.join import target_keys, usable_views
+from kdcache.join import image_bytes, target_keys, usable_views
 from kdcache.methods import MethodSettings, method_class, needed_targets, parse_settings, teacher_weights, teachers_of_logits
+from kdcache.mounts import far_path
+from kdcache.order import Blocks, block_order, epoch_order, labels_per_batch
 from kdcache.shards import NO_LABEL, ShardIndex, scan_shard
 from kdcache.sources import resolve_shards
 
 from .train_config import TrainConfig
 
+_WELL_MIXED = 0.9
+"""Share of the labels of a fully shuffled batch that one of blocks must have for `auto` to take them: of shards in a random order it has them all."""
 _METHOD_OPTIONS = {
     "kd_temperature": "temperature",
     "distill_loss_weight": "distill_loss_weight",
@@ -46,6 +52,8 @@ class TrainingData:
     num_views: int
     """Epoch e trains on view e mod this."""
     num_classes: int
+    blocks: Blocks | None
+    """Of the rows' order, where it is `block`."""
     val: tuple[ShardIndex, ...]
 
     def describe(self) -> dict[str, Any]:
@@ -68,6 +76,14 @@ class Opened:
 
     caches: dict[tuple[str, str | None], Cache] = field(default_factory=dict)
     val: dict[tuple[str, str | None], tuple[ShardIndex, ...]] = field(default_factory=dict)
+
+    said: set[str] = field(default_factory=set)
+
+    def say_once(self, text: str) -> None:
+        """What holds for all of them."""
+        if text not in self.said:
+            self.said.add(text)
+            say(text)
 
     def cache(self, path: str, data: str | None) -> Cache:
         if (path, data) not in self.caches:
@@ -95,9 +111,11 @@ def open_data(config: TrainConfig, opened: Opened) -> TrainingData:
     row_numbers = np.nonzero(chosen[rows.shard])[0].astype(np.int64)
     if len(row_numbers) == 0:
         raise MissingError(f"{cache.store.url}: its {len(shards)} shards have no rows; every sample was skipped when the cache was made")
+    cache.require_decoder()
     for shard in shards if cache.plan.stored_views is None else ():
         cache.check_source(shard)  # raises for a shard that --data lacks, a tar that is gone or one of another size and other members
     num_classes = _num_classes(config, cache, targets, settings)
+    blocks = _choose_blocks(cache, shards, row_numbers, config, opened)
     label_key = config.label_key if config.label_key is not None else cache.label_key
     return TrainingData(
         cache=cache,
@@ -108,8 +126,38 @@ def open_data(config: TrainConfig, opened: Opened) -> TrainingData:
         row_numbers=row_numbers,
         num_views=num_views,
         num_classes=num_classes,
+        blocks=blocks,
         val=opened.scan(config.val, label_key) if config.val is not None else (),
     )
+
+
+def _choose_blocks(
+    cache: Cache, shards: Sequence[str], row_numbers: np.ndarray[Any, np.dtype[np.int64]], config: TrainConfig, opened: Opened
+) -> Blocks | None:
+    """The blocks of the rows' order, None for a full permutation: what --shuffle comes to, and with `auto` a line that says why."""
+    if config.shuffle == "full":
+        return None
+    tars = [] if cache.plan.stored_views is not None else [os.path.dirname(cache.source(shard).path) for shard in shards]
+    far = far_path([cache.store.url, *dict.fromkeys(tars)]) if config.shuffle == "auto" else None
+    if config.shuffle == "auto" and far is None:
+        return None
+    blocks = Blocks.fitting(image_bytes(cache, row_numbers))
+    labels, count = cache.rows.label[row_numbers], len(row_numbers)
+    orders = block_order(count, config.seed, 0, blocks), epoch_order(count, config.seed, 0)
+    in_blocks, in_full = (labels_per_batch(order, labels, config.batch_size) for order in orders)
+    is_mixed = in_blocks >= _WELL_MIXED * in_full
+    where = f"{far[0]} lies on a network file system ({far[1]})" if far is not None else ""
+    if far is not None and not is_mixed:
+        opened.say_once(
+            f"--shuffle auto: full, though {where}: the shards are sorted by label, and in blocks a batch would have {in_blocks:.0f} labels in place of"
+            f" {in_full:.0f}; pass --shuffle block if reading turns out too slow, or shuffle the images before packing them"
+        )
+        return None
+    if far is not None:
+        opened.say_once(f"--shuffle auto: block, since {where}: it is read in long runs, mixed in memory; --shuffle full mixes better")
+    elif not is_mixed:
+        opened.say_once(f"--shuffle block: the shards are sorted by label: a batch has {in_blocks:.0f} labels, with --shuffle full {in_full:.0f}")
+    return blocks
 
 
 def method_settings(config: TrainConfig) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def verify(
     if "cache.json" not in documents:
         return verdict
     cache = _build_cache(store, documents, data, verdict)
+    if cache is not None and (views is not None or recompute is not None):
+        cache.require_decoder()  # before the hours that reading every file may take
     _check_files(store, documents, verdict, progress=progress)
     if cache is None:
         return verdict

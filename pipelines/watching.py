@@ -135,7 +135,7 @@ class _MetricsFile:
         self._path = path
         self.kept: list[Line] = []
         if path.is_file():
-            self.kept = [line for line in map(json.loads, _whole_lines(path)) if _is_before(line, epoch, step)]
+            self.kept = [line for line in read_lines(path) if _is_before(line, epoch, step)]
             replace_file(path, "".join(json.dumps(line) + "\n" for line in self.kept))
         self._file: IO[str] = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by `close`
 
@@ -208,7 +208,10 @@ class _WandB:
     def __init__(self, folder: Path, *, project: str, run_id: str, recipe: Mapping[str, Any]) -> None:
         wandb = _import("wandb", option="--log-wandb", extra="wandb")
         try:
-            self._run = wandb.init(project=project, id=run_id, name=run_id, dir=str(folder), config=dict(recipe), resume="allow")
+            self._run = wandb.init(
+                project=project, id=run_id, name=run_id, dir=str(folder), config=dict(recipe), resume="allow",
+                reinit="create_new",  # beside others of a gang: the default ends the run before
+            )  # fmt: skip
         except wandb.Error as error:
             raise UsageError(f"--log-wandb: {error}; WANDB_MODE=offline needs no account and no network") from error
         self.lacks_from = int(self._run.starting_step)
@@ -257,7 +260,13 @@ def _cannot_write(path: Path, error: OSError) -> StoreError:
     return StoreError(f"{path}: can't be written: {error.strerror or error}; the last checkpoint is whole, run again with --resume")
 
 
-def _whole_lines(path: Path) -> Iterator[str]:
-    """Lines that end in a newline: a kill may leave half of the last one."""
-    with open(path, encoding="utf-8") as file:
-        yield from (line for line in file if line.endswith("\n"))
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a metrics.jsonl, without what is none: a kill may leave half of the last one, a loss of power zeros after the last checkpoint's."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text) if text.endswith("\n") else None
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("epoch"), int):
+                yield line

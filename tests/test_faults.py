@@ -146,7 +146,7 @@ def test_resume_after_kill_gives_identical_bytes(setup: Path, tmp_path: Path) ->
 @pytest.fixture
 def slow_images(monkeypatch: pytest.MonkeyPatch) -> None:
     decode = kdcache.rendering.decode_image
-    monkeypatch.setattr(kdcache.rendering, "decode_image", lambda data: (time.sleep(0.01), decode(data))[1])
+    monkeypatch.setattr(kdcache.rendering, "decode_image", lambda *given: (time.sleep(0.01), decode(*given))[1])
 
 
 def wait_for(condition: Callable[[], object], child: Forked) -> None:
@@ -252,7 +252,7 @@ def test_full_shared_memory_is_an_error_that_says_so_and_no_wait_for_ever(setup:
 
 
 def test_a_mistake_in_a_worker_is_shown_whole_and_not_called_a_kill(setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def decode(_data: bytes) -> None:
+    def decode(*_given: object) -> None:
         raise RuntimeError("a mistake of ours")
 
     monkeypatch.setattr(kdcache.rendering, "decode_image", decode)
@@ -278,6 +278,39 @@ def test_a_signal_before_the_work_leaves_no_cache(setup: Path, tmp_path: Path, m
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("second", [False, True])
+def test_what_must_be_finished_first_is_however_long_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: bool) -> None:
+    monkeypatch.setattr(kdcache.interrupt, "REPEAT_S", 0.0)
+    monkeypatch.setattr(kdcache.interrupt, "GRACE_S", 0.2)
+
+    def command() -> None:
+        with kdcache.interrupt.stopping_cleanly():
+            try:
+                with kdcache.interrupt.finishing_first(), kdcache.interrupt.finishing_first():
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.4)
+                    os.write(1, b"updated\n")
+                    if second:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                os.write(1, b"not reached\n")
+            except kdcache.interrupt.Stopped as stopped:
+                os.write(1, f"{stopped}\n".encode())
+                with kdcache.interrupt.finishing_first():
+                    time.sleep(0.4)
+                    os.write(1, b"saved\n")
+                time.sleep(60)
+
+    child = Forked(command, tmp_path / "log")
+    status = child.wait(30)
+    said = child.output()
+    if second:
+        assert (status, said.splitlines()[-1]) == (-signal.SIGTERM, "updated")
+    else:
+        assert status == 1
+        assert [line for line in said.splitlines() if line in ("updated", "not reached", "SIGINT", "saved")] == ["updated", "SIGINT", "saved"]
+        assert "still busy" in said
+
+
 def test_an_ignored_interrupt_stays_ignored(setup: Path, tmp_path: Path) -> None:
     """As under nohup, or in the background of a script."""
 
@@ -296,7 +329,7 @@ def test_a_signal_during_training_keeps_the_last_epoch_and_says_how_to_resume(tm
     options = ["--model-kwargs", "embed_dim=16", "--model-kwargs", "depth=1", "--model-kwargs", "num_heads=2", "--model-kwargs", "patch_size=8"]
     command = ["train", cache, "--student", TINY_VIT, *options, "--epochs", 6, "-b", 4, "-j", workers, "--device", "cpu", "--out", tmp_path / "runs"]
     decode = kdcache.join.decode_image
-    monkeypatch.setattr(kdcache.join, "decode_image", lambda data: (time.sleep(0.03), decode(data))[1])
+    monkeypatch.setattr(kdcache.join, "decode_image", lambda *given: (time.sleep(0.03), decode(*given))[1])
     child = Forked(kdcache_command(*command), tmp_path / "log")
     wait_for(lambda: list(tmp_path.glob("runs/*/last/checkpoint.pt")), child)
     child.kill(signal.SIGTERM, group=True)

@@ -14,7 +14,6 @@ from helpers import make_cache, make_shards
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache import join
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import CorruptError, DriftError, MissingError, ShardError
 from kdcache.join import BatchLoader, CachedViews, EpochBatches, epoch_order, is_checked, usable_views
@@ -108,11 +107,12 @@ def test_each_target_is_read_once_for_each_shard_of_a_batch(cache: Cache, monkey
     assert calls == [("logits", "train-0000", [0, 1]), ("logits", "train-0001", [0, 2, 3])]
 
 
-def test_uint16_components_travel_as_int16_bits() -> None:
-    array = np.array([0, 1, 65535], np.uint16)
-    tensor = join._to_tensor(array)
+def test_uint16_components_travel_as_int16_bits(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.array([[0], [1], [65535]], np.uint16)
+    monkeypatch.setattr(cache, "read_components", lambda *_args, **_options: {"grid": values})
+    tensor = CachedViews(cache, targets=("logits",)).__getitems__([(0, 0), (1, 0), (2, 0)])["targets"]["logits"]["grid"]
     assert tensor.dtype == torch.int16
-    np.testing.assert_array_equal(tensor.numpy().view(np.uint16), array)
+    np.testing.assert_array_equal(tensor.numpy().view(np.uint16), values)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -169,7 +169,7 @@ def assert_as_if_one_process_had_made_it(cache: Path, setup: Path) -> None:
 SLOW_IMAGES = """
 import time, kdcache.rendering as rendering
 decode = rendering.decode_image
-rendering.decode_image = lambda data: (time.sleep(0.02), decode(data))[1]
+rendering.decode_image = lambda *given: (time.sleep(0.02), decode(*given))[1]
 """
 
 
@@ -252,7 +252,7 @@ def test_more_ranks_than_shards_and_ranks_that_are_not_there(setup: Path, tmp_pa
 def test_the_survivor_of_two_ranks_does_what_the_killed_one_left(setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The victim is stopped in the middle of a shard, so that it holds it; the survivor waits for it, and takes over once it is dead."""
     cache, decode = tmp_path / "cache", kdcache.rendering.decode_image
-    monkeypatch.setattr(kdcache.rendering, "decode_image", lambda data: (time.sleep(0.01), decode(data))[1])
+    monkeypatch.setattr(kdcache.rendering, "decode_image", lambda *given: (time.sleep(0.01), decode(*given))[1])
     victim = Forked(kdcache_command(*arguments(setup, cache)), tmp_path / "victim", slurm(1))
     while victim.pid not in working(cache):
         assert os.waitpid(victim.pid, os.WNOHANG) == (0, 0), victim.output()

@@ -116,6 +116,36 @@ def test_an_epoch_that_is_left_early_does_not_reach_into_the_next(cache: Cache) 
         assert_rows(cache, [2 * number, 2 * number + 1], 1, batch, dataset)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("stage", ["loader", "pipeline"])
+def test_a_loop_that_never_chooses_an_epoch_is_told(
+    cache: Cache, folder: Path, num_workers: int, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdcache.dataset._LOOKS", 8)
+
+    def reads(dataset: CachedDataset, passes: int) -> None:
+        urls = wds.WebDataset(urls_of(folder), shardshuffle=False).compose(dataset.join).to_tuple("jpg", "label", "targets")
+        source: Any = dataset if stage == "loader" else urls
+        loader = DataLoader(source, batch_size=4, num_workers=num_workers, persistent_workers=num_workers > 0)
+        for _ in range(passes):
+            assert sum(len(labels) for _, labels, _ in loader) == 16
+
+    forgetful = CachedDataset(cache, "logits")
+    reads(forgetful, 1)
+    next(iter(DataLoader(forgetful, batch_size=4)))  # a look
+    with pytest.raises(UsageError, match=r"\d+ rows were read again and no epoch was ever chosen, .* view 0 of 3 .*set_epoch\(epoch\).*views=1"):
+        reads(forgetful, 1)
+    for dataset in (CachedDataset(cache, "logits", views=1), CachedDataset(cache, "logits")):
+        if dataset.num_views > 1:
+            dataset.set_epoch(0)
+        reads(dataset, 3)
+    chosen = CachedDataset(cache, "logits")
+    for _ in range(5):
+        chosen.__getitems__([(row, 1) for row in range(16)])  # a sampler that chooses views itself
+    with pytest.raises(UsageError, match=r"set_epoch\(-1\)"):
+        chosen.set_epoch(-1)
+
+
 def test_distributed_ranks_share_an_epoch(cache: Cache) -> None:
     dataset = CachedDataset(cache, "logits")
     dataset.set_epoch(2)

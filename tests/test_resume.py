@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import random
 import re
 import resource
@@ -28,7 +29,11 @@ import pipelines.student_loop
 from kdcache.cache import open_cache
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.errors import CorruptError, KDCacheError, MismatchError, StoreError, StudentError, UsageError
+from kdcache.evaluate import Evaluator
 from kdcache.join import BatchLoader, CachedViews, EpochBatches
+from pipelines.run_checkpoints import RunCheckpoints
+from pipelines.shared_batch import SharedBatch
+from pipelines.student_loop import StudentLoop
 from pipelines.train import TrainConfig, train
 
 STEPS = 6
@@ -202,6 +207,55 @@ def test_a_loader_begins_within_an_epoch_and_reads_nothing_before(folder: Path, 
     assert asked == list(batches)[4:]
 
 
+# --- stopped by a signal ---
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"), [(signal.SIGINT, "step"), (signal.SIGTERM, "evaluation"), (signal.SIGINT, "save"), (signal.SIGTERM, "loading")]
+)
+def test_a_signal_saves_what_was_done_and_the_run_goes_on_from_there(
+    folder: Path, whole: dict[str, Any], tmp_path: Path, number: signal.Signals, moment: str
+) -> None:
+    """By default a checkpoint within an epoch is due after ten minutes only."""
+    arguments: list[object] = ["train", folder / "cache", "--student", TINY_VIT, "--method", "nkd+vitkd", "--val", folder / "val", "--out", tmp_path]
+    arguments += ["--epochs", 3, "-b", 2, "--device", "cpu", "--log-interval", 1, "--model-ema", "--amp", "--model-ema-decay", 0.9]
+    arguments += ["-j", int(number == signal.SIGTERM)]  # its workers end at once
+    arguments += [part for name, value in STUDENT_ARGS.items() for part in ("--model-kwargs", f"{name}={value}")]
+
+    def command() -> int:
+        patch, seen = pytest.MonkeyPatch(), 0
+        owner, name = {
+            "step": (StudentLoop, "_step"), "evaluation": (Evaluator, "__call__"), "save": (RunCheckpoints, "save"), "loading": (SharedBatch, "__init__"),
+        }[moment]  # fmt: skip
+        inner = getattr(owner, name)
+
+        def counting(*arguments: Any, **options: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == {"step": STEPS + 3, "evaluation": 3, "save": 2, "loading": STEPS + 4}[moment]:
+                os.killpg(0, number)  # as a terminal and SLURM do: workers get it too
+            return inner(*arguments, **options)
+
+        patch.setattr(owner, name, counting)
+        return kdcache_command(*arguments)()
+
+    child = Forked(command, tmp_path / "log")
+    assert child.wait() == 1
+    assert child.group_is_gone(10)
+    run = tmp_path / str(whole["id"])
+    state = load_checkpoint(run / "last" / "checkpoint.pt")
+    where = {"step": (1, 3), "evaluation": (1, 6), "save": (2, 0), "loading": (1, 3)}[moment]
+    assert (state["epoch"], state["step"]) == where
+    said = child.output()
+    if moment != "save":
+        assert f"saved after {where[0]} epochs and {where[1]} steps, in {run / 'last' / 'checkpoint.pt'}" in said
+    assert f"stopped by {number.name}; the last checkpoint is kept: run the same command again with --resume to go on" in said
+    assert "Traceback" not in said
+    (tmp_path / "log").unlink()
+    (found,) = train(TrainConfig(**options_of(folder, tmp_path, resume=True)))
+    assert_same_run(found, whole)
+
+
 # --- torn ---
 
 
@@ -246,6 +300,13 @@ def test_a_torn_checkpoint_is_noticed_and_the_one_before_used_and_said(
     assert str(last) in said
     assert f"going on from {previous}" in said
     assert "after 1 epochs" in said
+    assert_same_run(found, whole)
+
+
+def test_what_a_loss_of_power_left_in_metrics_is_passed_over(folder: Path, whole: dict[str, Any], stopped: Path) -> None:
+    log = stopped / "metrics.jsonl"
+    log.write_bytes(log.read_bytes() + bytes(50) + b'\n\xff{"epoch": 1\n[1]\n{"epoch": 1, "step": 3, "lo')
+    (found,) = train(TrainConfig(**options_of(folder, stopped.parent, resume=True)))
     assert_same_run(found, whole)
 
 

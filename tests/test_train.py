@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,14 @@ import timm
 import torch
 import yaml
 from click.testing import CliRunner
-from helpers import TINY_VIT, make_cache, make_shard, make_shards, make_teacher_dir, run_python
+from helpers import TINY_VIT, Forked, make_cache, make_shard, make_shards, make_teacher_dir, run_python
 
 import pipelines.run_checkpoints
 import pipelines.train
 from cli.main import main
 from kdcache.cache import open_cache
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
-from kdcache.errors import CorruptError, DriftError, MismatchError, MissingError, ShardError, StudentError, UsageError
+from kdcache.errors import CorruptError, DriftError, MismatchError, MissingError, ShardError, StoreError, StudentError, UsageError
 from kdcache.evaluate import EvaluationSet
 from kdcache.images import decode_image
 from kdcache.join import CachedViews
@@ -109,6 +112,7 @@ def test_a_run_writes_what_it_promises(config: Any, folder: Path) -> None:
     assert run["top1"] == max(float(row["eval_top1"]) for row in rows)
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line.get("step")) for line in lines] == [(epoch, step) for epoch in range(3) for step in (1, 2, 3, None)]
+    assert lines[0]["lr"] == 1e-5  # that the first update was made with: where the warm-up begins
     args = yaml.safe_load((path / "args.yaml").read_text())
     assert args["id"] == run["id"]
     assert args["settings"] == {"temperature": 4.0, "smoothing": 0.1}
@@ -261,6 +265,17 @@ def test_a_finished_run_is_reported_and_left_alone(config: Any, folder: Path) ->
     assert {path: path.stat().st_mtime_ns for path in Path(first["path"]).rglob("*")} == before
 
 
+def test_a_finished_run_is_reported_without_its_checkpoints(config: Any, folder: Path) -> None:
+    """They are most of a run's bytes, and of use to none but an unfinished one."""
+    (first,) = train(config(val=str(folder / "val")))
+    for name in ("last", "previous", "best"):
+        shutil.rmtree(Path(first["path"], name))
+    assert train(config(val=str(folder / "val"))) == [{**first, "status": "already done"}]
+    Path(first["path"], "metrics.jsonl").unlink()
+    with pytest.raises(CorruptError, match=r"last/checkpoint.pt: expected a checkpoint, found no file"):
+        train(config(val=str(folder / "val")))
+
+
 def test_an_unfinished_run_is_not_overwritten_without_resume(config: Any) -> None:
     (run,) = train(config(epochs=1))
     shutil.rmtree(Path(run["path"], "export"))
@@ -384,6 +399,83 @@ def test_timm_loads_the_export_and_gives_the_same_logits(config: Any, folder: Pa
     assert not list(Path(run["path"]).glob("*.tmp"))
 
 
+def test_a_torn_best_checkpoint_gives_way_to_the_better_of_the_last_two(config: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"val": str(folder / "val"), "resume": True}
+    (whole,) = train(config(**options))
+    path = Path(whole["path"])
+    shutil.rmtree(path / "export")
+    for name, top1 in (("last", 20.0), ("previous", 30.0)):  # epochs 2 and 1; epoch 0 was the best
+        state = load_checkpoint(path / name / "checkpoint.pt")
+        for row, value in zip(state["history"], (90.0, 30.0, 20.0), strict=False):
+            row["eval_top1"] = value
+        assert state["history"][-1]["eval_top1"] == top1
+        save_checkpoint(path / name / "checkpoint.pt", state, fingerprint=state["fingerprint"], root=state["root"])
+    best = path / "best" / "checkpoint.pt"
+    best.write_bytes(best.read_bytes()[:-30])
+    (found,) = train(config(**options))
+    assert found["top1"] == 30.0
+    said = capsys.readouterr().err
+    assert f"{best}: expected a checkpoint of kdcache" in said
+    assert f"exporting {path / 'previous' / 'checkpoint.pt'} instead, after 2 epochs: top-1 30.00 %, the best was 90.00 %" in said
+    assert "| epoch | 1 |" in (path / "export" / "README.md").read_text()
+    exported = timm.create_model(f"local-dir:{path}/export", pretrained=True).state_dict()
+    assert torch.equal(exported["head.weight"], state_of(found, "previous")["method"]["student.head.weight"])
+
+
+def test_the_figures_of_an_export_are_of_its_weights(config: Any, folder: Path) -> None:
+    """A device that repeats an epoch after a kill may get another top-1: best/ is then of an epoch that the history has otherwise."""
+    (run,) = train(config(val=str(folder / "val")))
+    shutil.rmtree(Path(run["path"], "export"))
+    state = load_checkpoint(Path(run["path"], "best", "checkpoint.pt"))
+    state["history"][-1] |= {"eval_top1": 73.5, "epoch": 0}
+    save_checkpoint(Path(run["path"], "best", "checkpoint.pt"), state, fingerprint=state["fingerprint"], root=state["root"])
+    (again,) = train(config(val=str(folder / "val"), resume=True))
+    assert again["top1"] == 73.5
+    assert "| eval_top1 | 73.5 |" in Path(run["path"], "export", "README.md").read_text()
+
+
+def test_an_export_says_nothing_of_weights_that_it_does_not_hold(config: Any, tmp_path: Path) -> None:
+    (first,) = train(config(epochs=1))
+    path = Path(first["path"], "export", "config.json")
+    body = json.loads(path.read_text())
+    assert not {"tag", "license", "origin_url", "paper_ids"} & set(body["pretrained_cfg"])
+    body["pretrained_cfg"] |= {"license": "mine", "tag": "pets"}
+    body["label_names"] = [f"pet {number}" for number in range(10)]
+    shutil.copytree(path.parent, tmp_path / "student")
+    (tmp_path / "student" / "config.json").write_text(json.dumps(body))
+    for pretrained in (True, False):
+        name = f"local-dir:{tmp_path / 'student'}"
+        (run,) = train(config(epochs=1, students=(name,), pretrained=pretrained, model_kwargs={}))
+        exported = json.loads(Path(run["path"], "export", "config.json").read_text())
+        assert exported["pretrained_cfg"].get("license") == ("mine" if pretrained else None)
+        assert "label_names" not in exported  # of the classes that it had before
+
+
+def test_an_export_that_can_not_be_written_says_so_and_is_made_by_resume(config: Any, tmp_path: Path) -> None:
+    (run,) = train(config(epochs=1))
+    export = Path(run["path"], "export")
+    weights = (export / "model.safetensors").read_bytes()
+    shutil.rmtree(export)
+
+    def command() -> int:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(weights) // 2,) * 2)
+        try:
+            train(config(epochs=1, resume=True))
+        except StoreError as error:
+            sys.stdout.write(str(error))
+            return 3
+        return 0
+
+    child = Forked(command, tmp_path / "log")
+    assert child.wait() == 3, child.output()
+    assert f"{export}: can't be written: " in child.output()
+    assert "run again with --resume" in child.output()
+    assert not list(export.parent.glob("export*"))
+    assert train(config(epochs=1, resume=True))[0]["status"] == "done"
+    assert (export / "model.safetensors").read_bytes() == weights
+
+
 def test_an_export_can_be_a_student(config: Any) -> None:
     (run,) = train(config(epochs=1))
     (again,) = train(config(epochs=1, students=(f"local-dir:{run['path']}/export",), pretrained=True, model_kwargs={}))
@@ -425,6 +517,22 @@ def test_a_student_that_cannot_be_built_says_why(name: str, model_args: dict[str
 def test_pretrained_weights_that_cannot_be_had_suggest_a_local_folder() -> None:
     with pytest.raises(StudentError, match=r"student 'resnet18': its pretrained weights can't be had.*local-dir:"):
         build_student("resnet18", num_classes=3, view_size=32, pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"students": (CNN, "efficientformer_l1")},
+            r"'efficientformer_l1': can't be trained on images of 32 x 32 pixels, 4 a batch: .*choose a student",
+        ),
+        ({"students": (CNN,), "batch_size": 1}, r"'resnet18': can't be trained .*more than 1 value per channel.*or a larger --batch-size"),
+    ],
+)
+def test_a_student_that_can_not_be_fed_fails_before_any_is_trained(config: Any, tmp_path: Path, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(StudentError, match=text):
+        train(config(model_kwargs={}, **options))
+    assert not (tmp_path / "runs").exists()
 
 
 # --- labels and classes ---
@@ -513,6 +621,32 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(config: Any) 
         train(config(lr=1e38, opt="sgd", warmup_epochs=0))
 
 
+@pytest.mark.parametrize("val", [True, False])
+def test_weights_that_the_last_update_ruined_are_not_exported(config: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, val: bool) -> None:
+    """The loss of a step is of the weights before it."""
+    step, seen = torch.optim.AdamW.step, 0
+
+    def ruin(self: Any, *arguments: Any) -> None:
+        nonlocal seen
+        seen += 1
+        step(self, *arguments)
+        if seen == 6:
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", ruin)
+    with pytest.raises(StudentError, match=r"weights are not finite after epoch 1; .*keeps its last checkpoint"):
+        train(config(epochs=2, val=str(folder / "val") if val else None))
+    (run,) = (Path(config().out)).iterdir()
+    assert load_checkpoint(run / "last" / "checkpoint.pt")["epoch"] == 1
+    assert not (run / "export").exists()
+
+
+def test_a_folder_that_can_not_be_made_is_named(config: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"file/.*: can't be made: Not a directory; pass --out"):
+        train(config(out=str(tmp_path / "file")))
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -523,6 +657,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(config: Any) 
         ({"teacher": "other"}, "no teacher 'other'; the cache has: teacher"),
         ({"opt": "adamv"}, "no such optimizer; near ones: adam, radam"),
         ({"opt": "sgd", "opt_betas": (0.9, 0.99)}, "sgd has no betas"),
+        ({"opt": "adahessian"}, "second derivatives"),
+        ({"opt": "fusedadam"}, "--opt fusedadam: timm can't build it here"),
         ({"limit_shards": 3}, "the cache has 2 shards"),
         ({"views": 0}, "--views 0: expected at least 1"),
         ({"device": "warp"}, "device 'warp'"),
@@ -687,5 +823,6 @@ def test_the_command_reports_finished_runs_when_a_later_one_fails(folder: Path, 
     assert "no more" in result.stderr
     runs = json.loads(result.stdout)["runs"]
     assert [(run["student"], run["status"]) for run in runs] == [(CNN, "done"), ("resnet34", "failed")]
-    assert all(set(run) == {"id", "student", "method", "epochs", "top1", "seconds", "path", "status"} for run in runs)
+    keys = {"id", "student", "method", "epochs", "top1", "seconds", "path", "status"}
+    assert [set(run) for run in runs] == [keys, {*keys, "error"}] and runs[1]["error"] == "no more"
     assert Path(runs[0]["path"], "export").is_dir()

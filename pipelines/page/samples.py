@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from kdcache.augment import Q16
 from kdcache.cache import Cache, Replay
 from kdcache.class_names import ClassNames
 from kdcache.distance import log_softmax
 from kdcache.errors import CorruptError, KDCacheError, MissingError, UsageError
-from kdcache.images import decode_image
+from kdcache.images import Decoded, as_pillow, decode_image, require_decoder, size_of
 from kdcache.shards import ShardFiles
 from kdcache.views import CUTMIX, Box, ViewParams, pixel_digest
 
@@ -191,7 +190,7 @@ class _Gatherer:
         sample.note = self._tar_note(row.shard)
         image = self._original(sample)
         if image is not None:
-            sample.original, sample.size_wh = thumbnail(image, _ORIGINAL_SIDE), image.size
+            sample.original, sample.size_wh = thumbnail(as_pillow(image), _ORIGINAL_SIDE), size_of(image)
         sample.views = [self._view(sample, view) for view in view_ranges(self._cache, row.shard)[: self._max_views]]
         if sample.size_wh is None:
             crops = [view.params.crop for view in sample.views if view.params is not None]
@@ -221,6 +220,12 @@ class _Gatherer:
         """Why a shard's tar does not serve; '' if it does."""
         if shard not in self._notes:
             try:
+                require_decoder(self._cache.plan.decoder)
+            except UsageError:
+                decoder = self._cache.plan.decoder
+                self._notes[shard] = f"The original is not shown: the plan's decoder {decoder} is not installed. Run pip install 'kdcache[fast]'."
+                return self._notes[shard]
+            try:
                 path = self._cache.source(shard).path
                 self._notes[shard] = "" if os.path.isfile(path) else "The original is not shown: its tar is not where it was. Pass --data SHARDS."
                 if not self._notes[shard]:
@@ -231,12 +236,12 @@ class _Gatherer:
                 self._notes[shard] = "The original is not shown: its tar is another one than the cache was made from."
         return self._notes[shard]
 
-    def _image(self, shard: str, row: int) -> Image.Image:
+    def _image(self, shard: str, row: int) -> Decoded:
         """Raises KDCacheError or ValueError for what can't be read."""
         offset, size = (int(value) for value in self._table(shard)[row, :2])
-        return decode_image(self._files.read(self._cache.source(shard), self._key(shard, row), offset, size))
+        return decode_image(self._files.read(self._cache.source(shard), self._key(shard, row), offset, size), self._cache.plan.decoder)
 
-    def _original(self, sample: Sample) -> Image.Image | None:
+    def _original(self, sample: Sample) -> Decoded | None:
         if sample.note:
             return None
         try:
@@ -297,7 +302,7 @@ class _Gatherer:
         if not self._tar_note(sample.shard):
             try:
                 image = self._image(sample.shard, partner.row)
-                original, size_wh = thumbnail(image, _PARTNER_SIDE), image.size
+                original, size_wh = thumbnail(as_pillow(image), _PARTNER_SIDE), size_of(image)
             except (KDCacheError, ValueError):  # the view itself will say so
                 original = None
         label = int(self._table(sample.shard)[partner.row, 2])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engines import Entry
+from ..gang import ERROR_FILE
 from ..student_loop import best_epoch
 from ..watching import replace_file
 from .plan import PlannedRun, SweepPlan
@@ -103,10 +104,12 @@ def read_results(plan: SweepPlan, errors: Mapping[str, str]) -> list[Result]:
 
 
 def read_result(planned: PlannedRun, error: str | None = None) -> Result:
-    """One run, by what its folder holds."""
+    """One run, by what its folder holds. error: why it failed just now."""
     run = planned.run
     history = _read_summary(run.folder)
-    epochs = [line for line in read_metrics(run.folder) if "step" not in line][: len(history)]
+    epochs = read_epochs(run.folder)[: len(history)]
+    if error is None and not run.is_finished:
+        error = _read(run.folder / ERROR_FILE).partition("\n")[0] or None  # of a command before this one
     status = "failed" if error is not None else "done" if run.is_finished else "unfinished" if run.folder.exists() else "waiting"
     images, seconds = (sum(line.get(name, 0) for line in epochs) for name in ("images", "seconds"))
     own_seconds = sum(line.get("own_seconds", line.get("seconds", 0)) for line in epochs)
@@ -125,10 +128,12 @@ def write_leaderboard(plan: SweepPlan, results: Sequence[Result]) -> Path:
     return path
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; those that are whole."""
+def read_epochs(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl that are of whole epochs."""
     found = []
     for line in _read(folder / "metrics.jsonl").splitlines():
+        if '"step": ' in line:  # most are, and there may be many
+            continue
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:  # half a line: a kill, or a run that is writing it

@@ -24,7 +24,7 @@ from ..recipes import read_args
 from ..run import Run
 from ..shared_batch import SharedBatch, dataset_of, union
 from .plan import PlannedRun
-from .results import read_metrics
+from .results import read_epochs
 
 BUDGET_S = 20.0
 """Of timing one student and method: no step is begun after it."""
@@ -99,7 +99,7 @@ def _measured(run: Run) -> Pace | None:
     """Of the run's own epochs, with their evaluations; None without a whole one, or for one of another kind of device."""
     session = read_args(run.folder / "args.yaml").get("session")
     device = str(session.get("device")) if isinstance(session, dict) else ""
-    epochs = [line for line in read_metrics(run.folder) if "step" not in line and line.get("images")]
+    epochs = [line for line in read_epochs(run.folder) if line.get("images")]
     if not epochs or device.partition(":")[0] != resolve_device(run.config.device).type:
         return None
     images = sum(line["images"] for line in epochs)
