@@ -185,7 +185,8 @@ def command(
       kdcache train cache --student resnet18 --method ce               (the baseline)
       kdcache train cache --student resnet50 --teacher swin=0.7 --teacher vit=0.3 --set vit/temperature=2
       kdcache train cache --sweep sweep.yaml --out runs --dry-run
-      kdcache train cache --sweep sweep.yaml --out runs --gang 4       (on every GPU of this machine)
+      kdcache train cache --sweep sweep.yaml --gang 4       (on all GPUs of this machine)
+      kdcache train cache --sweep sweep.yaml --engine ray   (on those of a Ray cluster)
     """
     engines = {
         "engine": engine, "processes": processes, "ray_address": ray_address, "gpus_per_job": gpus_per_job, "cpus_per_job": cpus_per_job,

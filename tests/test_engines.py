@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers import TINY_VIT, Forked, make_cache, make_shard
 from test_train import assert_same_state, state_of
 
 import pipelines.run_lock
+from cli.main import main
 from kdcache.errors import StoreError, StudentError, UsageError
 from kdcache.interrupt import stopping_cleanly
 from pipelines.engines import Entry, InProcess, Job, open_runs, plan_jobs
@@ -264,3 +266,21 @@ def test_a_node_that_does_not_see_what_the_driver_sees_is_named(folder: Path, tm
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"pip install 'kdcache\[ray\]'"):
         OnRay()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--student", TINY_VIT, "--processes", "2"], "--processes is for sweeps; expected --sweep FILE.yaml beside it"),
+        (["--sweep", "S", "--gpus-per-job", "0.5"], "--gpus-per-job 0.5 with --engine local: it is an option of the other engine"),
+        (["--sweep", "S", "--engine", "ray", "--processes", "2"], "--processes 2 with --engine ray: it is an option of the other engine"),
+    ],
+)
+def test_options_of_the_other_engine_are_refused(folder: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"base: {{student: {TINY_VIT}, model-kwargs: {json.dumps(STUDENT_ARGS)}}}\ngrid: {{lr: [1e-3, 2e-3]}}\n")
+    given = [str(file) if argument == "S" else argument for argument in arguments]
+    result = CliRunner().invoke(main, ["train", str(folder / "cache"), *given, "--out", str(tmp_path / "runs")])
+    assert result.exit_code == 2, result.output
+    assert expected in " ".join(result.output.split())
+    assert not (tmp_path / "runs").exists()
