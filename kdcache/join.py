@@ -80,28 +80,53 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtyp
 class EpochBatches(Sampler[list[Item]]):
     """Batches of one epoch's items; `set_epoch` chooses which.
 
-    Epoch e takes view e mod num_views of every row. The last, partial batch is dropped unless it is the only one.
+    Epoch e takes view e mod num_views of every row. A step takes the next `step_size` rows of the epoch's order, whoever shares them: `world`
+    processes of which this is number `rank`, in `accumulate` batches each. So the rows of a step are those of one process with a batch as
+    large. The last, partial step is dropped unless it is the only one.
     """
 
-    def __init__(self, row_numbers: Sequence[int] | np.ndarray[Any, Any], *, batch_size: int, num_views: int, seed: int) -> None:
+    def __init__(
+        self,
+        row_numbers: Sequence[int] | np.ndarray[Any, Any],
+        *,
+        batch_size: int,
+        num_views: int,
+        seed: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """batch_size: rows of one batch of one process. Raises UsageError for more batches in a step than there are rows."""
         self._rows = np.asarray(row_numbers, dtype=np.int64)
         assert len(self._rows) > 0
         assert num_views > 0
-        self.batch_size = min(batch_size, len(self._rows))
+        shares = world * accumulate
+        if len(self._rows) < shares:
+            raise UsageError(
+                f"{len(self._rows)} images for {world} processes and {accumulate} batches in a step; expected one for each at least: start fewer"
+                f" processes, or pass a smaller --grad-accum-steps"
+            )
+        self.batch_size = min(batch_size, len(self._rows) // shares)
+        self.step_size = self.batch_size * shares
+        """Rows of one step, of all its batches in all processes."""
+        self._accumulate, self._rank, self._world = accumulate, rank, world
         self.num_views, self.seed, self.epoch, self.start = num_views, seed, 0, 0
 
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
-        """Choose the epoch that the next iteration gives, and the batch of it that it begins with."""
+        """Choose the epoch that the next iteration gives, and the step of it that it begins with."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return len(self._rows) // self.batch_size
+        """Steps of a whole epoch."""
+        return len(self._rows) // self.step_size
 
     def __iter__(self) -> Iterator[list[Item]]:
+        """The batches of this process: `accumulate` for each step."""
         view = self.epoch % self.num_views
         order = self._rows[epoch_order(len(self._rows), self.seed, self.epoch)]
-        for start in range(self.start * self.batch_size, len(self) * self.batch_size, self.batch_size):
+        of_all = self.batch_size * self._world  # the batches that the processes take at one time lie side by side
+        for begin in range(self.start * self.step_size, len(self) * self.step_size, of_all):
+            start = begin + self._rank * self.batch_size
             yield [Item(row, view, self.epoch) for row in order[start : start + self.batch_size].tolist()]
 
 
@@ -360,7 +385,7 @@ class BatchLoader:
         return len(self._batches)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, without its first `start`, of which nothing is read.
+        """The batches of an epoch, without those of its first `start` steps, of which nothing is read.
 
         Raises what the dataset raises, StoreError if a worker was killed or has no shared memory left.
         """

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import yaml
 
-from kdcache.device import resolve_device
+from kdcache.compiled import check_backend
+from kdcache.distributed import ALONE, Processes
 from kdcache.errors import StudentError
 from kdcache.evaluate import EvaluationSet, Evaluator
 from kdcache.methods import build, method_class, uses_labels
 from kdcache.methods.base import Method
 from kdcache.plan import blake2b_128, canonical_json
+from kdcache.replicas import check_same_weights, check_sync_bn
 from kdcache.students import Student, build_student, export_student
 
 from .recipes import differences, how_to_continue, read_args
@@ -29,10 +31,10 @@ from .watching import replace_file
 
 
 class Run:
-    """One student's training: `begin`, what its loop is fed with, `finish`."""
+    """One student's training: `begin`, what its loop is fed with, `finish`. Of several processes the first one reads and writes its folder."""
 
-    def __init__(self, config: TrainConfig, data: TrainingData, student_name: str) -> None:
-        self.config, self.data, self.student_name = config, data, student_name
+    def __init__(self, config: TrainConfig, data: TrainingData, student_name: str, processes: Processes = ALONE) -> None:
+        self.config, self.data, self.student_name, self.processes = config, data, student_name, processes
         self.recipe = self._resolve()
         self.id = f"{_folder_name(student_name)}-{_folder_name(method_class(config.method).name)}-{blake2b_128(canonical_json(self.recipe))[:8]}"
         self.folder = Path(config.out).expanduser().absolute() / self.id
@@ -52,6 +54,9 @@ class Run:
             "settings": data.settings.to_json(),
             "epochs": config.epochs,
             "batch_size": config.batch_size,
+            **({"world_size": self.processes.world} if self.processes.world > 1 else {}),
+            **({"grad_accum_steps": config.grad_accum_steps} if config.grad_accum_steps > 1 else {}),
+            **({"sync_bn": True} if config.sync_bn else {}),
             "seed": config.seed,
             "opt": config.opt,
             "lr": config.lr,
@@ -75,7 +80,8 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        return self.export.is_dir()
+        """To be asked by all processes."""
+        return self.processes.decide(self.export.is_dir)
 
     def checkpoints(self) -> RunCheckpoints:
         """Those of its folder."""
@@ -88,12 +94,16 @@ class Run:
         Likewise for a run that was to be resumed and is not there while another of the same student and method is unfinished: most
         likely that one was meant.
         """
-        if not self.config.resume and not self.is_finished and self.folder.exists():
+        self.id, self.folder = self.processes.decide(self._find_folder)
+
+    def _find_folder(self) -> tuple[str, Path]:
+        if not self.config.resume and not self.export.is_dir() and self.folder.exists():
             raise StudentError(
                 f"run {self.folder} is there already and unfinished; pass --resume to continue it, or delete the folder to begin again"
             )
         if self.config.resume and not self.folder.exists():
             self._find_another()
+        return self.id, self.folder
 
     def _find_another(self) -> None:
         """Take the folder of a run that went on with another cache, or may; raise StudentError if the one that was meant can't be told."""
@@ -137,39 +147,49 @@ class Run:
             return
         if uses_labels(self.config.method, self.data.settings):
             check_labels(self.data, self.config)
-        resolve_device(self.config.device)
+        device = self.processes.device(self.config.device)
+        if self.config.sync_bn:
+            check_sync_bn(device, self.processes)
+        if self.config.torchcompile is not None:
+            check_backend(self.config.torchcompile)
         student, method = self._build()
         make_optimizer(method, self.config)
         self._evaluator(student, workers=0)
 
     def already_done(self) -> dict[str, Any]:
         """The report's entry of a run that was finished before."""
-        final = self.checkpoints().load_final(best=False)
+        final = self.processes.decide(lambda: self.checkpoints().load_final(best=False))
         return self._report(final["history"], final["seconds"], "already done")
 
     def begin(self) -> StudentLoop:
         """Its loop, where its last checkpoint left it. Makes its folder."""
-        device = resolve_device(self.config.device)
+        device = self.processes.device(self.config.device)
         workers = self.config.num_workers
         student, method = self._build()
+        check_same_weights(method, self.processes)
         evaluator = self._evaluator(student, workers)
-        self.folder.mkdir(parents=True, exist_ok=True)
         checkpoints = self.checkpoints()
         self.loop = StudentLoop(
             self.config, self.data, student, method, device,
             run_id=self.id, folder=self.folder, recipe=self.recipe, checkpoints=checkpoints, evaluator=evaluator,
+            processes=self.processes,
         )  # fmt: skip
-        checkpoints.remove_debris()
-        if (state := checkpoints.load()) is not None:
+        if (state := self.processes.decide(lambda: self._last_state(checkpoints))) is not None:
             self.loop.load(state)
-        self._write_args(device, workers)
+        self.processes.decide(lambda: self._write_args(device, workers))
         return self.loop
+
+    def _last_state(self, checkpoints: RunCheckpoints) -> dict[str, Any] | None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_debris()
+        return checkpoints.load()
 
     def finish(self) -> dict[str, Any]:
         """Export what its loop has trained; the report's entry."""
-        assert self.loop is not None
-        self._export(self.loop)
-        return self._report(self.loop.history, self.loop.seconds, "done")
+        loop = self.loop
+        assert loop is not None
+        self.processes.decide(lambda: self._export(loop))
+        return self._report(loop.history, loop.seconds, "done")
 
     def failed(self) -> dict[str, Any]:
         """The report's entry of a run that an error ended."""
@@ -193,7 +213,7 @@ class Run:
         if not self.data.val:
             return None
         dataset = EvaluationSet(self.data.val, student, crop_pct=self.config.val_crop_pct)
-        return Evaluator(dataset, batch_size=self.config.batch_size, num_workers=workers)
+        return Evaluator(dataset, batch_size=self.config.batch_size, num_workers=workers, processes=self.processes)
 
     def _write_args(self, device: torch.device, workers: int) -> None:
         config = self.config
@@ -201,6 +221,7 @@ class Run:
         session = {
             "device": str(device),
             "channels_last": config.channels_last,
+            **({"torchcompile": config.torchcompile} if config.torchcompile is not None else {}),
             "workers": workers,
             "check_views": config.check_views,
             "log_interval": config.log_interval,

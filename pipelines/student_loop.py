@@ -10,21 +10,35 @@ from __future__ import annotations
 import difflib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from kdcache.compiled import compile_student, naming_failed_compilation
 from kdcache.console import say
 from kdcache.device import autocast
+from kdcache.distributed import ALONE, Processes
 from kdcache.errors import StudentError, UsageError
 from kdcache.evaluate import Evaluation, Evaluator
 from kdcache.join import Batch, EpochBatches, target_keys, to_device
 from kdcache.losses import soft_labels
-from kdcache.methods.base import Method
+from kdcache.methods.base import DecodedTargets, Method
+from kdcache.replicas import (
+    average_batch_norms,
+    draw_apart,
+    naming_uneven_gradients,
+    own_state,
+    replicate,
+    state_of_rank,
+    synchronise_batch_norms,
+    what_differs,
+)
 from kdcache.students import Student
 
 from .recipes import differences
@@ -35,7 +49,10 @@ from .watching import Watch, write_summary
 
 
 class StudentLoop:
-    """Fed with batches: `begin`, then for every epoch `train_step` with each of its batches and `end_epoch`, then `close`."""
+    """Fed with batches: `begin`, then for every epoch `train_step` with each of its batches and `end_epoch`, then `close`.
+
+    Of several processes each has such a loop, fed with its own batches. All take the same steps at one time, and hold the same weights and figures.
+    """
 
     def __init__(
         self,
@@ -50,16 +67,23 @@ class StudentLoop:
         recipe: Mapping[str, Any],
         checkpoints: RunCheckpoints,
         evaluator: Evaluator | None,
+        processes: Processes = ALONE,
     ) -> None:
         """method: of `student`, both still on the CPU. evaluator: None measures nothing."""
         self.config, self.data, self.student, self.device = config, data, student, device
         self.run_id, self.folder, self.recipe = run_id, folder, recipe
-        self.checkpoints, self.evaluator = checkpoints, evaluator
+        self.checkpoints, self.evaluator, self.processes = checkpoints, evaluator, processes
         self.method = method.to(device)
+        if config.sync_bn:
+            synchronise_batch_norms(self.method)
+        draw_apart(self.method, config.seed, processes)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method.to(memory_format=self.memory_format)
         self.normalize = student.normalize().to(device)
-        self.batches = EpochBatches(data.row_numbers, batch_size=config.batch_size, num_views=data.num_views, seed=config.seed)
+        self.batches = EpochBatches(
+            data.row_numbers, batch_size=config.batch_size, num_views=data.num_views, seed=config.seed,
+            accumulate=config.grad_accum_steps, rank=processes.rank, world=processes.world,
+        )  # fmt: skip
         self.encodings = {key: data.cache.encoding(*one) for key, one in target_keys(data.targets).items()}
         self.optimizer = make_optimizer(self.method, config)
         self.scheduler = self._scheduler()
@@ -67,7 +91,14 @@ class StudentLoop:
         self.ema = _model_ema(student.model, config)
         self.epoch = 0
         self.step = 0
-        """Steps of the epoch that are done."""
+        """Steps of the epoch that are done: updates, of --grad-accum-steps batches each."""
+        self._run: nn.Module | None = None
+        """The method, wrapped for several processes. From the first batch on."""
+        self._batches_of_step = 0
+        self._values: Tensor | None = None
+        """Of them, summed: the loss and its parts."""
+        self._is_due = False
+        """Whether a checkpoint follows the step."""
         self.sums: dict[str, float] = {}
         """Loss parts, summed over them."""
         self.history: list[dict[str, Any]] = []
@@ -105,15 +136,17 @@ class StudentLoop:
     @property
     def _images(self) -> int:
         """Of an epoch."""
-        return len(self.batches) * self.batches.batch_size
+        return len(self.batches) * self.batches.step_size
 
     def begin(self, *, progress: bool) -> None:
-        """Open what shows its figures. progress: a bar on stderr."""
-        if self.history:
-            write_summary(self.folder / "summary.csv", self.history)
-        total, done = self.config.epochs * self._images, self.epoch * self._images + self.step * self.batches.batch_size
-        self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, desc=self.run_id, disable=not progress)
-        self._watch = self._open_watch()
+        """Open what shows its figures, in the first process. progress: a bar on stderr."""
+        total, done = self.config.epochs * self._images, self.epoch * self._images + self.step * self.batches.step_size
+        is_shown = progress and self.processes.is_first
+        self._bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, desc=self.run_id, disable=not is_shown)
+        if self.processes.is_first:
+            if self.history:
+                write_summary(self.folder / "summary.csv", self.history)
+            self._watch = self._open_watch()
         self.method.train()
         self._counted = time.perf_counter()
 
@@ -125,9 +158,11 @@ class StudentLoop:
             self._watch.close(failed=not self.is_done)
 
     def train_step(self, batch: Batch) -> None:
-        """The next update. Raises StudentError for a loss that is not finite."""
-        assert self._bar is not None and self._watch is not None, "begin comes first"
+        """The next batch, and with the last one of an update the update. Raises StudentError for a loss that is not finite."""
+        assert self._bar is not None, "begin comes first"
         losses = self._step(batch, self.step)
+        if losses is None:
+            return
         self.step += 1
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -137,19 +172,20 @@ class StudentLoop:
             self.scheduler.step_update(num_updates=updates)
         if self.ema is not None:
             self.ema.update(self.method.student, step=updates)
-        self._bar.update(len(batch["labels"]))
+        self._bar.update(self.batches.step_size)
         shown = {name: f"{value:.3f}" for name, value in losses.items()}
         self._bar.set_postfix({"epoch": f"{epoch + 1}/{self.config.epochs}", **shown, **self._last_top1()}, refresh=False)
-        if self.step % self.config.log_interval == 0:
+        if self.step % self.config.log_interval == 0 and self._watch is not None:
             self._watch.write({"epoch": epoch, "step": self.step, **losses, "lr": self.optimizer.param_groups[0]["lr"]})
-        if self.step < steps and self.checkpoints.is_due(self.step):
+        if self.step < steps and self._is_due:
             self._count_seconds()
-            self._watch.flush()
-            self.checkpoints.save(self._state())
+            self._save(self._state())
 
     def end_epoch(self) -> None:
         """After the last step of an epoch: measure, report, save."""
-        assert self._watch is not None, "begin comes first"
+        average_batch_norms(self.method, self.processes)
+        if self.ema is not None:
+            average_batch_norms(self.ema.module, self.processes)
         row: dict[str, Any] = {"epoch": self.epoch, **{f"train_{name}": value / len(self.batches) for name, value in self.sums.items()}}
         is_last = self.epoch + 1 == self.config.epochs
         measured = self.evaluator is not None and ((self.epoch + 1) % self.config.val_interval == 0 or is_last)
@@ -159,18 +195,26 @@ class StudentLoop:
         row["lr"] = sum(group["lr"] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
         self._count_seconds()
         self.history.append(row)
-        self._watch.write({**row, "images": self._images, "seconds": round(self.epoch_seconds, 3)})
+        if self._watch is not None:
+            self._watch.write({**row, "images": self._images, "seconds": round(self.epoch_seconds, 3)})
         self.epoch, self.step, self.sums, self.epoch_seconds = self.epoch + 1, 0, {}, 0.0
+        self._save(self._state(), is_best=measured and best_epoch(self.history) == len(self.history) - 1)
+        if self.processes.is_first:
+            write_summary(self.folder / "summary.csv", self.history)
+
+    def _save(self, state: Mapping[str, Any], *, is_best: bool = False) -> None:
+        """By the first process: the others go on."""
+        if self._watch is None:
+            return
         self._watch.flush()
-        if measured and best_epoch(self.history) == len(self.history) - 1:
-            self.checkpoints.save_best(self._state())  # before last/: a kill between the two repeats what came after the last one
-        self.checkpoints.save(self._state())
-        write_summary(self.folder / "summary.csv", self.history)
+        if is_best:
+            self.checkpoints.save_best(state)  # before last/: a kill between the two repeats what came after the last one
+        self.checkpoints.save(state)
 
     # --- a step ---
 
-    def _step(self, batch: Batch, step: int) -> dict[str, float]:
-        """One update; {"loss", part…} as numbers."""
+    def _step(self, batch: Batch, step: int) -> dict[str, float] | None:
+        """One batch of a step; with its last one {"loss", part…}, means over all that were in it, and the update."""
         device = self.device
         images_BCHW = self.normalize(batch["views"].to(device, non_blocking=True)).contiguous(memory_format=self.memory_format)
         labels = batch["labels"].to(device, non_blocking=True)
@@ -178,23 +222,66 @@ class StudentLoop:
             partners_B, weights_B = (batch[name].to(device, non_blocking=True) for name in ("partner_labels", "label_weights"))
             labels = soft_labels(labels, partners_B, weights_B, self.data.num_classes)
         targets = {target: encoding.decode(to_device(batch["targets"][target], device)) for target, encoding in self.encodings.items()}
-        with autocast(device, self.config.precision):
-            parts = self.method(images_BCHW, labels, targets)
-        loss = torch.stack(list(parts.values())).sum()
-        values = dict(zip(["loss", *parts], torch.stack([loss, *parts.values()]).tolist(), strict=True))  # one transfer a step
-        if not all(math.isfinite(value) for value in values.values()):
-            shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
-            raise StudentError(
-                f"student {self.student.name}: the loss is not finite in epoch {self.epoch}, step {step + 1} of {len(self.batches)} ({shown});"
-                f" expected a number; try a smaller --lr, or --clip-grad 1; run {self.folder} keeps its last checkpoint"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if self._run is None:
+            self._run = self._prepare(images_BCHW, labels, targets)
+        self._batches_of_step += 1
+        if self._batches_of_step == 1:
+            self.optimizer.zero_grad(set_to_none=True)
+        is_last = self._batches_of_step == self.config.grad_accum_steps
+        with self._averaging(self._run, is_last=is_last):
+            with autocast(device, self.config.precision):
+                parts = self._run(images_BCHW, labels, targets)
+            loss = torch.stack(list(parts.values())).sum()
+            now = torch.stack([loss, *parts.values()]).detach()
+            self._values = now if self._values is None else self._values + now
+            values = self._finish_values(list(parts), step) if is_last else None
+            share = loss if self.config.grad_accum_steps == 1 else loss / self.config.grad_accum_steps
+            self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+        if values is None:
+            return None
         if self.config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.method.parameters(), self.config.clip_grad)
         self.scaler.step(self.optimizer)  # without fp16 the scaler does nothing of its own
         self.scaler.update()
+        return values
+
+    def _prepare(self, images_BCHW: Tensor, labels: Tensor, targets: DecodedTargets) -> nn.Module:
+        """The method, as the batches are given to it; these are of the first one."""
+
+        def run() -> Mapping[str, Tensor]:
+            parts: Mapping[str, Tensor] = self.method(images_BCHW, labels, targets)
+            return parts
+
+        run_by = replicate(self.method, self.device, run) if self.processes.world > 1 else self.method
+        if self.config.torchcompile is not None:
+            compile_student(self.method, self.config.torchcompile)
+        return run_by
+
+    @contextmanager
+    def _averaging(self, run: nn.Module, *, is_last: bool) -> Iterator[None]:
+        """Within, a batch's pass and its gradients: averaged over the processes with the last batch of a step, which has the sum of them."""
+        with naming_failed_compilation(self.student.name, self.config.torchcompile), naming_uneven_gradients(self.student.name):
+            if is_last or not isinstance(run, DistributedDataParallel):
+                yield
+            else:
+                with run.no_sync():
+                    yield
+
+    def _finish_values(self, names: Sequence[str], step: int) -> dict[str, float]:
+        """The loss and its parts, means over a step's batches in all processes; raises the same StudentError in all if one is not finite."""
+        assert self._values is not None
+        numbers, self._is_due = self.processes.mean(self._values, flag=self.checkpoints.is_due(step + 1))  # one transfer a step
+        values = {name: number / self._batches_of_step for name, number in zip(["loss", *names], numbers, strict=True)}
+        self._batches_of_step, self._values = 0, None
+        if not all(math.isfinite(value) for value in values.values()):
+            shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
+            raise self.processes.common(
+                StudentError(
+                    f"student {self.student.name}: the loss is not finite in epoch {self.epoch}, step {step + 1} of {len(self.batches)} ({shown});"
+                    f" expected a number; try a smaller --lr, or --clip-grad 1; run {self.folder} keeps its last checkpoint"
+                )
+            )
         return values
 
     def _last_top1(self) -> dict[str, str]:
@@ -219,16 +306,20 @@ class StudentLoop:
         return row
 
     def _say_skipped(self, evaluation: Evaluation) -> None:
-        if evaluation.skipped and not any("eval_top1" in row for row in self.history):
+        if self.processes.is_first and evaluation.skipped and not any("eval_top1" in row for row in self.history):
             say(f"--val: {len(evaluation.skipped)} images can't be read and are left out; first: {evaluation.skipped[0]}")
 
     # --- state ---
 
     def _state(self) -> dict[str, Any]:
-        """All that decides what comes next, and what was measured."""
+        """All that decides what comes next, and what was measured. In the first of several processes, with what is the others' own."""
         generators = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        ranks: list[dict[str, Any]] = []
+        if self.processes.world > 1:
+            first, *others = self.processes.gather(own_state(self.method, self.ema.module if self.ema is not None else None, generators))
+            ranks = [what_differs(own, first) for own in others]
         return {
             "recipe": self.recipe,
             "epoch": self.epoch,
@@ -244,6 +335,7 @@ class StudentLoop:
             "epoch_seconds": self.epoch_seconds,
             **({"ema": self.ema.module.state_dict()} if self.ema is not None else {}),
             **({"other_caches": self.other_caches} if self.other_caches else {}),
+            **({"ranks": ranks} if ranks else {}),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -258,6 +350,7 @@ class StudentLoop:
                 f"run {self.folder}: its checkpoint was made with other settings ({', '.join(changed)}), expected this run's;"
                 f" delete the folder to begin again"
             )
+        state = state_of_rank(state, self.processes)
         try:
             self.load_weights(state)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -274,7 +367,8 @@ class StudentLoop:
         self.other_caches = list(state.get("other_caches", []))
         if changed:
             name, before, now = next(differences(theirs["data"], recipe["data"], "data."))
-            say(f"run {self.run_id}: goes on with other data {describe(state)}: {name} was {before!r}, is {now!r}")
+            if self.processes.is_first:
+                say(f"run {self.run_id}: goes on with other data {describe(state)}: {name} was {before!r}, is {now!r}")
             self.other_caches.append({name: state[name] for name in ("fingerprint", "root", "epoch")})
         else:
             self.step, self.sums = state.get("step", 0), dict(state.get("sums", {}))

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kdcache.device import fitting_threads
+from kdcache.distributed import Processes, joined
 from kdcache.errors import KDCacheError
 from kdcache.join import BatchLoader, CachedViews
 from kdcache.workers import naming_killed_workers
@@ -50,13 +51,18 @@ def train_configs(configs: Sequence[TrainConfig], *, progress: bool = False) -> 
     """Every student of every config.
 
     All students are built once before the first is trained. Of a run that fails the entry has status "failed", and the epochs that are kept;
-    then its error is raised.
+    then its error is raised. Started several times by a launcher, the processes train each student together.
     """
+    with joined(configs[0].device) as processes:
+        yield from _train_with(processes, configs, progress=progress)
+
+
+def _train_with(processes: Processes, configs: Sequence[TrainConfig], *, progress: bool) -> Iterator[dict[str, Any]]:
     runs: list[Run] = []
     for config in configs:
         check_watchers(tensorboard=config.log_tensorboard, wandb=config.log_wandb)
         data = open_data(config)
-        runs += [Run(config, data, name) for name in config.students]
+        runs += [Run(config, data, name, processes) for name in config.students]
     for run in runs:
         run.check_folder()
     for run in runs:
@@ -67,7 +73,7 @@ def train_configs(configs: Sequence[TrainConfig], *, progress: bool = False) -> 
             continue
         try:
             loop = run.begin()
-            with fitting_threads(loop.method, loop.device), naming_killed_workers():
+            with fitting_threads(loop.method, loop.device), naming_killed_workers(), processes.naming_lost():
                 _feed(loop, progress=progress)
             entry = run.finish()
         except KDCacheError:
