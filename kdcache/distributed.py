@@ -32,6 +32,8 @@ ValueT = TypeVar("ValueT")
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others: the first one saves and exports while they do."""
+MEETING = timedelta(minutes=10)
+"""How long the first to start waits for the others."""
 SILENCE_S = 1.0
 """How long one that has nothing to say waits before it ends: torchrun stops all of them as soon as one has ended."""
 _TOLD = "kdcache/told"
@@ -215,9 +217,11 @@ def _meeting_place(rank: int, world: int) -> Store:
             raise UsageError(
                 f"{name} is not set, but there are {world} processes; start them with torchrun, or set MASTER_ADDR and MASTER_PORT for all"
             )
+    if os.environ["MASTER_PORT"] == "0":  # torchrun --master-port 0 tells its workers no other
+        raise UsageError("MASTER_PORT=0: the processes would look for each other for ever; start torchrun with --standalone, or with a port")
     from torch.distributed.rendezvous import rendezvous
 
-    store: Store = next(iter(rendezvous("env://", rank, world, timeout=TIMEOUT)))[0]
+    store: Store = next(iter(rendezvous("env://", rank, world, timeout=MEETING)))[0]
     return store
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -26,12 +27,14 @@ from test_train import CNN, CNN_ARGS, leaves, state_of
 import pipelines.student_loop
 from cli.main import main
 from kdcache.cache import open_cache
-from kdcache.distributed import ALONE, Processes, slurm_meeting_place
+from kdcache.distributed import ALONE, Processes, joined, slurm_meeting_place
 from kdcache.errors import StudentError, UsageError
 from kdcache.evaluate import EvaluationSet, Evaluator
 from kdcache.join import CachedViews, EpochBatches
 from kdcache.launch import Launch
+from kdcache.methods import METHODS
 from kdcache.shards import scan_shard
+from kdcache.sources import resolve_shards
 from kdcache.students import build_student
 from kdcache.timm_models import architecture_of
 from pipelines.extract import ExtractConfig, extract
@@ -176,3 +179,104 @@ def test_processes_and_accumulated_batches_equal_one_process_of_the_same_batch(e
     assert [row["train_loss"] for row in others["history"]] == pytest.approx([row["train_loss"] for row in one["history"]], abs=20 * bound)
     assert [row["lr"] for row in others["history"]] == [row["lr"] for row in one["history"]]
     assert len(lines_of(the_run(equals / case / other))) == 2 * (3 + 1)
+
+
+ALIKE = {"vitkd": {"mask_ratio": 1.0}, "mgd": {"mask_ratio": 0.0}, "scalekd": {"projector_norm": "layer", "heads_s3": 4, "heads_s4": 4}}
+"""Methods with fields that make them no function of the whole batch and of no draw."""
+
+
+def test_every_method_is_trained_by_two_processes_as_by_one(folder: Path, tmp_path: Path) -> None:
+    """mimic and frequency without the labels' cross-entropy leave the student's head without a gradient. uskd averages its confidences over a batch."""
+    more: dict[str, dict[str, Any]] = {name: {"settings": ALIKE.get(name, {})} for name in METHODS}
+    more["mimic"] = more["frequency"] = {"task_loss_weight": 0.0}
+    more |= {"nkd+vitkd": {"settings": {"vitkd.mask_ratio": 1.0}}}
+    configs = [
+        TrainConfig(**options_of(folder, tmp_path / "two" / name, method=name, epochs=1, batch_size=4, val=None, opt="sgd", num_classes=10, **options))
+        for name, options in more.items()
+    ]
+    train_in_two(configs, tmp_path / "logs")
+    for config in configs:
+        out = tmp_path / "one" / config.method
+        (one,) = train(dataclasses.replace(config, out=str(out), batch_size=8))
+        (two,) = Path(config.out).iterdir()
+        difference = largest_difference(state_of({"path": two}), state_of(one))
+        assert difference < 1e-6 or config.method == "uskd", (config.method, difference)
+        assert difference < 1e-2
+
+
+# --- evaluation ---
+
+
+def test_a_shared_evaluation_gives_the_figures_of_one_process_to_the_last_digit(folder: Path, tmp_path: Path) -> None:
+    """7 images of which one can't be read, in batches of 2: each rank's last batch is another."""
+    make_shard(tmp_path / "val" / "val-00.tar", num_samples=7, seed=7, corrupt=[4])
+    student = build_student(TINY_VIT, num_classes=10, view_size=32, model_args=ARGS)
+    dataset = EvaluationSet([scan_shard(source) for source in resolve_shards(str(tmp_path / "val"))], student, crop_pct=None)
+    alone = Evaluator(dataset, batch_size=2, num_workers=0)(student.model, torch.device("cpu"))
+    assert (alone.images, len(alone.skipped)) == (6, 1)
+    for world in (2, 3, 5):  # 4 batches
+
+        def action() -> None:
+            with joined("cpu") as processes:
+                evaluation = Evaluator(dataset, batch_size=2, num_workers=0, processes=processes)(student.model, torch.device("cpu"))
+            assert evaluation == alone
+
+        forked = start(action, tmp_path / f"logs-{world}", world=world)  # noqa: B023 - run at once
+        assert [one.wait() for one in forked] == [0] * world, "".join(one.output() for one in forked)
+
+
+# --- killed and resumed ---
+
+KILLED: dict[str, Any] = {
+    "students": (CNN,), "model_kwargs": {**CNN_ARGS, "drop_rate": 0.1, "drop_path_rate": 0.1}, "method": "mgd", "batch_size": 2, "grad_accum_steps": 2,
+    "amp": True, "model_ema": True, "model_ema_decay": 0.9, "clip_grad": 1.0, "opt": "adamw",
+}  # fmt: skip
+"""A run with everything that has a state, or one of each process: running statistics, dropout, masks, a loss scale, an average."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run of two processes that nothing interrupts."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    train_in_two([TrainConfig(**options_of(folder, out / "runs", **KILLED))], out / "logs")
+    return the_run(out / "runs")
+
+
+def test_the_processes_draw_and_measure_apart_and_agree_after_an_epoch(undisturbed: dict[str, Any]) -> None:
+    last, previous = (torch.load(Path(undisturbed["path"], name, "checkpoint.pt"), weights_only=True) for name in ("last", "previous"))
+    assert (last["step"], previous["step"]) == (0, 2)
+    ((own,), (own_within,)) = last["ranks"], previous["ranks"]
+    assert own.keys() == own_within.keys() == {"method", "generators", "ema"}
+    assert set(own["generators"]) == {"cpu"}
+    assert set(own["method"]) == {"noise._extra_state"}, "running statistics are averaged after an epoch"
+    assert {"student.bn1.running_mean", "noise._extra_state"} < set(own_within["method"])
+    assert not any(name.endswith(("weight", "bias", "num_batches_tracked")) for name in own_within["method"])
+    assert (own["ema"], "bn1.running_var" in own_within["ema"]) == ({}, True)
+
+
+@pytest.mark.parametrize("victim", [0, 1, None])
+def test_processes_that_are_killed_within_an_epoch_resume_to_the_same_bits(
+    folder: Path, undisturbed: dict[str, Any], tmp_path: Path, victim: int | None
+) -> None:
+    """One of the two, or both at once, before the second update of the second epoch is saved."""
+    options = options_of(folder, tmp_path / "runs", **KILLED)
+
+    def killed() -> None:
+        finish = pipelines.student_loop.StudentLoop._finish_values
+
+        def dying(self: Any, names: Sequence[str], step: int) -> dict[str, float]:
+            values = finish(self, names, step)
+            if (self.epoch, step) == (1, 1) and victim in (None, self.processes.rank):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return values
+
+        pipelines.student_loop.StudentLoop._finish_values = dying  # type: ignore[method-assign]
+        train(TrainConfig(**options))
+
+    forked = start(killed, tmp_path / "logs")
+    statuses = [one.wait(60) for one in forked]
+    assert [status == -signal.SIGKILL for status in statuses] == [victim in (None, rank) for rank in range(2)], [one.output() for one in forked]
+    if victim is not None:
+        assert "another process of this run is gone" in forked[1 - victim].output()
+    train_in_two([TrainConfig(**options, resume=True)], tmp_path / "again")
+    assert_same_run(the_run(tmp_path / "runs"), undisturbed)
