@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -137,14 +138,20 @@ class Processes:
             ) from error
 
     def _is_told(self) -> bool:
-        with suppress(RuntimeError):  # the store went with the process that kept it
-            return bool(self.store.add(_TOLD, 0) > 0)
-        return False
+        return not self._store_is_gone() and bool(self.store.add(_TOLD, 0) > 0)
 
     def _is_first_to_tell(self) -> bool:
-        with suppress(RuntimeError):
-            return bool(self.store.add(_TOLD, 1) == 1)
-        return True
+        return self.rank == 1 if self._store_is_gone() else bool(self.store.add(_TOLD, 1) == 1)
+
+    def _store_is_gone(self) -> bool:
+        """Whether rank 0 has ended, and the store with it, and what it may have said there; torchrun's outlives all ranks."""
+        if self.is_first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return False
+        try:  # asked itself, torch's store prints its own stack
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=SILENCE_S).close()
+        except OSError:
+            return True
+        return False
 
 
 ALONE = Processes()
@@ -171,8 +178,7 @@ def joined(device_name: str | None) -> Iterator[Processes]:
         raise
     except BaseException as error:
         if isinstance(error, ToldError) or not processes._is_first_to_tell():
-            with suppress(KeyboardInterrupt):  # torchrun's SIGTERM, because the one that speaks has ended
-                time.sleep(SILENCE_S)
+            _be_silent()
             raise ToldError(str(error)) from error
         if isinstance(error, KDCacheError) and not processes.is_first:
             error.args = (f"rank {launch.rank}: {error}",)
@@ -180,6 +186,11 @@ def joined(device_name: str | None) -> Iterator[Processes]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _be_silent() -> None:
+    with suppress(KeyboardInterrupt):  # torchrun's SIGTERM, because the one that speaks has ended
+        time.sleep(SILENCE_S)
 
 
 _times_joined = 0

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +29,7 @@ import pipelines.student_loop
 from cli.main import main
 from kdcache.cache import open_cache
 from kdcache.distributed import ALONE, Processes, joined, slurm_meeting_place
-from kdcache.errors import StudentError, UsageError
+from kdcache.errors import DriftError, StudentError, UsageError
 from kdcache.evaluate import EvaluationSet, Evaluator
 from kdcache.join import CachedViews, EpochBatches
 from kdcache.launch import Launch
@@ -38,7 +39,9 @@ from kdcache.sources import resolve_shards
 from kdcache.students import build_student
 from kdcache.timm_models import architecture_of
 from pipelines.extract import ExtractConfig, extract
+from pipelines.run import Run
 from pipelines.train import TrainConfig, train, train_configs
+from pipelines.training_data import open_data
 
 ARGS: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 DROPPING = {**ARGS, "drop_rate": 0.1, "drop_path_rate": 0.1}
@@ -280,3 +283,95 @@ def test_processes_that_are_killed_within_an_epoch_resume_to_the_same_bits(
         assert "another process of this run is gone" in forked[1 - victim].output()
     train_in_two([TrainConfig(**options, resume=True)], tmp_path / "again")
     assert_same_run(the_run(tmp_path / "runs"), undisturbed)
+
+
+def test_a_resume_with_other_processes_or_batches_says_how_to_go_on(
+    folder: Path, undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(Path(undisturbed["path"]).parent, tmp_path / "runs", ignore=shutil.ignore_patterns("export"))
+    options = options_of(folder, tmp_path / "runs", **KILLED, resume=True)
+    with pytest.raises(StudentError, match=r"'world_size' differs: that run has 2, this command None; start it with torchrun in 2 processes"):
+        train(TrainConfig(**options))
+    monkeypatch.setattr(Processes, "world", 2)
+    monkeypatch.setattr(Processes, "decide", lambda self, action: action())
+    run = Run(TrainConfig(**{**options, "grad_accum_steps": 1}), open_data(TrainConfig(**options)), CNN)
+    with pytest.raises(StudentError, match=r"'grad_accum_steps' differs: that run has 2, this command None; pass --grad-accum-steps 2"):
+        run.check_folder()
+
+
+# --- one voice ---
+
+
+def arguments_of(options: Mapping[str, Any]) -> list[str]:
+    """The command line of `options_of`."""
+    words = ["train", options["cache"]]
+    for name, value in options.items():
+        option = {"students": "--student"}.get(name, f"--{name.replace('_', '-')}")
+        if name == "model_kwargs":
+            words += [word for key, one in value.items() for word in ("--model-kwargs", f"{key}={one}")]
+        elif name != "cache" and value is not False:
+            words += [option] if value is True else [option, *value] if name == "students" else [option, str(value)]
+    return words
+
+
+def fail_in_rank(rank: int, fail: Callable[[], None], arguments: Sequence[str]) -> Callable[[], int]:
+    """The command, in which reading the third batch of one rank fails."""
+
+    def command() -> int:
+        get, asked = CachedViews.__getitems__, []
+
+        def failing(self: CachedViews, items: Any) -> Any:
+            asked.append(items)
+            if os.environ["RANK"] == str(rank) and len(asked) == 3:
+                fail()
+            return get(self, items)
+
+        CachedViews.__getitems__ = failing  # type: ignore[method-assign]
+        return kdcache_command(*arguments)()
+
+    return command
+
+
+def raise_drift() -> None:
+    raise DriftError("shard train-0000: key 's0003', view 0: another image")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_process_ends_all_with_its_message_once(folder: Path, tmp_path: Path, rank: int) -> None:
+    arguments = arguments_of(options_of(folder, tmp_path / "runs", batch_size=4))
+    forked = start(fail_in_rank(rank, raise_drift, arguments), tmp_path / "logs")
+    assert [one.wait(60) for one in forked] == [1, 1]
+    outputs = [one.output() for one in forked]
+    assert "".join(outputs).count("key 's0003', view 0: another image") == 1
+    assert f"Error: {'rank 1: ' if rank else ''}shard train-0000" in outputs[rank]
+    assert not any("Traceback" in output for output in outputs)
+    assert "failed" in outputs[0]
+    if rank == 0:  # which kept the store that the others would ask; torchrun keeps one that outlives it
+        assert re.fullmatch(r"Error: rank 1: another process of this run is gone, .*\n", outputs[1])
+
+
+def test_an_error_that_all_meet_is_told_once(folder: Path, tmp_path: Path) -> None:
+    """A loss that is not finite in one process only; a cache that none finds; a request that can't be right."""
+    options = options_of(folder, tmp_path / "runs", batch_size=4)
+
+    def spoil() -> int:
+        finish = pipelines.student_loop.StudentLoop._finish_values
+
+        def spoiling(self: Any, names: Sequence[str], step: int) -> dict[str, float]:
+            if self.processes.rank == 1 and step == 2:
+                self._values = self._values * float("nan")
+            return finish(self, names, step)
+
+        pipelines.student_loop.StudentLoop._finish_values = spoiling  # type: ignore[method-assign]
+        return kdcache_command(*arguments_of(options))()
+
+    other = {**options, "cache": str(tmp_path / "none")}
+    impossible = {**options, "allow_other_cache": True}
+    several = {"nan": spoil, "cache": kdcache_command(*arguments_of(other)), "request": kdcache_command(*arguments_of(impossible))}
+    texts = {"nan": "the loss is not finite in epoch 0, step 3 of 3", "cache": "no cache.json", "request": "--allow-other-cache"}
+    for name, command in several.items():
+        forked = start(command, tmp_path / name)
+        assert [one.wait(60) for one in forked] == [2 if name == "request" else 1] * 2
+        text = "".join(one.output() for one in forked)
+        assert (text.count("Error: "), text.count("Traceback")) == (1, 0), text
+        assert texts[name] in text
