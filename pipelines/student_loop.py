@@ -80,10 +80,7 @@ class StudentLoop:
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method.to(memory_format=self.memory_format)
         self.normalize = student.normalize().to(device)
-        self.batches = EpochBatches(
-            data.row_numbers, batch_size=config.batch_size, num_views=data.num_views, seed=config.seed,
-            accumulate=config.grad_accum_steps, rank=processes.rank, world=processes.world,
-        )  # fmt: skip
+        self.batches = make_batches(config, data, processes)
         self.encodings = {key: data.cache.encoding(*one) for key, one in target_keys(data.targets).items()}
         self.optimizer = make_optimizer(self.method, config)
         self.scheduler = self._scheduler()
@@ -400,6 +397,19 @@ class StudentLoop:
     def _count_seconds(self) -> None:
         now = time.perf_counter()
         self.seconds, self.epoch_seconds, self._counted = self.seconds + now - self._counted, self.epoch_seconds + now - self._counted, now
+
+
+def make_batches(config: TrainConfig, data: TrainingData, processes: Processes) -> EpochBatches:
+    """This process's batches of every epoch. Raises UsageError for fewer images than a step has batches."""
+    return EpochBatches(
+        data.row_numbers,
+        batch_size=config.batch_size,
+        num_views=data.num_views,
+        seed=config.seed,
+        accumulate=config.grad_accum_steps,
+        rank=processes.rank,
+        world=processes.world,
+    )
 
 
 def _model_ema(model: nn.Module, config: TrainConfig) -> Any:
