@@ -495,33 +495,30 @@ def test_a_student_that_cannot_be_compiled_is_named_with_the_reason(folder: Path
 
 # --- torchrun ---
 
-TWICE_UNLUCKY = """
+KILLED_ONCE = """
 import os, signal
 import pipelines.student_loop as loops
-from kdcache.errors import DriftError
-finish, attempt = loops.StudentLoop._finish_values, int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+finish, attempt = loops.StudentLoop._finish_values, os.environ["TORCHELASTIC_RESTART_COUNT"]
 
-def unlucky(self, names, step):
+def dying(self, names, step):
     values = finish(self, names, step)
-    if (attempt, self.epoch, step, self.processes.rank) == (0, 0, 1, 0):
-        raise DriftError("another image")
-    if (attempt, self.epoch, step, self.processes.rank) == (1, 1, 1, 1):
+    if (attempt, self.epoch, step, self.processes.rank) == ("0", 1, 1, 1):
         os.kill(os.getpid(), signal.SIGKILL)
     return values
 
-loops.StudentLoop._finish_values = unlucky
+loops.StudentLoop._finish_values = dying
 from cli.main import main; main()
 """
 
 
-def test_torchrun_restarts_a_run_after_an_error_and_a_kill_and_it_ends_with_the_same_bits(
+def test_torchrun_restarts_a_run_whose_process_was_killed_and_it_ends_with_the_same_bits(
     folder: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The error is told once, by its process: torchrun's store outlives the first one."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2", "--no-python"]
+    """The one that is left says so, once: or torchrun's signal has come first."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--no-python"]
     arguments = arguments_of(options_of(folder, tmp_path / "runs", **KILLED, resume=True))
-    result = subprocess.run([*launcher, sys.executable, "-c", TWICE_UNLUCKY, *arguments], capture_output=True, text=True, timeout=240)
+    result = subprocess.run([*launcher, sys.executable, "-c", KILLED_ONCE, *arguments], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
-    assert (result.stderr.count("Error: another image"), result.stderr.count("Error: ")) == (1, 2), result.stderr
-    assert "-9" in result.stderr, "torchrun saw the kill"
+    assert ("(exitcode: -9) local_rank: 1" in result.stderr, result.stderr.count("Error: ")) == (True, 1), result.stderr
+    assert re.search("Error: (another process of this run is gone|stopped by SIGTERM)", result.stderr)
     assert_same_run(the_run(tmp_path / "runs"), undisturbed)
