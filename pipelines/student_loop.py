@@ -246,8 +246,9 @@ class StudentLoop:
     def _prepare(self, images_BCHW: Tensor, labels: Tensor, targets: DecodedTargets) -> nn.Module:
         """The method, as the batches are given to it; these are of the first one."""
 
-        def run() -> Mapping[str, Tensor]:
-            parts: Mapping[str, Tensor] = self.method(images_BCHW, labels, targets)
+        def run(module: nn.Module) -> Mapping[str, Tensor]:
+            with autocast(self.device, self.config.precision):
+                parts: Mapping[str, Tensor] = module(images_BCHW, labels, targets)
             return parts
 
         run_by = replicate(self.method, self.device, run) if self.processes.world > 1 else self.method
