@@ -61,12 +61,12 @@ def main() -> None:
 
 
 def run_command(action: Callable[[], Any], *, resume: str = "nothing that was there before is lost") -> Any:
-    """Run a pipeline and turn its errors into exit codes: UsageError 2, every other KDCacheError 1, a signal 1.
+    """Run a pipeline and turn its errors into exit codes: UsageError 2, every other KDCacheError 1, a signal 1. A ToldError has been told elsewhere.
 
     resume: what is kept, and how to go on, for the person who stops the command with Ctrl-C or SIGTERM.
     """
     from kdcache.console import harmless
-    from kdcache.errors import KDCacheError, UsageError
+    from kdcache.errors import KDCacheError, ToldError, UsageError
     from kdcache.interrupt import Stopped, stopping_cleanly
 
     try:
@@ -74,6 +74,8 @@ def run_command(action: Callable[[], Any], *, resume: str = "nothing that was th
             return action()
     except Stopped as signal:
         raise click.ClickException(f"stopped by {signal}; {resume}") from signal
+    except ToldError as error:
+        raise SystemExit(1) from error
     except UsageError as error:
         raise click.UsageError(harmless(str(error))) from error
     except KDCacheError as error:

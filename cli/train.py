@@ -85,7 +85,15 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 )  # fmt: skip
 # how
 @click.option("--epochs", type=click.IntRange(1), default=100, show_default=True, metavar="E", help="Epoch e trains on view e mod V of every image.")
-@click.option("--batch-size", "-b", type=click.IntRange(1), default=128, show_default=True, metavar="B", help="Views a step.")
+@click.option("--batch-size", "-b", type=click.IntRange(1), default=128, show_default=True, metavar="B", help="Views a step, of each process.")
+@click.option(
+    "--grad-accum-steps",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="A",
+    help="Batches of a step; one update sees A times as many views.",
+)
 @click.option("--opt", default="adamw", show_default=True, metavar="NAME", help="Any optimizer of timm, e.g. sgd, lamb, adamw.")
 @click.option("--lr", type=_POSITIVE, default=1e-3, show_default=True, metavar="LR", help="Peak learning rate.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.05, show_default=True, metavar="W", help="Biases and norms have none.")
@@ -105,6 +113,11 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option(
     "--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True,
     help="Of --amp; float16 scales the loss. CPUs want bfloat16.",
+)  # fmt: skip
+@click.option("--sync-bn", is_flag=True, help="BatchNorms take the statistics of all processes' batches. On GPUs.")
+@click.option(
+    "--torchcompile", is_flag=False, flag_value="inductor", default=None, metavar="[BACKEND]",
+    help="Compile the student with torch.compile. Default backend: inductor. Last on the line, or before another option.",
 )  # fmt: skip
 @click.option("--model-ema", is_flag=True, help="Keep a moving average of the weights, measure it beside them and export it.")
 @click.option(
@@ -187,6 +200,11 @@ def command(
       kdcache train cache --sweep sweep.yaml --out runs --dry-run
       kdcache train cache --sweep sweep.yaml --gang 4       (on all GPUs of this machine)
       kdcache train cache --sweep sweep.yaml --engine ray   (on those of a Ray cluster)
+
+    \b
+    Several processes train each student together when a launcher starts them; an update sees the batches of all:
+      torchrun --nproc-per-node 8 --no-python kdcache train cache --student vit_large_patch16_224 -b 128 --amp
+      srun --ntasks 16 --gpus-per-task 1 kdcache train cache --student vit_large_patch16_224 -b 128 --amp
     """
     engines = {
         "engine": engine, "processes": processes, "ray_address": ray_address, "gpus_per_job": gpus_per_job, "cpus_per_job": cpus_per_job,
@@ -211,15 +229,23 @@ def command(
 
     def action() -> None:
         from kdcache.console import visible
+        from kdcache.errors import UsageError
+        from kdcache.launch import read_launch
         from pipelines.train import TrainConfig, train_each
 
-        config = TrainConfig(cache=cache, students=students, **own, **options)  # type: ignore[arg-type]  # names and types are click's above
+        is_first = read_launch().rank == 0
+        try:
+            config = TrainConfig(cache=cache, students=students, **own, **options)  # type: ignore[arg-type]  # names and types are click's above
+        except (UsageError, click.UsageError) as error:
+            if is_first:
+                raise
+            raise SystemExit(2) from error  # the first process says it
         runs: list[dict[str, Any]] = []  # reported whatever ends the command
         try:
-            for run in train_each(config, gang=gang, progress=True):
+            for run in train_each(config, gang=gang, progress=is_first):
                 runs.append(run)
         finally:
-            if runs:
+            if runs and is_first:
                 click.echo(visible(_table(runs)), err=True)
                 if as_json:
                     print_json({"runs": runs})

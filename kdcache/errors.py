@@ -6,6 +6,8 @@
     ├── TeacherError             unknown model or node, weights that can't be had, values that are not finite
     ├── StudentError             a student that can't be built or trained as asked
     ├── StoreError               the disk or object store refused: full, read-only, vanished
+    ├── ProcessError             a process of several that train one student is gone, or can't be reached
+    │   └── ToldError            another of them has said why
     └── CacheError
         ├── NotACacheError       no cache.json where one is needed
         ├── FormatVersionError   written by a later format than this kdcache reads
@@ -43,6 +45,14 @@ class StudentError(KDCacheError):
 
 class StoreError(KDCacheError):
     """The file system or object store refused an operation."""
+
+
+class ProcessError(KDCacheError):
+    """A process of several that train one student is gone, or can't be reached."""
+
+
+class ToldError(ProcessError):
+    """This process ends because another one does, which has said why: a command that ends by it says nothing."""
 
 
 class CacheError(KDCacheError):

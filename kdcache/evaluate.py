@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .device import autocast
+from .distributed import ALONE, Processes
 from .errors import ShardError
 from .images import UnreadableImageError, decode_image
 from .shards import NO_LABEL, Sample, ShardFiles, ShardIndex, ShardSource
@@ -103,13 +104,26 @@ def _collate(items: Sequence[Item]) -> Any:
     )
 
 
-class Evaluator:
-    """Runs passes over one EvaluationSet, its workers kept between them."""
+@dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """What one batch adds to a pass."""
 
-    def __init__(self, dataset: EvaluationSet, *, batch_size: int, num_workers: int) -> None:
+    loss: float = 0.0
+    top1: int = 0
+    top5: int = 0
+    images: int = 0
+    skipped: tuple[str, ...] = ()
+
+
+class Evaluator:
+    """Runs passes over one EvaluationSet, its workers kept between them. Several processes share the batches of a pass."""
+
+    def __init__(self, dataset: EvaluationSet, *, batch_size: int, num_workers: int, processes: Processes = ALONE) -> None:
+        self._processes = processes
+        batches = [list(range(start, min(start + batch_size, len(dataset)))) for start in range(0, len(dataset), batch_size)]
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_size=batch_size,
+            batch_sampler=batches[processes.rank :: processes.world],
             num_workers=num_workers,
             collate_fn=_collate,
             persistent_workers=num_workers > 0,
@@ -117,25 +131,37 @@ class Evaluator:
         )
 
     def __call__(self, model: nn.Module, device: torch.device, precision: str = "fp32") -> Evaluation:
-        """Evaluate `model`, which is left in the mode it was in. precision: fp32, or autocast to this type (bf16, fp16). Raises ShardError if no image can be read."""
+        """Evaluate `model`, which is left in the mode it was in. precision: fp32, or autocast to this type (bf16, fp16). Raises ShardError if no image can be read.
+
+        Every process gets the figures of the whole set: the batches are those of one process, and their sums are added in the same order.
+        """
         was_training = model.training
         model.eval()
+        with torch.inference_mode(), autocast(device, precision):
+            own = [self._measure(model, device, batch) for batch in iterate(self._loader)]
+        model.train(was_training)
+        parts = self._processes.gather(own)
         loss, top1, top5, images = 0.0, 0, 0, 0
         skipped: list[str] = []
-        with torch.inference_mode(), autocast(device, precision):
-            for batch in iterate(self._loader):
-                images_BCHW, labels, reasons = batch
-                skipped += reasons
-                if images_BCHW is None:
-                    continue
-                labels_B = labels.to(device)
-                logits_BK = model(images_BCHW.to(device)).float()
-                ranked = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels_B.unsqueeze(1)
-                loss += float(F.cross_entropy(logits_BK, labels_B, reduction="sum"))
-                top1 += int(ranked[:, 0].sum())
-                top5 += int(ranked.sum())
-                images += len(labels_B)
-        model.train(was_training)
+        for number in range(sum(len(part) for part in parts)):
+            sums = parts[number % len(parts)][number // len(parts)]
+            loss, top1, top5, images = loss + sums.loss, top1 + sums.top1, top5 + sums.top5, images + sums.images
+            skipped += sums.skipped
         if images == 0:
             raise ShardError(f"--val: none of the {len(skipped)} images can be read; first: {skipped[0] if skipped else 'there is none'}")
         return Evaluation(loss=loss / images, top1=100 * top1 / images, top5=100 * top5 / images, images=images, skipped=tuple(skipped))
+
+    def _measure(self, model: nn.Module, device: torch.device, batch: Any) -> _Sums:
+        images_BCHW, labels, reasons = batch
+        if images_BCHW is None:
+            return _Sums(skipped=tuple(reasons))
+        labels_B = labels.to(device)
+        logits_BK = model(images_BCHW.to(device)).float()
+        ranked = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels_B.unsqueeze(1)
+        return _Sums(
+            loss=float(F.cross_entropy(logits_BK, labels_B, reduction="sum")),
+            top1=int(ranked[:, 0].sum()),
+            top5=int(ranked.sum()),
+            images=len(labels_B),
+            skipped=tuple(reasons),
+        )

@@ -91,9 +91,13 @@ class Noise(nn.Module):
     """
 
     def __init__(self) -> None:
-        """Seeded from torch's global generator."""
         super().__init__()
-        self._generator = torch.Generator().manual_seed(int(torch.randint(2**62, ()).item()))
+        self._generator = torch.Generator()
+        self.reseed()
+
+    def reseed(self) -> None:
+        """Seed it from torch's global generator, as when it was made."""
+        self._generator.manual_seed(int(torch.randint(2**62, ()).item()))
 
     def forward(self, *shape: int, like: Tensor) -> Tensor:
         """float32 in [0, 1), on the device of `like`."""

@@ -89,7 +89,9 @@ class Batch(TypedDict):
 class EpochBatches(Sampler[list[Item]]):
     """Batches of one epoch's items; `set_epoch` chooses which.
 
-    Epoch e takes view e mod num_views of every row. The last, partial batch is dropped unless it is the only one.
+    Epoch e takes view e mod num_views of every row. A step takes the next `step_size` rows of the epoch's order, whoever shares them: `world`
+    processes of which this is number `rank`, in `accumulate` batches each. So the rows of a step are those of one process with a batch as
+    large. The last, partial step is dropped unless it is the only one.
     """
 
     def __init__(
@@ -100,22 +102,37 @@ class EpochBatches(Sampler[list[Item]]):
         num_views: int,
         seed: int,
         blocks: Blocks | None = None,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        """blocks: of the order in blocks of neighbours in `row_numbers`; None for a full permutation."""
+        """batch_size: rows of one batch of one process. blocks: of the order in blocks of neighbours in `row_numbers`; None for a full permutation.
+
+        Raises UsageError for more batches in a step than there are rows.
+        """
         self._rows = np.asarray(row_numbers, dtype=np.int64)
         assert len(self._rows) > 0
         assert num_views > 0
-        self.batch_size = min(batch_size, len(self._rows))
+        shares = world * accumulate
+        if len(self._rows) < shares:
+            raise UsageError(
+                f"{len(self._rows)} images for {world} processes and {accumulate} batches in a step; expected one for each at least: start fewer"
+                f" processes, or pass a smaller --grad-accum-steps"
+            )
+        self.batch_size = min(batch_size, len(self._rows) // shares)
+        self.step_size = self.batch_size * shares
+        """Rows of one step, of all its batches in all processes."""
+        self._accumulate, self._rank, self._world = accumulate, rank, world
         self.num_views, self.seed, self.epoch, self.start = num_views, seed, 0, 0
         self.blocks = blocks
 
     def set_epoch(self, epoch: int, *, start: int = 0) -> None:
-        """Choose the epoch that the next iteration gives, and the batch of it that it begins with."""
+        """Choose the epoch that the next iteration gives, and the step of it that it begins with."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
-        return len(self._rows) // self.batch_size
+        """Steps of a whole epoch."""
+        return len(self._rows) // self.step_size
 
     def order(self, epoch: int) -> Order:
         """The places in `row_numbers`, all of them, in the order in which an epoch takes them: what batches are cut from."""
@@ -124,10 +141,12 @@ class EpochBatches(Sampler[list[Item]]):
         return block_order(len(self._rows), self.seed, epoch, self.blocks)
 
     def __iter__(self) -> Iterator[list[Item]]:
+        """The batches of this process: `accumulate` for each step."""
         view = self.epoch % self.num_views
-        places = self.order(self.epoch)[self.start * self.batch_size : len(self) * self.batch_size]
+        places = self.order(self.epoch)[self.start * self.step_size : len(self) * self.step_size]
         opening = first_of_blocks(places, self.blocks) if self.blocks is not None else None
-        for start in range(0, len(places), self.batch_size):
+        of_all = self.batch_size * self._world  # the batches that the processes take at one time lie side by side
+        for start in range(self._rank * self.batch_size, len(places), of_all):
             taken = slice(start, start + self.batch_size)
             items = [Item(row, view, self.epoch) for row in self._rows[places[taken]].tolist()]
             if self.blocks is not None and opening is not None:
@@ -498,10 +517,16 @@ class BatchLoader:
         )
 
     def __len__(self) -> int:
+        """Steps of an epoch."""
         return len(self._batches)
 
+    @property
+    def step_size(self) -> int:
+        """Rows of a step, in all processes."""
+        return self._batches.step_size
+
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, without its first `start`, of which nothing is read.
+        """The batches of an epoch, without those of its first `start` steps, of which nothing is read.
 
         Raises what the dataset raises, StoreError if a worker was killed or has no shared memory left.
         """

@@ -26,11 +26,11 @@ import torch
 from tqdm import tqdm
 
 from kdcache.console import say
-from kdcache.device import fitting_threads, generator_states, release_memory, resolve_device, set_generator_states
+from kdcache.device import fitting_threads, generator_states, release_memory, set_generator_states
 from kdcache.errors import KDCacheError, StoreError
 from kdcache.evaluate import Evaluator
 from kdcache.interrupt import Stopped, finishing_first
-from kdcache.join import BatchLoader, CachedViews
+from kdcache.join import Batch, BatchLoader, CachedViews
 from kdcache.workers import is_killed_worker, naming_killed_workers
 
 from .run import Run, describe_error
@@ -78,12 +78,13 @@ def stream_of(run: Run) -> dict[str, Any]:
         "--limit-shards": len(data.shards),  # the first so many in name order
         "--views": data.num_views,
         "--batch-size": config.batch_size,
+        "--grad-accum-steps": config.grad_accum_steps,
         "--seed": config.seed,
         "--shuffle": "block" if data.blocks is not None else "full",
         "--check-views": config.check_views,
         "--workers": config.num_workers,
         "--prefetch-bytes": config.prefetch_bytes,
-        "--device": str(resolve_device(config.device)),
+        "--device": str(run.processes.device(config.device)),
     }
 
 
@@ -141,11 +142,10 @@ class _Member:
         """Let go of all that takes memory, whoever still holds this member."""
         del self.loop, self.portion, self._generators
 
-    @finishing_first()
     def train_step(self, batch: SharedBatch) -> None:
         inputs = batch.inputs(self.portion)  # not in its own time: it is made for all
         with self.loop.own:
-            self.losses = self.loop.train_step(inputs)
+            self.losses = self.loop.train_step(inputs) or {}
 
     def end_epoch(self) -> None:
         with self.loop.own:
@@ -178,7 +178,8 @@ class Gang:
     def __init__(self, runs: Sequence[Run], *, isolate: bool, progress: bool) -> None:
         """isolate: whether a member's error ends that member only, or is raised. progress: a bar on stderr."""
         self._runs, self._isolate = runs, isolate
-        self._device = resolve_device(runs[0].config.device)
+        self._processes = runs[0].processes
+        self._device = self._processes.device(runs[0].config.device)
         self._left = list(runs)
         """Those that have not ended."""
         self._members: list[_Member] = []
@@ -186,12 +187,12 @@ class Gang:
         self._ended: list[dict[str, Any]] = []
         """Entries of those that ended since the last were handed on."""
         self._evaluators: dict[Any, Evaluator] = {}
-        self._bar = _Bar(runs, enabled=progress)
+        self._bar = _Bar(runs, enabled=progress and self._processes.is_first)
 
     def train(self) -> Iterator[dict[str, Any]]:
         """The report's entry of each run as soon as it ends. Raises KDCacheError of the loader after the entries of all whom it ended."""
         try:
-            with naming_killed_workers():
+            with naming_killed_workers(), self._processes.naming_lost():
                 for run in self._runs:
                     self._begin(run)
                     yield from self._hand_on()
@@ -326,17 +327,17 @@ class Gang:
 
     def _feed_epoch(self, loader: BatchLoader, epoch: int, start: int) -> Iterator[dict[str, Any]]:
         """The batches of an epoch from its step `start`, for members that want them; ends early where none wants the next one."""
-        step = start
+        step, batches = start, list[Batch]()
         for batch in loader.epoch(epoch, start=start):
+            batches.append(batch)
+            if len(batches) < self._runs[0].config.grad_accum_steps:
+                continue
             here = [member for member in self._members if member.place == (epoch, step)]
-            self._bar.move(epoch, step, len(loader), len(batch["labels"]))
+            self._bar.move(epoch, step, len(loader), loader.step_size)
             step += 1
             self._save_together(here, step)
-            shared = SharedBatch(batch, self._device)
-            for member in here:
-                if self._in_turn(member.run, partial(member.train_step, shared)):
-                    self._bar.note(member.run, member.losses)
-            del shared
+            self._update(here, batches)
+            batches = []
             self._bar.update()
             yield from self._hand_on()
             if not self._members or min(member.place for member in self._members) > (epoch, step):
@@ -347,6 +348,15 @@ class Gang:
                 if member.loop.is_done:
                     self._finish(member)
             yield from self._hand_on()
+
+    @finishing_first()
+    def _update(self, members: Sequence[_Member], batches: Sequence[Batch]) -> None:
+        """A step of each on these: one batch, or as many as are accumulated. A signal waits for its end."""
+        for batch in batches:
+            shared = SharedBatch(batch, self._device)
+            for member in [member for member in members if member in self._members]:
+                if self._in_turn(member.run, partial(member.train_step, shared)) and member.losses:
+                    self._bar.note(member.run, member.losses)
 
     @staticmethod
     def _save_together(here: Sequence[_Member], step: int) -> None:

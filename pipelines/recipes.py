@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-OPTIONAL = ("teachers", "shuffle", "amp", "amp_dtype", "model_ema_decay", "model_ema_warmup")
+OPTIONAL = ("teachers", "world_size", "grad_accum_steps", "sync_bn", "shuffle", "amp", "amp_dtype", "model_ema_decay", "model_ema_warmup")
 """Fields that a recipe has only where they say something; the other fields that args.yaml has beside the recipe's are none of a recipe."""
 
 
@@ -42,6 +42,9 @@ def how_to_continue(field_name: str, value: Any) -> str:
         return "give --teacher as that run was given to continue it"
     if field_name == "shuffle":
         return f"pass --shuffle {value or 'full'} to continue it"
+    if field_name == "world_size":
+        count = value or 1
+        return f"start it with torchrun in {count} processes to continue it" if count > 1 else "start it once, without torchrun, to continue it"
     if field_name.startswith("model_ema"):
         return "leave --model-ema out to continue it" if value is None else f"pass --model-ema{_of_ema(group, value)} to continue it"
     if not name:

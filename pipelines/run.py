@@ -12,28 +12,30 @@ from typing import Any
 import torch
 import yaml
 
-from kdcache.device import resolve_device
+from kdcache.compiled import check_backend
+from kdcache.distributed import ALONE, Processes
 from kdcache.errors import KDCacheError, StoreError, StudentError
 from kdcache.evaluate import EvaluationSet, Evaluator
 from kdcache.methods import build, method_class, uses_labels
 from kdcache.methods.base import Method
 from kdcache.plan import blake2b_128, canonical_json
+from kdcache.replicas import check_same_weights, check_sync_bn
 from kdcache.students import Student, build_student, check_student, export_student
 
 from .recipes import differences, how_to_continue, read_args
 from .run_checkpoints import RunCheckpoints, can_resume, describe_plan_differences
 from .run_lock import RunLock
-from .student_loop import StudentLoop, best_epoch, make_optimizer
+from .student_loop import StudentLoop, best_epoch, make_batches, make_optimizer
 from .train_config import TrainConfig
 from .training_data import TrainingData, check_labels
 from .watching import read_lines, replace_file
 
 
 class Run:
-    """One student's training: `begin`, what its loop is fed with, `finish`."""
+    """One student's training: `begin`, what its loop is fed with, `finish`. Of several processes the first one reads and writes its folder."""
 
-    def __init__(self, config: TrainConfig, data: TrainingData, student_name: str) -> None:
-        self.config, self.data, self.student_name = config, data, student_name
+    def __init__(self, config: TrainConfig, data: TrainingData, student_name: str, processes: Processes = ALONE) -> None:
+        self.config, self.data, self.student_name, self.processes = config, data, student_name, processes
         self.recipe = self._resolve()
         self.id = f"{_folder_name(student_name)}-{_folder_name(method_class(config.method).name)}-{blake2b_128(canonical_json(self.recipe))[:8]}"
         self.folder = Path(config.out).expanduser().absolute() / self.id
@@ -54,6 +56,9 @@ class Run:
             "settings": data.settings.to_json(),
             "epochs": config.epochs,
             "batch_size": config.batch_size,
+            **({"world_size": self.processes.world} if self.processes.world > 1 else {}),
+            **({"grad_accum_steps": config.grad_accum_steps} if config.grad_accum_steps > 1 else {}),
+            **({"sync_bn": True} if config.sync_bn else {}),
             "seed": config.seed,
             **({"shuffle": "block"} if data.blocks is not None else {}),
             "opt": config.opt,
@@ -78,7 +83,8 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        return self.export.is_dir()
+        """To be asked by all processes."""
+        return self.processes.decide(self.export.is_dir)
 
     def checkpoints(self) -> RunCheckpoints:
         """Those of its folder."""
@@ -91,12 +97,16 @@ class Run:
         Likewise for a run that was to be resumed and is not there while another of the same student and method is unfinished: most
         likely that one was meant.
         """
-        if not self.config.resume and not self.is_finished and self.folder.exists():
+        self.id, self.folder = self.processes.decide(self._find_folder)
+
+    def _find_folder(self) -> tuple[str, Path]:
+        if not self.config.resume and not self.export.is_dir() and self.folder.exists():
             raise StudentError(
                 f"run {self.folder} is there already and unfinished; pass --resume to continue it, or delete the folder to begin again"
             )
         if self.config.resume and not self.folder.exists():
             self._find_another()
+        return self.id, self.folder
 
     def _find_another(self) -> None:
         """Take the folder of a run that went on with another cache, or may; raise StudentError if the one that was meant can't be told."""
@@ -139,7 +149,10 @@ class Run:
 
         Raises StudentError while another process trains it.
         """
-        if self.is_finished:
+        return self.processes.decide(self._claim)
+
+    def _claim(self) -> bool:
+        if self.export.is_dir():
             return False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +181,12 @@ class Run:
             return
         if uses_labels(self.config.method, self.data.settings):
             check_labels(self.data, self.config)
-        resolve_device(self.config.device)
+        device = self.processes.device(self.config.device)
+        if self.config.sync_bn:
+            check_sync_bn(device, self.processes)
+        if self.config.torchcompile is not None:
+            check_backend(self.config.torchcompile)
+        make_batches(self.config, self.data, self.processes)
         student, method = self._build()
         make_optimizer(method, self.config)
         self._evaluator(student, workers=0)
@@ -176,11 +194,16 @@ class Run:
 
     def already_done(self) -> dict[str, Any]:
         """The report's entry of a run that was finished before."""
+        history, seconds, exported = self.processes.decide(self._final_figures)
+        return self._report(history, seconds, "already done", exported=exported)
+
+    def _final_figures(self) -> tuple[list[dict[str, Any]], float, Mapping[str, Any] | None]:
+        """The rows of its epochs, their seconds, and the row of the epoch that was exported."""
         history, seconds = self._read_metrics()
         if len(history) != self.config.epochs:
             final = self.checkpoints().load_last()
             history, seconds = final["history"], final["seconds"]
-        return self._report(history, seconds, "already done", exported=self._read_exported(history))
+        return history, seconds, self._read_exported(history)
 
     def _read_metrics(self) -> tuple[list[dict[str, Any]], float]:
         """The rows of its epochs, and their seconds, as metrics.jsonl has them: a checkpoint of a large student takes long to read, and may be gone."""
@@ -200,26 +223,33 @@ class Run:
 
     def begin(self) -> StudentLoop:
         """Its loop, where its last checkpoint left it. `claim` comes first."""
-        device = resolve_device(self.config.device)
+        device = self.processes.device(self.config.device)
         workers = self.config.num_workers
         student, method = self._build()
+        check_same_weights(method, self.processes)
         evaluator = self._evaluator(student, workers)
         checkpoints = self.checkpoints()
         self.loop = StudentLoop(
             self.config, self.data, student, method, device,
             run_id=self.id, folder=self.folder, recipe=self.recipe, checkpoints=checkpoints, evaluator=evaluator,
+            processes=self.processes,
         )  # fmt: skip
-        checkpoints.remove_debris()
-        if (state := checkpoints.load()) is not None:
+        if (state := self.processes.decide(lambda: self._last_state(checkpoints))) is not None:
             self.loop.load(state)
-        self._write_args(device, workers)
+        self.processes.decide(lambda: self._write_args(device, workers))
         return self.loop
+
+    @staticmethod
+    def _last_state(checkpoints: RunCheckpoints) -> dict[str, Any] | None:
+        checkpoints.remove_debris()
+        return checkpoints.load()
 
     def finish(self) -> dict[str, Any]:
         """Export what its loop has trained; the report's entry."""
-        assert self.loop is not None
-        exported = self._export(self.loop)
-        return self._report(self.loop.history, self.loop.seconds, "done", exported=exported)
+        loop = self.loop
+        assert loop is not None
+        exported = self.processes.decide(lambda: self._export(loop))
+        return self._report(loop.history, loop.seconds, "done", exported=exported)
 
     def failed(self, error: Exception) -> dict[str, Any]:
         """The report's entry of a run that an error ended, with "error"."""
@@ -245,7 +275,7 @@ class Run:
         if not self.data.val:
             return None
         dataset = EvaluationSet(self.data.val, student, crop_pct=self.config.val_crop_pct)
-        return Evaluator(dataset, batch_size=self.config.batch_size, num_workers=workers)
+        return Evaluator(dataset, batch_size=self.config.batch_size, num_workers=workers, processes=self.processes)
 
     def _write_args(self, device: torch.device, workers: int) -> None:
         config = self.config
@@ -253,6 +283,7 @@ class Run:
         session = {
             "device": str(device),
             "channels_last": config.channels_last,
+            **({"torchcompile": config.torchcompile} if config.torchcompile is not None else {}),
             "workers": workers,
             "prefetch_bytes": config.prefetch_bytes,
             "check_views": config.check_views,

@@ -8,20 +8,34 @@ from __future__ import annotations
 import difflib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from kdcache.compiled import compile_student, naming_failed_compilation
 from kdcache.console import say
 from kdcache.device import autocast, generator_states, set_generator_states
+from kdcache.distributed import ALONE, Processes
 from kdcache.errors import StudentError, UsageError
 from kdcache.evaluate import Evaluation, Evaluator
 from kdcache.interrupt import finishing_first
 from kdcache.join import EpochBatches, target_keys
 from kdcache.methods.base import Method
+from kdcache.replicas import (
+    average_batch_norms,
+    draw_apart,
+    naming_uneven_gradients,
+    own_state,
+    replicate,
+    state_of_rank,
+    synchronise_batch_norms,
+    what_differs,
+)
 from kdcache.students import Student
 
 from .recipes import differences
@@ -33,7 +47,10 @@ from .watching import Watch, write_summary
 
 
 class StudentLoop:
-    """Fed with batches: `begin`, then for every epoch `train_step` with each of its batches and `end_epoch`, then `close`."""
+    """Fed with batches: `begin`, then for every epoch `train_step` with each of its batches and `end_epoch`, then `close`.
+
+    Of several processes each has such a loop, fed with its own batches. All take the same steps at one time, and hold the same weights and figures.
+    """
 
     def __init__(
         self,
@@ -48,16 +65,20 @@ class StudentLoop:
         recipe: Mapping[str, Any],
         checkpoints: RunCheckpoints,
         evaluator: Evaluator | None,
+        processes: Processes = ALONE,
     ) -> None:
         """method: of `student`, both still on the CPU. evaluator: None measures nothing."""
         self.config, self.data, self.student, self.device = config, data, student, device
         self.run_id, self.folder, self.recipe = run_id, folder, recipe
-        self.checkpoints, self.evaluator = checkpoints, evaluator
+        self.checkpoints, self.evaluator, self.processes = checkpoints, evaluator, processes
         self.method = method.to(device)
+        if config.sync_bn:
+            synchronise_batch_norms(self.method)
+        draw_apart(self.method, config.seed, processes)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method.to(memory_format=self.memory_format)
         self.normalize = student.normalize().to(device)
-        self.batches = EpochBatches(data.row_numbers, batch_size=config.batch_size, num_views=data.num_views, seed=config.seed, blocks=data.blocks)
+        self.batches = make_batches(config, data, processes)
         self.encodings = {key: data.cache.encoding(*one) for key, one in target_keys(data.targets).items()}
         self.optimizer = make_optimizer(self.method, config)
         self.scheduler = self._scheduler()
@@ -65,7 +86,14 @@ class StudentLoop:
         self.ema = _model_ema(student.model, config)
         self.epoch = 0
         self.step = 0
-        """Steps of the epoch that are done."""
+        """Steps of the epoch that are done: updates, of --grad-accum-steps batches each."""
+        self._run: nn.Module | None = None
+        """The method, wrapped for several processes. From the first batch on."""
+        self._batches_of_step = 0
+        self._values: Tensor | None = None
+        """Of them, summed: the loss and its parts."""
+        self._is_due = False
+        """Whether a checkpoint follows the step."""
         self.sums: dict[str, float] = {}
         """Loss parts, summed over them."""
         self.history: list[dict[str, Any]] = []
@@ -107,13 +135,14 @@ class StudentLoop:
     @property
     def _images(self) -> int:
         """Of an epoch."""
-        return len(self.batches) * self.batches.batch_size
+        return len(self.batches) * self.batches.step_size
 
     def begin(self) -> None:
-        """Open what shows its figures."""
-        if self.history:
-            write_summary(self.folder / "summary.csv", self.history)
-        self._watch = self._open_watch()
+        """Open what shows its figures, in the first process."""
+        if self.processes.is_first:
+            if self.history:
+                write_summary(self.folder / "summary.csv", self.history)
+            self._watch = self._open_watch()
         self.method.train()
         self._counted = time.perf_counter()
 
@@ -123,18 +152,21 @@ class StudentLoop:
             self._watch.close(failed=not self.is_done)
 
     def save_if_behind(self) -> None:
-        """Save between two steps, unless nothing was done since the last time: for a signal that ends the run."""
-        if self._watch is not None and (self.epoch, self.step) != self._saved:
+        """Save between two steps, unless nothing was done since the last time: for a signal that ends the run.
+
+        Of several processes none can: they would have to meet for it.
+        """
+        if self.processes.world == 1 and self._watch is not None and (self.epoch, self.step) != self._saved:
             self._count_seconds()
             self._save()
             say(f"run {self.run_id}: saved {describe({'epoch': self.epoch, 'step': self.step})}, in {self.checkpoints.last}")
 
-    @finishing_first()
-    def train_step(self, inputs: Inputs) -> dict[str, float]:
-        """The next update; {"loss", part…}. Raises StudentError for a loss that is not finite."""
-        assert self._watch is not None, "begin comes first"
+    def train_step(self, inputs: Inputs) -> dict[str, float] | None:
+        """The next batch, and with the last one of an update the update: then {"loss", part…}. Raises StudentError for a loss that is not finite."""
         lr = self.optimizer.param_groups[0]["lr"]
         losses = self._step(inputs, self.step)
+        if losses is None:
+            return None
         self.step += 1
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -144,16 +176,18 @@ class StudentLoop:
             self.scheduler.step_update(num_updates=updates)
         if self.ema is not None:
             self.ema.update(self.method.student, step=updates)
-        if self.step % self.config.log_interval == 0:
+        if self.step % self.config.log_interval == 0 and self._watch is not None:
             self._watch.write({"epoch": epoch, "step": self.step, **losses, "lr": lr})
-        if self.step < steps and self.checkpoints.is_due(self.step):
+        if self.step < steps and self._is_due:
             self._count_seconds()
             self._save()
         return losses
 
     def end_epoch(self) -> None:
         """After the last step of an epoch: measure, report, save. A signal while it is measured leaves that to be done again."""
-        assert self._watch is not None, "begin comes first"
+        average_batch_norms(self.method, self.processes)
+        if self.ema is not None:
+            average_batch_norms(self.ema.module, self.processes)
         self._check_weights()
         row: dict[str, Any] = {"epoch": self.epoch, **{f"train_{name}": value / len(self.batches) for name, value in self.sums.items()}}
         is_last = self.epoch + 1 == self.config.epochs
@@ -165,35 +199,38 @@ class StudentLoop:
 
     @finishing_first()
     def _end_epoch(self, row: dict[str, Any], *, measured: bool) -> None:
-        assert self._watch is not None
         row["lr"] = sum(group["lr"] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
         self._count_seconds()
         self.history.append(row)
-        times = {"seconds": self.epoch_seconds, "own_seconds": self.own_epoch_seconds}
-        self._watch.write({**row, "images": self._images, **times})
+        if self._watch is not None:
+            times = {"seconds": self.epoch_seconds, "own_seconds": self.own_epoch_seconds}
+            self._watch.write({**row, "images": self._images, **times})
         self.epoch, self.step, self.sums, self.epoch_seconds, self.own_epoch_seconds = self.epoch + 1, 0, {}, 0.0, 0.0
-        if measured and best_epoch(self.history) == len(self.history) - 1:
-            self._watch.flush()
-            self.checkpoints.save_best(self._state())  # before last/: a kill between the two repeats what came after the last one
-        self._save()
-        write_summary(self.folder / "summary.csv", self.history)
+        self._save(is_best=measured and best_epoch(self.history) == len(self.history) - 1)
+        if self.processes.is_first:
+            write_summary(self.folder / "summary.csv", self.history)
 
     # --- a step ---
 
-    def _step(self, inputs: Inputs, step: int) -> dict[str, float]:
-        """One update; {"loss", part…} as numbers."""
-        with autocast(self.device, self.config.precision):
-            parts = self.method(*inputs)
-        loss = torch.stack(list(parts.values())).sum()
-        values = dict(zip(["loss", *parts], torch.stack([loss, *parts.values()]).tolist(), strict=True))  # one transfer a step
-        if not all(math.isfinite(value) for value in values.values()):
-            shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
-            raise StudentError(
-                f"student {self.student.name}: the loss is not finite in epoch {self.epoch}, step {step + 1} of {len(self.batches)} ({shown});"
-                f" expected a number; try a smaller --lr, or --clip-grad 1; run {self.folder} keeps its last checkpoint"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    def _step(self, inputs: Inputs, step: int) -> dict[str, float] | None:
+        """One batch of a step; with its last one {"loss", part…}, means over all that were in it, and the update."""
+        if self._run is None:
+            self._run = self._prepare(inputs)
+        self._batches_of_step += 1
+        if self._batches_of_step == 1:
+            self.optimizer.zero_grad(set_to_none=True)
+        is_last = self._batches_of_step == self.config.grad_accum_steps
+        with self._averaging(self._run, is_last=is_last):
+            with autocast(self.device, self.config.precision):
+                parts = self._run(*inputs)
+            loss = torch.stack(list(parts.values())).sum()
+            now = torch.stack([loss, *parts.values()]).detach()
+            self._values = now if self._values is None else self._values + now
+            values = self._finish_values(list(parts), step) if is_last else None
+            share = loss if self.config.grad_accum_steps == 1 else loss / self.config.grad_accum_steps
+            self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+        if values is None:
+            return None
         if self.config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.method.parameters(), self.config.clip_grad)
@@ -201,13 +238,54 @@ class StudentLoop:
         self.scaler.update()
         return values
 
+    def _prepare(self, inputs: Inputs) -> nn.Module:
+        """The method, as the batches are given to it; these inputs are the first."""
+
+        def run(module: nn.Module) -> Mapping[str, Tensor]:
+            with autocast(self.device, self.config.precision):
+                parts: Mapping[str, Tensor] = module(*inputs)
+            return parts
+
+        run_by = replicate(self.method, self.device, run) if self.processes.world > 1 else self.method
+        if self.config.torchcompile is not None:
+            compile_student(self.method, self.config.torchcompile)
+        return run_by
+
+    @contextmanager
+    def _averaging(self, run: nn.Module, *, is_last: bool) -> Iterator[None]:
+        """Within, a batch's pass and its gradients: averaged over the processes with the last batch of a step, which has the sum of them."""
+        with naming_failed_compilation(self.student.name, self.config.torchcompile), naming_uneven_gradients(self.student.name):
+            if is_last or not isinstance(run, DistributedDataParallel):
+                yield
+            else:
+                with run.no_sync():
+                    yield
+
+    def _finish_values(self, names: Sequence[str], step: int) -> dict[str, float]:
+        """The loss and its parts, means over a step's batches in all processes; raises the same StudentError in all if one is not finite."""
+        assert self._values is not None
+        numbers, self._is_due = self.processes.mean(self._values, flag=self.checkpoints.is_due(step + 1))  # one transfer a step
+        values = {name: number / self._batches_of_step for name, number in zip(["loss", *names], numbers, strict=True)}
+        self._batches_of_step, self._values = 0, None
+        if not all(math.isfinite(value) for value in values.values()):
+            shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
+            raise self.processes.common(
+                StudentError(
+                    f"student {self.student.name}: the loss is not finite in epoch {self.epoch}, step {step + 1} of {len(self.batches)} ({shown});"
+                    f" expected a number; try a smaller --lr, or --clip-grad 1; run {self.folder} keeps its last checkpoint"
+                )
+            )
+        return values
+
     def _check_weights(self) -> None:
         """A loss looks at the weights before its update: those after an epoch's last may be worth nothing, and would be kept."""
         floats = [tensor.isfinite().all() for tensor in self.weights_to_export.state_dict().values() if tensor.is_floating_point()]
         if floats and not bool(torch.stack(floats).all()):
-            raise StudentError(
-                f"student {self.student.name}: its weights are not finite after epoch {self.epoch}; expected numbers; try a smaller --lr, or"
-                f" --clip-grad 1; run {self.folder} keeps its last checkpoint"
+            raise self.processes.common(
+                StudentError(
+                    f"student {self.student.name}: its weights are not finite after epoch {self.epoch}; expected numbers; try a smaller --lr, or"
+                    f" --clip-grad 1; run {self.folder} keeps its last checkpoint"
+                )
             )
 
     @property
@@ -228,20 +306,29 @@ class StudentLoop:
         return row
 
     def _say_skipped(self, evaluation: Evaluation) -> None:
-        if evaluation.skipped and not any("eval_top1" in row for row in self.history):
+        if self.processes.is_first and evaluation.skipped and not any("eval_top1" in row for row in self.history):
             say(f"--val: {len(evaluation.skipped)} images can't be read and are left out; first: {evaluation.skipped[0]}")
 
     # --- state ---
 
     @finishing_first()
-    def _save(self) -> None:
-        assert self._watch is not None
-        self._watch.flush()
-        self.checkpoints.save(self._state())
+    def _save(self, *, is_best: bool = False) -> None:
+        """By the first process, with what the others have of their own."""
+        state = self._state()
+        if self._watch is not None:
+            self._watch.flush()
+            if is_best:
+                self.checkpoints.save_best(state)  # before last/: a kill between the two repeats what came after the last one
+            self.checkpoints.save(state)
         self._saved = self.epoch, self.step
 
     def _state(self) -> dict[str, Any]:
-        """All that decides what comes next, and what was measured."""
+        """All that decides what comes next, and what was measured. In the first of several processes, with what is the others' own."""
+        generators = generator_states(self.device)
+        ranks: list[dict[str, Any]] = []
+        if self.processes.world > 1:
+            first, *others = self.processes.gather(own_state(self.method, self.ema.module if self.ema is not None else None, generators))
+            ranks = [what_differs(own, first) for own in others]
         return {
             "recipe": self.recipe,
             "epoch": self.epoch,
@@ -251,7 +338,7 @@ class StudentLoop:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else {},
             "scaler": self.scaler.state_dict(),
-            "generators": generator_states(self.device),
+            "generators": generators,
             "history": self.history,
             "seconds": self.seconds,
             "epoch_seconds": self.epoch_seconds,
@@ -259,6 +346,7 @@ class StudentLoop:
             "own_epoch_seconds": self.own_epoch_seconds,
             **({"ema": self.ema.module.state_dict()} if self.ema is not None else {}),
             **({"other_caches": self.other_caches} if self.other_caches else {}),
+            **({"ranks": ranks} if ranks else {}),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -273,6 +361,7 @@ class StudentLoop:
                 f"run {self.folder}: its checkpoint was made with other settings ({', '.join(changed)}), expected this run's;"
                 f" delete the folder to begin again"
             )
+        state = state_of_rank(state, self.processes)
         try:
             self.load_weights(state)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -290,7 +379,8 @@ class StudentLoop:
         self.other_caches = list(state.get("other_caches", []))
         if changed:
             name, before, now = next(differences(theirs["data"], recipe["data"], "data."))
-            say(f"run {self.run_id}: goes on with other data {describe(state)}: {name} was {before!r}, is {now!r}")
+            if self.processes.is_first:
+                say(f"run {self.run_id}: goes on with other data {describe(state)}: {name} was {before!r}, is {now!r}")
             self.other_caches.append({name: state[name] for name in ("fingerprint", "root", "epoch")})
         else:
             self.step, self.sums = state.get("step", 0), dict(state.get("sums", {}))
@@ -347,6 +437,20 @@ class Stopwatch:
         if self._since is not None:
             self._since = time.perf_counter()
         return taken
+
+
+def make_batches(config: TrainConfig, data: TrainingData, processes: Processes) -> EpochBatches:
+    """This process's batches of every epoch. Raises UsageError for fewer images than a step has batches."""
+    return EpochBatches(
+        data.row_numbers,
+        batch_size=config.batch_size,
+        num_views=data.num_views,
+        seed=config.seed,
+        blocks=data.blocks,
+        accumulate=config.grad_accum_steps,
+        rank=processes.rank,
+        world=processes.world,
+    )
 
 
 def _model_ema(model: nn.Module, config: TrainConfig) -> Any:

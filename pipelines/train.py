@@ -19,7 +19,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from kdcache.errors import KDCacheError, StudentError
+from kdcache.distributed import Processes, joined
+from kdcache.errors import KDCacheError, StudentError, UsageError
 
 from .gang import ERROR_FILE, Gang, gangs_of
 from .run import Run
@@ -50,12 +51,20 @@ def train_configs(configs: Sequence[TrainConfig], *, gang: int = 1, progress: bo
 
     All students are built once before the first is trained. Of a run that fails the entry has status "failed", the epochs that are kept, and
     "error". Its error is raised at once if runs go one by one; in gangs the others go on, and StudentError names all that failed at the end.
+    Started several times by a launcher, the processes train each student together.
     """
+    with joined(configs[0].device) as processes:
+        yield from _train_with(processes, configs, gang=gang, progress=progress)
+
+
+def _train_with(processes: Processes, configs: Sequence[TrainConfig], *, gang: int, progress: bool) -> Iterator[dict[str, Any]]:
+    if gang > 1 and processes.world > 1:
+        raise UsageError(f"--gang {gang}: {processes.world} processes train one student at a time; expected --gang in one process, or without it")
     opened, runs = Opened(), list[Run]()
     for config in configs:
         check_watchers(tensorboard=config.log_tensorboard, wandb=config.log_wandb)
         data = open_data(config, opened)
-        runs += [Run(config, data, name) for name in config.students]
+        runs += [Run(config, data, name, processes) for name in config.students]
     for run in runs:
         run.check_folder()
     for run in runs:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kdcache.errors import UsageError
 from kdcache.join import DEFAULT_PREFETCH_BYTES
+from kdcache.launch import read_launch
 from kdcache.methods import TeacherChoice
 
 SCHEDULES = ("cosine", "tanh", "constant", "none")
@@ -57,6 +57,9 @@ class TrainConfig:
 
     epochs: int = 100
     batch_size: int = 128
+    """Of one process: with several, a batch each."""
+    grad_accum_steps: int = 1
+    """Batches of each process in one update."""
     seed: int = 42
     """Of the student's weights, its dropout and the order of the rows."""
     shuffle: str = "auto"
@@ -80,6 +83,10 @@ class TrainConfig:
     """Autocast, in training and evaluation: products in half precision, sums, norms of losses and weights in float32."""
     amp_dtype: str = "float16"
     """One of AMP_DTYPES; float16 scales the loss, so that small gradients are not lost."""
+    sync_bn: bool = False
+    """With several processes on GPUs: BatchNorms take the statistics of the batches of all."""
+    torchcompile: str | None = None
+    """Backend of torch.compile for the student's pass, such as inductor. Default: not compiled."""
 
     model_ema: bool = False
     """Keep a moving average of the student's weights: timm's ModelEmaV3. It is evaluated too, and is what is exported."""
@@ -96,11 +103,11 @@ class TrainConfig:
     check_views: float = 0.05
     """Fraction of views whose pixels are compared with the digest of what the teacher saw."""
     workers: int | None = None
-    """Loading processes; 0: load in this one. Default: one a core, at most 8."""
+    """Loading processes; 0: load in this one. Default: one a core, at most 8; of several processes each its share of the cores."""
     prefetch_bytes: int = DEFAULT_PREFETCH_BYTES
     """The most that batches hold which are being loaded or wait for their step."""
     device: str | None = None
-    """Default: cuda, else mps, else cpu."""
+    """Default: cuda, else mps, else cpu. Of several processes each takes a GPU of its own."""
     channels_last: bool = False
     """Maps and convolutions with channels innermost: another speed, the same values but for rounding."""
     log_interval: int = 50
@@ -122,6 +129,7 @@ class TrainConfig:
             ("--student", list(self.students), len(self.students) > 0, "at least one"),
             ("--epochs", self.epochs, self.epochs >= 1, "at least 1"),
             ("--batch-size", self.batch_size, self.batch_size >= 1, "at least 1"),
+            ("--grad-accum-steps", self.grad_accum_steps, self.grad_accum_steps >= 1, "at least 1"),
             ("--lr", self.lr, math.isfinite(self.lr) and self.lr > 0, "a number above 0"),
             ("--min-lr", self.min_lr, math.isfinite(self.min_lr) and self.min_lr >= 0, "a number from 0"),
             ("--weight-decay", self.weight_decay, math.isfinite(self.weight_decay) and self.weight_decay >= 0, "a number from 0"),
@@ -156,4 +164,4 @@ class TrainConfig:
     @property
     def num_workers(self) -> int:
         """Loading processes."""
-        return min(8, os.cpu_count() or 1) if self.workers is None else self.workers
+        return min(8, read_launch().cores) if self.workers is None else self.workers

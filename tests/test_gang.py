@@ -29,6 +29,7 @@ import pipelines.run_checkpoints
 import pipelines.student_loop
 from cli.main import main
 from kdcache.cache import Cache, open_cache
+from kdcache.distributed import ALONE
 from kdcache.errors import KDCacheError, StudentError
 from kdcache.evaluate import Evaluator
 from kdcache.join import CachedViews
@@ -192,13 +193,23 @@ def test_generators_and_threads_are_given_back(folder: Path, alone: dict[str, An
 
 
 def stub(number: int, **differing: Any) -> Any:
-    config = {"data": None, "batch_size": 2, "seed": 42, "check_views": 0.05, "num_workers": 0, "device": "cpu", "prefetch_bytes": 1, **differing}
+    config = {
+        "data": None,
+        "batch_size": 2,
+        "seed": 42,
+        "check_views": 0.05,
+        "num_workers": 0,
+        "device": "cpu",
+        "prefetch_bytes": 1,
+        "grad_accum_steps": 1,
+        **differing,
+    }
     blocks = config.pop("blocks", None)
     views, shards = config.pop("views", 1), config.pop("shards", 1)
     data = SimpleNamespace(cache=SimpleNamespace(store=SimpleNamespace(url="file:///c")), shards=("s",) * shards, num_views=views, blocks=blocks)
     finished = config.pop("finished", False)
     folder = Path(f"run{config.pop('twin', number)}")
-    return SimpleNamespace(config=SimpleNamespace(**config), data=data, is_finished=finished, folder=folder, id=f"run{number}")
+    return SimpleNamespace(config=SimpleNamespace(**config), data=data, processes=ALONE, is_finished=finished, folder=folder, id=f"run{number}")
 
 
 differing = st.fixed_dictionaries(

@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import TIMES, assert_same_state, leaves, state_of
 
+import pipelines.gang
 import pipelines.run_checkpoints
 import pipelines.student_loop
 from kdcache.cache import open_cache
@@ -32,7 +33,6 @@ from kdcache.errors import CorruptError, KDCacheError, MismatchError, StoreError
 from kdcache.evaluate import Evaluator
 from kdcache.join import BatchLoader, CachedViews, EpochBatches
 from pipelines.run_checkpoints import RunCheckpoints
-from pipelines.shared_batch import SharedBatch
 from pipelines.student_loop import StudentLoop
 from pipelines.train import TrainConfig, train
 
@@ -225,7 +225,7 @@ def test_a_signal_saves_what_was_done_and_the_run_goes_on_from_there(
     def command() -> int:
         patch, seen = pytest.MonkeyPatch(), 0
         owner, name = {
-            "step": (StudentLoop, "_step"), "evaluation": (Evaluator, "__call__"), "save": (RunCheckpoints, "save"), "loading": (SharedBatch, "__init__"),
+            "step": (StudentLoop, "_step"), "evaluation": (Evaluator, "__call__"), "save": (RunCheckpoints, "save"), "loading": (pipelines.gang._Bar, "move"),
         }[moment]  # fmt: skip
         inner = getattr(owner, name)
 

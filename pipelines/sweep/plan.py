@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import KDCacheError, UsageError
+from kdcache.join import EpochBatches
 from kdcache.model_cost import ModelCost, cost_of
 from kdcache.plan import canonical_json
 from kdcache.students import build_student
 
 from ..engines import Opener, epochs_kept
 from ..run import Run
+from ..student_loop import make_batches
 from ..watching import check_watchers
 from .file import Sweep, SweepRun
 
@@ -38,16 +40,16 @@ class PlannedRun:
     @property
     def steps(self) -> int:
         """Updates of an epoch."""
-        return len(self.run.data.row_numbers) // self._batch_size
+        return len(self._batches)
 
     @property
     def images(self) -> int:
         """Views that an epoch trains on."""
-        return self.steps * self._batch_size
+        return len(self._batches) * self._batches.step_size
 
     @property
-    def _batch_size(self) -> int:
-        return min(self.run.config.batch_size, len(self.run.data.row_numbers))
+    def _batches(self) -> EpochBatches:
+        return make_batches(self.run.config, self.run.data, self.run.processes)
 
     @property
     def epochs_done(self) -> int:
