@@ -152,9 +152,9 @@ def command(
       kdcache train cache --student resnet50 --teacher swin=0.7 --teacher vit=0.3 --set vit/temperature=2
 
     \b
-    Several processes train each student together when a launcher starts them; an update sees the batches of all:
-      torchrun --nproc-per-node 8 --no-python kdcache train cache --student vit_large_patch16_224 -b 128 --amp
-      srun --ntasks 16 --gpus-per-task 1 kdcache train cache --student vit_large_patch16_224 -b 128 --amp
+    Processes of a launcher train each student together; an update sees the batches of all:
+      torchrun --nproc-per-node 8 --no-python kdcache train cache --student vit_large_patch16_224 --amp
+      srun --ntasks 16 --gpus-per-task 1 kdcache train cache --student vit_large_patch16_224 --amp
     """
 
     def action() -> None:

@@ -43,7 +43,7 @@ def naming_failed_compilation(student_name: str, backend: str | None) -> Iterato
     try:
         yield
     except TorchDynamoException as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise StudentError(
             f"student {student_name}: --torchcompile {backend} can't compile it ({type(error).__name__}: {reason}); leave the option out, or try another"
             f" backend, such as aot_eager"

@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ MEETING = timedelta(minutes=10)
 """How long the first to start waits for the others."""
 SILENCE_S = 1.0
 """How long one that has nothing to say waits before it ends: torchrun stops all of them as soon as one has ended."""
-_TOLD = "kdcache/told"
+_TOLD, _ATTEMPT = "told", "kdcache/attempt"
 _LOST = re.compile(r"gloo|nccl|process ?group|connection (closed|reset)|timed out", re.IGNORECASE)
 """In the messages of torch's communication, which are plain RuntimeErrors."""
 
@@ -147,11 +148,7 @@ class Processes:
         """Whether rank 0 has ended, and the store with it, and what it may have said there; torchrun's outlives all ranks."""
         if self.is_first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return False
-        try:  # asked itself, torch's store prints its own stack
-            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=SILENCE_S).close()
-        except OSError:
-            return True
-        return False
+        return not _answers(int(os.environ["MASTER_PORT"]))  # asked itself, torch's store prints its stack
 
 
 ALONE = Processes()
@@ -193,29 +190,60 @@ def _be_silent() -> None:
         time.sleep(SILENCE_S)
 
 
-_times_joined = 0
-
-
 def _join(launch: Launch, device: torch.device) -> Processes:
-    global _times_joined
     try:
-        store = PrefixStore(f"kdcache/{_times_joined}", _meeting_place(launch.rank, launch.world_size))
-        dist.init_process_group(
-            "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl",
-            store=store,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=TIMEOUT,
-            device_id=None if device.type == "cpu" or str(device) == device.type else device,
-        )
+        place = _meeting_place(launch.rank, launch.world_size)
+        with _attempt(place, launch) as attempt:
+            store = PrefixStore(f"kdcache/{attempt}", place)
+            dist.init_process_group(
+                "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl",
+                store=store,
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout=TIMEOUT,
+                device_id=None if device.type == "cpu" or str(device) == device.type else device,
+            )
     except (RuntimeError, ValueError, OSError) as error:
         raise ProcessError(
             f"rank {launch.rank}: the {launch.world_size} processes of this run can't reach each other at"
             f" {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]}); check that all were started, and"
             f" that MASTER_ADDR names the machine of rank 0"
         ) from error
-    _times_joined += 1
     return Processes(launch=launch, store=store)
+
+
+@contextmanager
+def _attempt(place: Store, launch: Launch) -> Iterator[str]:
+    """A name for this meeting, which all have alike: torchrun's store still holds what the processes before a restart have written there.
+
+    Rank 0 names it by a port at which it listens until all have come: what is there of a rank 0 that is gone is known by its silence.
+    """
+    if launch.rank == 0:
+        dual = socket.has_dualstack_ipv6()
+        with socket.create_server(
+            ("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual, backlog=launch.world_size
+        ) as server:
+            name = f"{server.getsockname()[1]}-{uuid.uuid4().hex}"
+            place.set(_ATTEMPT, name)
+            yield name
+        return
+    deadline = time.monotonic() + MEETING.total_seconds()
+    while True:
+        found: str = place.get(_ATTEMPT).decode()  # waits for the first one ever
+        if _answers(int(found.partition("-")[0])):
+            break
+        if time.monotonic() > deadline:
+            raise OSError(f"rank 0 has not come within {MEETING.total_seconds() / 60:.0f} minutes")
+        time.sleep(0.05)
+    yield found
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=SILENCE_S).close()
+    except OSError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
-"""Which of how many processes this one is, read from what launched it; and which shards it does first. Used by extract only.
+"""Which of how many processes this one is, read from what launched it; and which shards it does first. Used by extract and train.
 
-Ranks never talk to each other: they meet in the cache, where a record exists once whoever made it. Rank and world say where a
-rank begins, nothing more; a rank that is alone finishes everything.
+Ranks of extract never talk to each other: they meet in the cache, where a record exists once whoever made it. Rank and world say where a
+rank begins, nothing more; a rank that is alone finishes everything. Those of train do every step together (`distributed`).
 """
 
 from __future__ import annotations

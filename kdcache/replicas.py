@@ -77,34 +77,43 @@ def draw_apart(method: Method[Any], seed: int, processes: Processes) -> None:
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def replicate(method: Method[Any], device: torch.device, run: Callable[[], Mapping[str, Tensor]]) -> DistributedDataParallel:
-    """The method, with its gradients averaged. run: its loss parts for some batch, to find out which parameters have a part in them."""
+def replicate(method: Method[Any], device: torch.device, run: Callable[[nn.Module], Mapping[str, Tensor]]) -> DistributedDataParallel:
+    """The method, with its gradients averaged. run: the loss parts that it, or a module around it, gives for some batch.
+
+    Parameters without a part in them are known by one pass, the order in which gradients come by another: DDP arranges its buckets by that after
+    its first pass, and from three processes on a sum depends on the arrangement. So the first step of a resumed run is as it would have been.
+    """
+    with _untouched(method):
+        reached = _leaves(list(run(method).values()))
     replica = DistributedDataParallel(
         method,
         device_ids=None if device.type == "cpu" else [torch.cuda.current_device() if str(device) == device.type else device.index],
         init_sync=False,  # `check_same_weights`, or a checkpoint
         gradient_as_bucket_view=True,
-        find_unused_parameters=_has_unused_parameters(method, run),
+        find_unused_parameters=any(parameter.requires_grad and parameter not in reached for parameter in method.parameters()),
     )
     replica.broadcast_buffers = False  # running statistics are averaged where they are used: after an epoch (its argument warns from torch 2.15 on)
+    with _untouched(method):
+        torch.stack(list(run(replica).values())).sum().backward()  # type: ignore[no-untyped-call]
+    method.zero_grad(set_to_none=True)
     return replica
 
 
-def _has_unused_parameters(method: Method[Any], run: Callable[[], Mapping[str, Tensor]]) -> bool:
-    """Whether a parameter gets no gradient, such as a head where no logits count. Nothing is drawn or changed by looking."""
+@contextmanager
+def _untouched(method: Method[Any]) -> Iterator[None]:
+    """Eval mode, within; nothing that is drawn or counted there is seen after."""
     noises = {module: module.get_extra_state() for module in method.modules() if isinstance(module, Noise)}
     modes = [(module, module.training) for module in method.modules()]
     devices = [parameter.device for parameter in method.parameters() if parameter.device.type == "cuda"][:1]
     method.eval()
     try:
         with torch.random.fork_rng(devices=devices):
-            reached = _leaves(list(run().values()))
+            yield
     finally:
         for module, training in modes:
             module.training = training
         for noise, state in noises.items():
             noise.set_extra_state(state)
-    return any(parameter.requires_grad and parameter not in reached for parameter in method.parameters())
 
 
 def _leaves(tensors: list[Tensor]) -> set[Tensor]:

@@ -24,7 +24,7 @@ from kdcache.students import Student, build_student, export_student
 
 from .recipes import differences, how_to_continue, read_args
 from .run_checkpoints import RunCheckpoints, can_resume, describe_plan_differences
-from .student_loop import StudentLoop, best_epoch, make_optimizer
+from .student_loop import StudentLoop, best_epoch, make_batches, make_optimizer
 from .train_config import TrainConfig
 from .training_data import TrainingData, check_labels
 from .watching import replace_file
@@ -152,6 +152,7 @@ class Run:
             check_sync_bn(device, self.processes)
         if self.config.torchcompile is not None:
             check_backend(self.config.torchcompile)
+        make_batches(self.config, self.data, self.processes)
         student, method = self._build()
         make_optimizer(method, self.config)
         self._evaluator(student, workers=0)

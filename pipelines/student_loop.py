@@ -80,10 +80,7 @@ class StudentLoop:
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method.to(memory_format=self.memory_format)
         self.normalize = student.normalize().to(device)
-        self.batches = EpochBatches(
-            data.row_numbers, batch_size=config.batch_size, num_views=data.num_views, seed=config.seed,
-            accumulate=config.grad_accum_steps, rank=processes.rank, world=processes.world,
-        )  # fmt: skip
+        self.batches = make_batches(config, data, processes)
         self.encodings = {key: data.cache.encoding(*one) for key, one in target_keys(data.targets).items()}
         self.optimizer = make_optimizer(self.method, config)
         self.scheduler = self._scheduler()
@@ -249,8 +246,9 @@ class StudentLoop:
     def _prepare(self, images_BCHW: Tensor, labels: Tensor, targets: DecodedTargets) -> nn.Module:
         """The method, as the batches are given to it; these are of the first one."""
 
-        def run() -> Mapping[str, Tensor]:
-            parts: Mapping[str, Tensor] = self.method(images_BCHW, labels, targets)
+        def run(module: nn.Module) -> Mapping[str, Tensor]:
+            with autocast(self.device, self.config.precision):
+                parts: Mapping[str, Tensor] = module(images_BCHW, labels, targets)
             return parts
 
         run_by = replicate(self.method, self.device, run) if self.processes.world > 1 else self.method
@@ -400,6 +398,19 @@ class StudentLoop:
     def _count_seconds(self) -> None:
         now = time.perf_counter()
         self.seconds, self.epoch_seconds, self._counted = self.seconds + now - self._counted, self.epoch_seconds + now - self._counted, now
+
+
+def make_batches(config: TrainConfig, data: TrainingData, processes: Processes) -> EpochBatches:
+    """This process's batches of every epoch. Raises UsageError for fewer images than a step has batches."""
+    return EpochBatches(
+        data.row_numbers,
+        batch_size=config.batch_size,
+        num_views=data.num_views,
+        seed=config.seed,
+        accumulate=config.grad_accum_steps,
+        rank=processes.rank,
+        world=processes.world,
+    )
 
 
 def _model_ema(model: nn.Module, config: TrainConfig) -> Any:

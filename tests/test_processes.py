@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -11,8 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,9 @@ from hypothesis import strategies as st
 from test_resume import assert_same_run, lines_of
 from test_train import CNN, CNN_ARGS, leaves, state_of
 
+import kdcache.distributed
 import pipelines.student_loop
 from cli.main import main
-from kdcache.cache import open_cache
 from kdcache.distributed import ALONE, Processes, joined, slurm_meeting_place
 from kdcache.errors import DriftError, StudentError, UsageError
 from kdcache.evaluate import EvaluationSet, Evaluator
@@ -37,7 +35,6 @@ from kdcache.methods import METHODS
 from kdcache.shards import scan_shard
 from kdcache.sources import resolve_shards
 from kdcache.students import build_student
-from kdcache.timm_models import architecture_of
 from pipelines.extract import ExtractConfig, extract
 from pipelines.run import Run
 from pipelines.train import TrainConfig, train, train_configs
@@ -177,7 +174,6 @@ def test_processes_and_accumulated_batches_equal_one_process_of_the_same_batch(e
     untrained = build_student(TINY_VIT, num_classes=10, view_size=32, model_args=ARGS, seed=3).model.state_dict()
     moved = max(float((one["method"][f"student.{name}"] - tensor).abs().max()) for name, tensor in untrained.items())
     difference, bound = largest_difference(others, one), EQUAL[case][1]
-    print(f"{case}, {other}: weights differ by {difference:.1e}, were moved by {moved:.1e}")
     assert difference <= bound < 0.2 * moved
     assert [row["train_loss"] for row in others["history"]] == pytest.approx([row["train_loss"] for row in one["history"]], abs=20 * bound)
     assert [row["lr"] for row in others["history"]] == [row["lr"] for row in one["history"]]
@@ -194,7 +190,9 @@ def test_every_method_is_trained_by_two_processes_as_by_one(folder: Path, tmp_pa
     more["mimic"] = more["frequency"] = {"task_loss_weight": 0.0}
     more |= {"nkd+vitkd": {"settings": {"vitkd.mask_ratio": 1.0}}}
     configs = [
-        TrainConfig(**options_of(folder, tmp_path / "two" / name, method=name, epochs=1, batch_size=4, val=None, opt="sgd", num_classes=10, **options))
+        TrainConfig(
+            **options_of(folder, tmp_path / "two" / name, method=name, epochs=1, batch_size=4, val=None, opt="sgd", num_classes=10, **options)
+        )
         for name, options in more.items()
     ]
     train_in_two(configs, tmp_path / "logs")
@@ -224,7 +222,7 @@ def test_a_shared_evaluation_gives_the_figures_of_one_process_to_the_last_digit(
                 evaluation = Evaluator(dataset, batch_size=2, num_workers=0, processes=processes)(student.model, torch.device("cpu"))
             assert evaluation == alone
 
-        forked = start(action, tmp_path / f"logs-{world}", world=world)  # noqa: B023 - run at once
+        forked = start(action, tmp_path / f"logs-{world}", world=world)
         assert [one.wait() for one in forked] == [0] * world, "".join(one.output() for one in forked)
 
 
@@ -346,8 +344,8 @@ def test_an_error_of_one_process_ends_all_with_its_message_once(folder: Path, tm
     assert f"Error: {'rank 1: ' if rank else ''}shard train-0000" in outputs[rank]
     assert not any("Traceback" in output for output in outputs)
     assert "failed" in outputs[0]
-    if rank == 0:  # which kept the store that the others would ask; torchrun keeps one that outlives it
-        assert re.fullmatch(r"Error: rank 1: another process of this run is gone, .*\n", outputs[1])
+    if rank == 0:  # which keeps the store that the other asks, if it is still there; torchrun's outlives it
+        assert re.fullmatch(r"(Error: rank 1: another process of this run is gone, .*\n)?", outputs[1])
 
 
 def test_an_error_that_all_meet_is_told_once(folder: Path, tmp_path: Path) -> None:
@@ -375,3 +373,152 @@ def test_an_error_that_all_meet_is_told_once(folder: Path, tmp_path: Path) -> No
         text = "".join(one.output() for one in forked)
         assert (text.count("Error: "), text.count("Traceback")) == (1, 0), text
         assert texts[name] in text
+
+
+# --- what can't be ---
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "text"),
+    [
+        ({"sync_bn": True}, 1, "--sync-bn: one process has nobody"),
+        ({"sync_bn": True}, 2, "--sync-bn: torch's SyncBatchNorm runs on GPUs only"),
+        ({"torchcompile": "inducter"}, 1, "--torchcompile 'inducter': torch has no such backend; near ones: inductor"),
+        ({"grad_accum_steps": 20}, 2, "24 images for 2 processes and 20 batches in a step"),
+    ],
+)
+def test_a_request_that_cannot_be_right_leaves_no_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], world: int, text: str
+) -> None:
+    config = TrainConfig(**options_of(folder, tmp_path / "runs", **options))
+    run = Run(config, open_data(config), TINY_VIT, Processes(launch=Launch(world_size=world)))
+    monkeypatch.setattr(Processes, "decide", lambda self, action: action())
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    with pytest.raises(UsageError, match=re.escape(text)):
+        run.check_build()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    second = Processes(launch=Launch(rank=1, world_size=4, local_rank=1, local_world_size=4))
+    monkeypatch.setattr(kdcache.distributed, "resolve_device", lambda name: torch.device(name or "cuda"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [str(one.device(None)) for one in (second, ALONE)] == ["cuda:1", "cuda"]
+    for name, gpus, text in (
+        ("cuda:0", 4, "all 4 processes of this machine would take it"),
+        ("cuda", 2, "4 processes on a machine with 2 GPUs"),
+        ("mps", 0, "mps"),
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        with pytest.raises(UsageError, match=text):
+            second.device(name)
+
+
+def test_a_plain_run_never_touches_torch_distributed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("init_process_group", "all_reduce", "all_gather_object", "broadcast_object_list"):
+        monkeypatch.setattr(torch.distributed, name, None)
+    train(TrainConfig(**options_of(folder, tmp_path, epochs=1)))
+
+
+@pytest.mark.parametrize(
+    ("environ", "place"),
+    [
+        ({}, {}),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, {}),
+        ({"SLURM_PROCID": "1", "SLURM_JOB_ID": "71", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu[007-009,12],big3"}, ("gpu007", "20073")),
+        ({"SLURM_PROCID": "1", "SLURM_JOB_ID": "20001", "SLURM_JOB_NODELIST": "a-1,b"}, ("a-1", "20001")),
+    ],
+)
+def test_slurm_tasks_meet_on_the_first_node_of_their_step(environ: dict[str, str], place: Any) -> None:
+    assert slurm_meeting_place(environ) == (dict(zip(("MASTER_ADDR", "MASTER_PORT"), place, strict=True)) if place else {})
+
+
+@pytest.mark.parametrize(
+    ("environ", "text"), [({}, "MASTER_ADDR is not set"), ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}, "start torchrun with --standalone")]
+)
+def test_processes_without_a_place_to_meet_are_told_what_to_set(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], text: str
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", **environ}.items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(main, arguments_of(options_of(folder, tmp_path)))
+    assert (result.exit_code, text in result.stderr) == (2, True), result.stderr
+
+
+# --- compiled ---
+
+
+@pytest.fixture(scope="module")
+def graphs() -> list[Any]:
+    """What the backend `kdcache_counting` has been given to compile; `kdcache_failing` compiles nothing."""
+    found: list[Any] = []
+
+    def kdcache_counting(graph: Any, inputs: Any) -> Any:
+        found.append(graph)
+        return graph.forward
+
+    def kdcache_failing(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    for backend in (kdcache_counting, kdcache_failing):
+        torch._dynamo.register_backend(backend)
+    return found
+
+
+@pytest.mark.parametrize(("student", "args", "method"), [(CNN, CNN_ARGS, "kd"), (TINY_VIT, DROPPING, "nkd+vitkd")])
+def test_a_compiled_student_trains_to_the_same_bits_and_is_saved_and_exported_as_the_plain_one(
+    folder: Path, tmp_path: Path, graphs: list[Any], student: str, args: dict[str, Any], method: str
+) -> None:
+    graphs.clear()
+    options = {"students": (student,), "model_kwargs": args, "method": method, "model_ema": True, "epochs": 1}
+    plain, compiled = (
+        train(TrainConfig(**options_of(folder, tmp_path / name, torchcompile=backend, **options)))[0]
+        for name, backend in (("plain", None), ("compiled", "kdcache_counting"))
+    )
+    assert graphs
+    assert_same_run(compiled, plain)
+
+
+def test_processes_compile_too(folder: Path, tmp_path: Path) -> None:
+    options = {"students": (CNN,), "model_kwargs": CNN_ARGS, "batch_size": 4, "epochs": 1, "opt": "sgd"}
+    configs = [TrainConfig(**options_of(folder, tmp_path / str(backend), torchcompile=backend, **options)) for backend in (None, "eager")]
+    train_in_two(configs, tmp_path / "logs")
+    plain, compiled = (state_of(the_run(Path(config.out))) for config in configs)
+    assert largest_difference(compiled, plain) < 1e-6
+
+
+def test_a_student_that_cannot_be_compiled_is_named_with_the_reason(folder: Path, tmp_path: Path, graphs: list[Any]) -> None:
+    with pytest.raises(StudentError, match=rf"student {TINY_VIT}: --torchcompile kdcache_failing can't compile it .*no compiler here"):
+        train(TrainConfig(**options_of(folder, tmp_path, torchcompile="kdcache_failing")))
+
+
+# --- torchrun ---
+
+KILLED_ONCE = """
+import os, signal
+import pipelines.student_loop as loops
+finish, attempt = loops.StudentLoop._finish_values, os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+def dying(self, names, step):
+    values = finish(self, names, step)
+    if (attempt, self.epoch, step, self.processes.rank) == ("0", 1, 1, 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return values
+
+loops.StudentLoop._finish_values = dying
+from cli.main import main; main()
+"""
+
+
+def test_torchrun_restarts_a_run_whose_process_was_killed_and_it_ends_with_the_same_bits(
+    folder: Path, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    """The one that is left says so, once: or torchrun's signal has come first."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--no-python"]
+    arguments = arguments_of(options_of(folder, tmp_path / "runs", **KILLED, resume=True))
+    result = subprocess.run([*launcher, sys.executable, "-c", KILLED_ONCE, *arguments], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert ("(exitcode: -9) local_rank: 1" in result.stderr, result.stderr.count("Error: ")) == (True, 1), result.stderr
+    assert re.search("Error: (another process of this run is gone|stopped by SIGTERM)", result.stderr)
+    assert_same_run(the_run(tmp_path / "runs"), undisturbed)
