@@ -202,9 +202,9 @@ def command(
       kdcache train cache --sweep sweep.yaml --engine ray   (on those of a Ray cluster)
 
     \b
-    Several processes train each student together when a launcher starts them; an update sees the batches of all:
-      torchrun --nproc-per-node 8 --no-python kdcache train cache --student vit_large_patch16_224 -b 128 --amp
-      srun --ntasks 16 --gpus-per-task 1 kdcache train cache --student vit_large_patch16_224 -b 128 --amp
+    Processes of a launcher train each student together; an update sees the batches of all:
+      torchrun --nproc-per-node 8 --no-python kdcache train cache --student vit_large_patch16_224 --amp
+      srun --ntasks 16 --gpus-per-task 1 kdcache train cache --student vit_large_patch16_224 --amp
     """
     engines = {
         "engine": engine, "processes": processes, "ray_address": ray_address, "gpus_per_job": gpus_per_job, "cpus_per_job": cpus_per_job,
