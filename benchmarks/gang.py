@@ -142,7 +142,7 @@ def child(task: Options) -> None:
     pipelines.gang._Bar.move = note  # type: ignore[method-assign]
     configs = [
         TrainConfig(
-            cache=f"{task['root']}/cache", out=task["out"], students=(name,), model_kwargs=kwargs, epochs=task["epochs"] + 1, device="cpu",
+            cache=f"{task['root']}/cache", out=task["out"], students=(name,), model_kwargs=kwargs, epochs=task["epochs"] + 2, device="cpu",
             batch_size=task["batch_size"], workers=task["workers"], **options,
         )
         for name, kwargs, options in (STUDENTS[task["case"]][number] for number in task["group"])

@@ -823,6 +823,7 @@ def test_the_command_reports_finished_runs_when_a_later_one_fails(folder: Path, 
     assert "no more" in result.stderr
     runs = json.loads(result.stdout)["runs"]
     assert [(run["student"], run["status"]) for run in runs] == [(CNN, "done"), ("resnet34", "failed")]
-    keys = {"id", "student", "method", "epochs", "top1", "seconds", "path", "status"}
-    assert [set(run) for run in runs] == [keys, {*keys, "error"}] and runs[1]["error"] == "no more"
+    assert set(runs[0]) == {"id", "student", "method", "epochs", "top1", "seconds", "path", "status"}
+    assert (set(runs[1]) - set(runs[0]), runs[1]["error"]) == ({"error"}, "no more")
+    assert (Path(runs[1]["path"]) / "error.txt").read_text().startswith("StudentError: no more\n")
     assert Path(runs[0]["path"], "export").is_dir()
