@@ -59,7 +59,9 @@ def train_configs(configs: Sequence[TrainConfig], *, gang: int = 1, progress: bo
 
 def _train_with(processes: Processes, configs: Sequence[TrainConfig], *, gang: int, progress: bool) -> Iterator[dict[str, Any]]:
     if gang > 1 and processes.world > 1:
-        raise UsageError(f"--gang {gang}: {processes.world} processes train one student at a time; expected --gang in one process, or without it")
+        raise processes.common(
+            UsageError(f"--gang {gang}: {processes.world} processes train one student at a time; expected one process, or no --gang")
+        )
     opened, runs = Opened(), list[Run]()
     for config in configs:
         check_watchers(tensorboard=config.log_tensorboard, wandb=config.log_wandb)
