@@ -20,6 +20,7 @@ On a CPU the clock is this process's own CPU time, which busy neighbours disturb
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 import tempfile
@@ -43,7 +44,9 @@ from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches
 from kdcache.targets import parse_target
 from kdcache.teacher import Teacher, load_teacher
 from pipelines.extract import ExtractConfig, extract
+from pipelines.gang import portion_of
 from pipelines.run import Run
+from pipelines.shared_batch import Portion, SharedBatch, dataset_of, union
 from pipelines.student_loop import StudentLoop
 from pipelines.train_config import TrainConfig
 from pipelines.training_data import open_data
@@ -53,6 +56,8 @@ PAIRS = {
     "ViT-S → ViT-Ti": ("vit_small_patch16_224", "vit_tiny_patch16_224", "vitkd"),
     "ViT-B → ResNet-18": ("vit_base_patch16_224", "resnet18", "mimic"),
 }
+Live = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+"""uint8 views (B, H, W, 3) → their logits, from a teacher in memory."""
 SMALL = {"tiny → tiny": ("test_vit", "test_vit", "vitkd")}
 """For a test of this script."""
 
@@ -101,17 +106,6 @@ def clock(device: str) -> float:
 # --- step ------------------------------------------------------------------------------------------------------------
 
 
-class Live:
-    """A teacher in the place of an encoding: what it is given to decode are the views."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        self._teacher = teacher
-        self._targets = list(teacher.resolve([parse_target("logits")]).values())
-
-    def decode(self, components: Mapping[str, torch.Tensor]) -> Any:
-        return self._teacher(components["views"], self._targets)["logits"]
-
-
 def measure_steps(root: Path, name: str, pair: tuple[str, str, str], args: argparse.Namespace) -> None:
     """One line: ce, kd, maps, live."""
     teacher, student, maps = pair
@@ -129,19 +123,21 @@ def measure_steps(root: Path, name: str, pair: tuple[str, str, str], args: argpa
                 amp=args.precision == "bf16", amp_dtype="bfloat16",
             )  # fmt: skip
             data = open_data(config)
-            loop = Run(config, data, student).begin()
-            live = Live(load_teacher(source, device=torch.device(args.device), precision=args.precision)) if variant == "live" else None
-            targets = () if live is not None else tuple(loop.encodings)
-            parts = loop.method.target_parts() if targets else {}
-            layer = next(iter(data.teachers), None)
-            dataset = CachedViews(data.cache, teacher=layer, targets=targets, parts=parts, check_views=config.check_views)
+            run = Run(config, data, student)
+            run.claim()
+            stack.callback(run.release)
+            loop = run.begin()
+            portion = portion_of(loop)
+            live: Live | None = None
+            if variant == "live":
+                live = live_logits(load_teacher(source, device=torch.device(args.device), precision=args.precision))
+                portion = dataclasses.replace(portion, names={}, components={}, encodings={})  # nothing is read of the cache but the views
+            dataset = dataset_of(data.cache, union([portion]), check_views=config.check_views)
             loader = BatchLoader(dataset, loop.batches, num_workers=args.workers, pin_memory=args.device.startswith("cuda"))
             stack.callback(loader.close)
-            loop.begin(progress=False)
+            loop.begin()
             stack.callback(loop.close)
-            if live is not None:
-                loop.encodings = {"logits": live}  # type: ignore[dict-item]
-            steps[variant] = stepper(loop, loader, is_live=live is not None)
+            steps[variant] = stepper(loop, loader, portion, live)
         times: dict[str, list[float]] = {variant: [] for variant in steps}
         for number in range(args.rounds + 2):
             names = list(steps)
@@ -154,15 +150,21 @@ def measure_steps(root: Path, name: str, pair: tuple[str, str, str], args: argpa
     print(f"{name:<20} {medians['ce']:6.0f} ms {shown[0]:>16} {shown[1]:>20} ({maps}) {shown[2]:>16}", flush=True)
 
 
-def stepper(loop: StudentLoop, loader: BatchLoader, *, is_live: bool) -> Callable[[], None]:
-    """A step, from asking for its batch on."""
+def live_logits(teacher: Teacher) -> Live:
+    targets = list(teacher.resolve([parse_target("logits")]).values())
+    return lambda views_BHWC: teacher(views_BHWC, targets)["logits"]
+
+
+def stepper(loop: StudentLoop, loader: BatchLoader, portion: Portion, live: Live | None) -> Callable[[], None]:
+    """A step, from asking for its batch on. live: gives the logits of views in the place of the cache."""
     batches: Iterator[Batch] = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
 
     def step() -> None:
         batch = next(batches)
-        if is_live:
-            batch["targets"] = {"logits": {"views": batch["views"]}}
-        loop.train_step(batch)
+        inputs = SharedBatch(batch, loop.device).inputs(portion)
+        if live is not None:
+            inputs = inputs._replace(targets={"logits": live(batch["views"])})
+        loop.train_step(inputs)
 
     return step
 
