@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from kdcache.compiled import check_backend
+from kdcache.console import say
 from kdcache.distributed import ALONE, Processes
 from kdcache.errors import KDCacheError, StoreError, StudentError
 from kdcache.evaluate import EvaluationSet, Evaluator
@@ -237,7 +238,19 @@ class Run:
         if (state := self.processes.decide(lambda: self._last_state(checkpoints))) is not None:
             self.loop.load(state)
         self.processes.decide(lambda: self._write_args(device, workers))
+        self._say_of_average(len(self.loop.batches) * self.config.epochs)
         return self.loop
+
+    def _say_of_average(self, updates: int) -> None:
+        """What is exported is the moving average: tell whoever lets too little of the training into it."""
+        config = self.config
+        kept = config.model_ema_decay**updates
+        if config.model_ema and not config.model_ema_warmup and kept > 0.1 and self.processes.is_first:
+            enough = max(0.0, 1 - 5 / updates)  # exp(-5): less than a hundredth
+            say(
+                f"run {self.id}: with --model-ema-decay {config.model_ema_decay} the average, which is exported, still has {100 * kept:.0f} % of the weights"
+                f" it began with after all {updates:,} updates; pass --model-ema-warmup, or a smaller decay ({enough:.4g})"
+            )
 
     @staticmethod
     def _last_state(checkpoints: RunCheckpoints) -> dict[str, Any] | None:

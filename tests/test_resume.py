@@ -424,6 +424,18 @@ def test_the_moving_average_is_timms_formula(folder: Path, tmp_path: Path) -> No
     torch.testing.assert_close(seen[-1]["ema.head.weight"], average)
 
 
+@pytest.mark.parametrize(
+    ("options", "is_told"), [({"model_ema_decay": 0.9998}, True), ({"model_ema_decay": 0.9998, "model_ema_warmup": True}, False), ({}, False)]
+)
+def test_an_average_that_keeps_what_it_began_with_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], is_told: bool
+) -> None:
+    updates = 1 * STEPS
+    train(TrainConfig(**options_of(folder, tmp_path, method="ce", val=None, epochs=1, **{"model_ema_decay": 0.1, **options})))
+    told = f"still has {100 * 0.9998**updates:.0f} % of the weights it began with after all {updates} updates"
+    assert (told in capsys.readouterr().err) == is_told
+
+
 # --- another cache ---
 
 
