@@ -28,6 +28,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from .device import resolve_device, share_machine
 from .errors import KDCacheError, ProcessError, ToldError, UsageError
+from .interrupt import Stopped, is_asked_to_stop, stop
 from .launch import Launch, read_launch
 
 ValueT = TypeVar("ValueT")
@@ -81,14 +82,18 @@ class Processes:
 
     # --- what all do together ---
 
-    def mean(self, values: Tensor, *, flag: bool = False) -> tuple[list[float], bool]:
-        """Each of `values` (N,) averaged over the processes, and the first one's flag, by one small all-reduce."""
+    def mean(self, values: Tensor, *, flag: bool = False) -> tuple[list[float], bool, bool]:
+        """Each of `values` (N,) averaged over the processes, the first one's flag, and whether a signal asks any to stop, by one small all-reduce.
+
+        Of a process alone it never does: there a signal raises `Stopped` itself.
+        """
         if self.world == 1:
-            return values.tolist(), flag
-        body = torch.cat([values.detach().double(), values.new_tensor([float(flag and self.is_first)], dtype=torch.float64)])
+            return values.tolist(), flag, False
+        flags = values.new_tensor([float(flag and self.is_first), float(is_asked_to_stop())], dtype=torch.float64)
+        body = torch.cat([values.detach().double(), flags])
         dist.all_reduce(body)
-        *sums, flags = body.tolist()
-        return [one / self.world for one in sums], flags > 0
+        *sums, flagged, asked = body.tolist()
+        return [one / self.world for one in sums], flagged > 0, asked > 0
 
     def gather(self, value: ValueT) -> list[ValueT]:
         """What each of them has, by rank. value: anything that can be pickled; tensors on the CPU."""
@@ -97,6 +102,11 @@ class Processes:
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, value)
         return found
+
+    def stop_if_asked(self) -> None:
+        """Raise `Stopped` in all processes if a signal asks any of them to stop."""
+        if self.world > 1 and any(self.gather(is_asked_to_stop())):
+            raise stop()
 
     def decide(self, action: Callable[[], ValueT]) -> ValueT:
         """What `action` gives in the first one, to all: whatever looks at files that the first one changes. Its error ends all."""
@@ -139,10 +149,18 @@ class Processes:
             ) from error
 
     def _is_told(self) -> bool:
-        return not self._store_is_gone() and bool(self.store.add(_TOLD, 0) > 0)
+        return (self._add_told(0) or 0) > 0
 
     def _is_first_to_tell(self) -> bool:
-        return self.rank == 1 if self._store_is_gone() else bool(self.store.add(_TOLD, 1) == 1)
+        count = self._add_told(1)
+        return self.rank == 1 if count is None else count == 1
+
+    def _add_told(self, amount: int) -> int | None:
+        """How many have told why they end, after so many more; None if the store is gone."""
+        if not self._store_is_gone():
+            with suppress(dist.DistError):  # it has ended since
+                return int(self.store.add(_TOLD, amount))
+        return None
 
     def _store_is_gone(self) -> bool:
         """Whether rank 0 has ended, and the store with it, and what it may have said there; torchrun's outlives all ranks."""
@@ -174,7 +192,11 @@ def joined(device_name: str | None) -> Iterator[Processes]:
     except GeneratorExit:  # whoever trains in a loop has left it
         raise
     except BaseException as error:
-        if isinstance(error, ToldError) or not processes._is_first_to_tell():
+        if isinstance(error, Stopped) and error.is_agreed:
+            is_told = not processes.is_first
+        else:
+            is_told = isinstance(error, ToldError) or not processes._is_first_to_tell()
+        if is_told:
             _be_silent()
             raise ToldError(str(error)) from error
         if isinstance(error, KDCacheError) and not processes.is_first:

@@ -24,6 +24,7 @@ from test_resume import assert_same_run, lines_of
 from test_train import CNN, CNN_ARGS, leaves, state_of
 
 import kdcache.distributed
+import pipelines.gang
 import pipelines.student_loop
 from cli.main import main
 from kdcache.distributed import ALONE, Processes, joined, slurm_meeting_place
@@ -280,6 +281,45 @@ def test_processes_that_are_killed_within_an_epoch_resume_to_the_same_bits(
     if victim is not None:
         assert "another process of this run is gone" in forked[1 - victim].output()
     train_in_two([TrainConfig(**options, resume=True)], tmp_path / "again")
+    assert_same_run(the_run(tmp_path / "runs"), undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("moment", "signalled", "where"),
+    [("step", (0, 1), (1, 2)), ("loading", (0, 1), (1, 2)), ("step", (1,), (1, 2)), ("evaluation", (0, 1), (0, 3)), ("evaluation", (1,), (0, 3))],
+)
+def test_a_signal_to_any_process_saves_what_all_have_done(
+    folder: Path, undisturbed: dict[str, Any], tmp_path: Path, moment: str, signalled: tuple[int, ...], where: tuple[int, int]
+) -> None:
+    """SIGTERM as torchrun sends it: to a process and its workers, which still load the batch that the other one waits for."""
+    arguments = arguments_of(options_of(folder, tmp_path / "runs", **KILLED, recovery_interval=0, workers=1))
+
+    def command() -> int:
+        owner, name, count = {
+            "step": (pipelines.student_loop.StudentLoop, "_step", 9),  # the first batch of the second update of the second epoch
+            "loading": (pipelines.gang._Bar, "update", 4),  # the next batch is asked for
+            "evaluation": (Evaluator, "_measure", 2),
+        }[moment]  # fmt: skip
+        inner, seen = getattr(owner, name), []
+
+        def counting(*given: Any, **options: Any) -> Any:
+            seen.append(1)
+            if len(seen) == count and int(os.environ["RANK"]) in signalled:
+                os.killpg(0, signal.SIGTERM)
+            return inner(*given, **options)
+
+        setattr(owner, name, counting)
+        return kdcache_command(*arguments)()
+
+    forked = start(command, tmp_path / "logs")
+    assert [one.wait(60) for one in forked] == [1, 1], [one.output() for one in forked]
+    assert all(one.group_is_gone(10) for one in forked)
+    (path,) = (tmp_path / "runs").iterdir()
+    state = torch.load(path / "last" / "checkpoint.pt", weights_only=True)
+    text = "".join(one.output() for one in forked)
+    assert (state["epoch"], state["step"]) == where, text
+    assert (text.count("saved after"), text.count("Error: stopped by "), text.count("Traceback")) == (1, 1, 0), text
+    train_in_two([TrainConfig(**options_of(folder, tmp_path / "runs", **KILLED, resume=True))], tmp_path / "again")
     assert_same_run(the_run(tmp_path / "runs"), undisturbed)
 
 
