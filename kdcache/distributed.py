@@ -39,7 +39,9 @@ MEETING = timedelta(minutes=10)
 """How long the first to start waits for the others."""
 SILENCE_S = 1.0
 """How long one that has nothing to say waits before it ends: torchrun stops all of them as soon as one has ended."""
-_TOLD, _ATTEMPT = "told", "kdcache/attempt"
+PATIENCE_S = 5.0
+"""How long rank 0, where it keeps the store, lets the others look there before it ends."""
+_TOLD, _HEARD, _ATTEMPT = "told", "heard", "kdcache/attempt"
 _LOST = re.compile(r"gloo|nccl|process ?group|connection (closed|reset)|timed out", re.IGNORECASE)
 """In the messages of torch's communication, which are plain RuntimeErrors."""
 
@@ -155,6 +157,20 @@ class Processes:
         count = self._add_told(1)
         return self.rank == 1 if count is None else count == 1
 
+    def _end_in_turn(self) -> None:
+        """Where rank 0 keeps the store, it ends when the others have looked there: its connections to them are closed first, which is what they notice."""
+        if _outlives_ranks():
+            return
+        if self.is_first:
+            dist.destroy_process_group()
+            deadline = time.monotonic() + PATIENCE_S
+            with suppress(KeyboardInterrupt):
+                while time.monotonic() < deadline and self.store.add(_HEARD, 0) < self.world - 1:
+                    time.sleep(0.01)
+        elif not self._store_is_gone():
+            with suppress(dist.DistError):
+                self.store.add(_HEARD, 1)
+
     def _add_told(self, amount: int) -> int | None:
         """How many have told why they end, after so many more; None if the store is gone."""
         if not self._store_is_gone():
@@ -164,9 +180,14 @@ class Processes:
 
     def _store_is_gone(self) -> bool:
         """Whether rank 0 has ended, and the store with it, and what it may have said there; torchrun's outlives all ranks."""
-        if self.is_first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if self.is_first or _outlives_ranks():
             return False
         return not _answers(int(os.environ["MASTER_PORT"]))  # asked itself, torch's store prints its stack
+
+
+def _outlives_ranks() -> bool:
+    """Whether the store is torchrun's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 ALONE = Processes()
@@ -196,6 +217,7 @@ def joined(device_name: str | None) -> Iterator[Processes]:
             is_told = not processes.is_first
         else:
             is_told = isinstance(error, ToldError) or not processes._is_first_to_tell()
+            processes._end_in_turn()
         if is_told:
             _be_silent()
             raise ToldError(str(error)) from error
