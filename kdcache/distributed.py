@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -273,7 +274,7 @@ def _attempt(place: Store, launch: Launch) -> Iterator[str]:
         return
     deadline = time.monotonic() + MEETING.total_seconds()
     while True:
-        found: str = place.get(_ATTEMPT).decode()  # waits for the first one ever
+        found: str = _hearing_signals(lambda: place.get(_ATTEMPT)).decode()  # waits for the first one ever
         if _answers(int(found.partition("-")[0])):
             break
         if time.monotonic() > deadline:
@@ -304,8 +305,28 @@ def _meeting_place(rank: int, world: int) -> Store:
         raise UsageError("MASTER_PORT=0: the processes would look for each other for ever; start torchrun with --standalone, or with a port")
     from torch.distributed.rendezvous import rendezvous
 
-    store: Store = next(iter(rendezvous("env://", rank, world, timeout=MEETING)))[0]
+    store: Store = _hearing_signals(lambda: next(iter(rendezvous("env://", rank, world, timeout=MEETING)))[0])
     return store
+
+
+def _hearing_signals(wait: Callable[[], ValueT]) -> ValueT:
+    """What it gives, from a thread of its own: torch's store, waiting for others, would hear no signal before its time is over."""
+    found: list[ValueT] = []
+    errors: list[RuntimeError | ValueError | OSError] = []
+
+    def run() -> None:
+        try:
+            found.append(wait())
+        except (RuntimeError, ValueError, OSError) as error:  # torch's of a place that is not there, or of others who do not come
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(1.0)
+    if errors:
+        raise errors[0]
+    return found[0]
 
 
 def slurm_meeting_place(env: Any) -> dict[str, str]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from kdcache.console import say
 from kdcache.device import fitting_threads, generator_states, release_memory, set_generator_states
-from kdcache.errors import KDCacheError, StoreError
+from kdcache.errors import KDCacheError, StoreError, StudentError
 from kdcache.evaluate import Evaluator
 from kdcache.interrupt import Stopped, finishing_first, stop, stopping_together
 from kdcache.join import Batch, BatchLoader, CachedViews
@@ -267,6 +267,12 @@ class Gang:
             with member.turn() if member is not None else nullcontext():
                 action()
         except Exception as error:
+            if not self._isolate and isinstance(error, torch.OutOfMemoryError):
+                reason = str(error).splitlines()[0].rstrip(".")
+                raise StudentError(
+                    f"student {run.student_name}: {reason}; try a smaller --batch-size with more --grad-accum-steps, or --amp; run {run.folder}"
+                    f" keeps its last checkpoint"
+                ) from error
             if not self._isolate or is_killed_worker(error):
                 raise
             self._end(run, error)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -472,6 +473,16 @@ def test_a_plain_run_never_touches_torch_distributed(folder: Path, tmp_path: Pat
 )
 def test_slurm_tasks_meet_on_the_first_node_of_their_step(environ: dict[str, str], place: Any) -> None:
     assert slurm_meeting_place(environ) == (dict(zip(("MASTER_ADDR", "MASTER_PORT"), place, strict=True)) if place else {})
+
+
+def test_a_process_that_waits_for_others_who_do_not_come_hears_a_signal(folder: Path, tmp_path: Path) -> None:
+    for rank in ("0", "1"):
+        environ = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        child = Forked(kdcache_command(*arguments_of(options_of(folder, tmp_path))), tmp_path / rank, environ)
+        time.sleep(1)
+        child.kill(signal.SIGTERM)
+        assert child.wait(20) == 1
+        assert "Error: stopped by SIGTERM" in child.output()
 
 
 @pytest.mark.parametrize(
