@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from .device import resolve_device, share_machine
 from .errors import KDCacheError, ProcessError, ToldError, UsageError
+from .interrupt import Stopped, is_asked_to_stop, stop
 from .launch import Launch, read_launch
 
 ValueT = TypeVar("ValueT")
@@ -38,7 +40,9 @@ MEETING = timedelta(minutes=10)
 """How long the first to start waits for the others."""
 SILENCE_S = 1.0
 """How long one that has nothing to say waits before it ends: torchrun stops all of them as soon as one has ended."""
-_TOLD, _ATTEMPT = "told", "kdcache/attempt"
+PATIENCE_S = 5.0
+"""How long rank 0, where it keeps the store, lets the others look there before it ends."""
+_TOLD, _HEARD, _ATTEMPT = "told", "heard", "kdcache/attempt"
 _LOST = re.compile(r"gloo|nccl|process ?group|connection (closed|reset)|timed out", re.IGNORECASE)
 """In the messages of torch's communication, which are plain RuntimeErrors."""
 
@@ -81,14 +85,18 @@ class Processes:
 
     # --- what all do together ---
 
-    def mean(self, values: Tensor, *, flag: bool = False) -> tuple[list[float], bool]:
-        """Each of `values` (N,) averaged over the processes, and the first one's flag, by one small all-reduce."""
+    def mean(self, values: Tensor, *, flag: bool = False) -> tuple[list[float], bool, bool]:
+        """Each of `values` (N,) averaged over the processes, the first one's flag, and whether a signal asks any to stop, by one small all-reduce.
+
+        Of a process alone it never does: there a signal raises `Stopped` itself.
+        """
         if self.world == 1:
-            return values.tolist(), flag
-        body = torch.cat([values.detach().double(), values.new_tensor([float(flag and self.is_first)], dtype=torch.float64)])
+            return values.tolist(), flag, False
+        flags = values.new_tensor([float(flag and self.is_first), float(is_asked_to_stop())], dtype=torch.float64)
+        body = torch.cat([values.detach().double(), flags])
         dist.all_reduce(body)
-        *sums, flags = body.tolist()
-        return [one / self.world for one in sums], flags > 0
+        *sums, flagged, asked = body.tolist()
+        return [one / self.world for one in sums], flagged > 0, asked > 0
 
     def gather(self, value: ValueT) -> list[ValueT]:
         """What each of them has, by rank. value: anything that can be pickled; tensors on the CPU."""
@@ -97,6 +105,11 @@ class Processes:
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, value)
         return found
+
+    def stop_if_asked(self) -> None:
+        """Raise `Stopped` in all processes if a signal asks any of them to stop."""
+        if self.world > 1 and any(self.gather(is_asked_to_stop())):
+            raise stop()
 
     def decide(self, action: Callable[[], ValueT]) -> ValueT:
         """What `action` gives in the first one, to all: whatever looks at files that the first one changes. Its error ends all."""
@@ -139,16 +152,43 @@ class Processes:
             ) from error
 
     def _is_told(self) -> bool:
-        return not self._store_is_gone() and bool(self.store.add(_TOLD, 0) > 0)
+        return (self._add_told(0) or 0) > 0
 
     def _is_first_to_tell(self) -> bool:
-        return self.rank == 1 if self._store_is_gone() else bool(self.store.add(_TOLD, 1) == 1)
+        count = self._add_told(1)
+        return self.rank == 1 if count is None else count == 1
+
+    def _end_in_turn(self) -> None:
+        """Where rank 0 keeps the store, it ends when the others have looked there: its connections to them are closed first, which is what they notice."""
+        if _outlives_ranks():
+            return
+        if self.is_first:
+            dist.destroy_process_group()
+            deadline = time.monotonic() + PATIENCE_S
+            with suppress(KeyboardInterrupt):
+                while time.monotonic() < deadline and self.store.add(_HEARD, 0) < self.world - 1:
+                    time.sleep(0.01)
+        elif not self._store_is_gone():
+            with suppress(dist.DistError):
+                self.store.add(_HEARD, 1)
+
+    def _add_told(self, amount: int) -> int | None:
+        """How many have told why they end, after so many more; None if the store is gone."""
+        if not self._store_is_gone():
+            with suppress(dist.DistError):  # it has ended since
+                return int(self.store.add(_TOLD, amount))
+        return None
 
     def _store_is_gone(self) -> bool:
         """Whether rank 0 has ended, and the store with it, and what it may have said there; torchrun's outlives all ranks."""
-        if self.is_first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if self.is_first or _outlives_ranks():
             return False
         return not _answers(int(os.environ["MASTER_PORT"]))  # asked itself, torch's store prints its stack
+
+
+def _outlives_ranks() -> bool:
+    """Whether the store is torchrun's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 ALONE = Processes()
@@ -174,7 +214,12 @@ def joined(device_name: str | None) -> Iterator[Processes]:
     except GeneratorExit:  # whoever trains in a loop has left it
         raise
     except BaseException as error:
-        if isinstance(error, ToldError) or not processes._is_first_to_tell():
+        if isinstance(error, Stopped) and error.is_agreed:
+            is_told = not processes.is_first
+        else:
+            is_told = isinstance(error, ToldError) or not processes._is_first_to_tell()
+            processes._end_in_turn()
+        if is_told:
             _be_silent()
             raise ToldError(str(error)) from error
         if isinstance(error, KDCacheError) and not processes.is_first:
@@ -229,7 +274,7 @@ def _attempt(place: Store, launch: Launch) -> Iterator[str]:
         return
     deadline = time.monotonic() + MEETING.total_seconds()
     while True:
-        found: str = place.get(_ATTEMPT).decode()  # waits for the first one ever
+        found: str = _hearing_signals(lambda: place.get(_ATTEMPT)).decode()  # waits for the first one ever
         if _answers(int(found.partition("-")[0])):
             break
         if time.monotonic() > deadline:
@@ -260,8 +305,28 @@ def _meeting_place(rank: int, world: int) -> Store:
         raise UsageError("MASTER_PORT=0: the processes would look for each other for ever; start torchrun with --standalone, or with a port")
     from torch.distributed.rendezvous import rendezvous
 
-    store: Store = next(iter(rendezvous("env://", rank, world, timeout=MEETING)))[0]
+    store: Store = _hearing_signals(lambda: next(iter(rendezvous("env://", rank, world, timeout=MEETING)))[0])
     return store
+
+
+def _hearing_signals(wait: Callable[[], ValueT]) -> ValueT:
+    """What it gives, from a thread of its own: torch's store, waiting for others, would hear no signal before its time is over."""
+    found: list[ValueT] = []
+    errors: list[RuntimeError | ValueError | OSError] = []
+
+    def run() -> None:
+        try:
+            found.append(wait())
+        except (RuntimeError, ValueError, OSError) as error:  # torch's of a place that is not there, or of others who do not come
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(1.0)
+    if errors:
+        raise errors[0]
+    return found[0]
 
 
 def slurm_meeting_place(env: Any) -> dict[str, str]:

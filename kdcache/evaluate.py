@@ -5,7 +5,7 @@ Legend: B batch, C H W of the student's input, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from .device import autocast
 from .distributed import ALONE, Processes
 from .errors import ShardError
 from .images import UnreadableImageError, decode_image
+from .interrupt import is_asked_to_stop, outlast_a_signal
 from .shards import NO_LABEL, Sample, ShardFiles, ShardIndex, ShardSource
 from .students import Student
 from .workers import hand_over, iterate
@@ -127,6 +128,7 @@ class Evaluator:
             num_workers=num_workers,
             collate_fn=_collate,
             persistent_workers=num_workers > 0,
+            worker_init_fn=outlast_a_signal if processes.world > 1 else None,
             generator=torch.Generator(),  # not from the generator that the student draws from
         )
 
@@ -138,8 +140,9 @@ class Evaluator:
         was_training = model.training
         model.eval()
         with torch.inference_mode(), autocast(device, precision):
-            own = [self._measure(model, device, batch) for batch in iterate(self._loader)]
+            own = [self._measure(model, device, batch) for batch in self._batches()]
         model.train(was_training)
+        self._processes.stop_if_asked()
         parts = self._processes.gather(own)
         loss, top1, top5, images = 0.0, 0, 0, 0
         skipped: list[str] = []
@@ -150,6 +153,13 @@ class Evaluator:
         if images == 0:
             raise ShardError(f"--val: none of the {len(skipped)} images can be read; first: {skipped[0] if skipped else 'there is none'}")
         return Evaluation(loss=loss / images, top1=100 * top1 / images, top5=100 * top5 / images, images=images, skipped=tuple(skipped))
+
+    def _batches(self) -> Iterator[Any]:
+        """Those of this process; of several no more once a signal waits, for which the others wait too."""
+        for batch in iterate(self._loader):
+            if self._processes.world > 1 and is_asked_to_stop():
+                return
+            yield batch
 
     def _measure(self, model: nn.Module, device: torch.device, batch: Any) -> _Sums:
         images_BCHW, labels, reasons = batch

@@ -3,6 +3,9 @@
 The signal becomes an exception in the main thread, so that `finally` blocks do the cleaning, as on any error. A cooperative flag
 would be asked too late: one teacher pass over a batch may take minutes on a CPU. What must not be left half done, an update of
 weights or a save, is a block of `finishing_first`: there the exception waits for its end.
+
+Several processes that do every step together would wait for ever for one that has left: they train in a block of `stopping_together`, ask each
+other after every step whether a signal waits, and all raise `stop` at once.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ REPEAT_S = 1.0
 class Stopped(KeyboardInterrupt):
     """A signal asked this process to end. Its text is the signal's name."""
 
+    is_agreed = False
+    """Whether all processes of this run raise it at the same place."""
+
 
 class _Ending:
     """How this process ends, once a signal has asked for it."""
@@ -36,6 +42,8 @@ class _Ending:
         """Blocks of `finishing_first` that the main thread is within."""
         self.waiting: Stopped | None = None
         """The exception that waits for their end."""
+        self.is_quiet = False
+        """Whether another process says that it waits."""
         self._is_begun = False
         self._grace: threading.Timer | None = None
 
@@ -87,6 +95,49 @@ def finishing_first() -> Iterator[None]:
 
 
 @contextmanager
+def stopping_together(*, is_first: bool) -> Iterator[None]:
+    """`finishing_first` for one of several processes, which ask `is_asked_to_stop` and raise `stop` together. is_first: the one that speaks."""
+    _ending.is_quiet = not is_first
+    try:
+        with finishing_first():
+            yield
+    finally:
+        _ending.is_quiet = False
+
+
+def is_asked_to_stop() -> bool:
+    """Whether a signal waits for the end of a block of `finishing_first`."""
+    return _ending.waiting is not None
+
+
+def stop() -> Stopped:
+    """What all processes raise where they agreed to: of the signal that waits here, or has reached another of them. Its grace begins."""
+    stopped, _ending.waiting = _ending.waiting, None
+    if stopped is None:
+        stopped = Stopped("a signal to another of its processes")
+    else:
+        _ending.give_grace()
+    stopped.is_agreed = True
+    return stopped
+
+
+def outlast_a_signal(_worker: int) -> None:
+    """Begin a loading process that gives batches for `REPEAT_S` after a SIGTERM to all, and ends at a later one. For a DataLoader, of several processes.
+
+    torchrun and SLURM signal a process and its workers, where the next step, which the others may have begun, still needs a batch. A parent
+    that ends tells its workers so by other means first.
+    """
+    begun: list[float] = []
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        if begun and time.monotonic() - begun[0] > REPEAT_S:
+            os._exit(0)
+        begun.append(time.monotonic())
+
+    signal.signal(signal.SIGTERM, handle)
+
+
+@contextmanager
 def stopping_cleanly() -> Iterator[None]:
     """Within, SIGINT and SIGTERM raise Stopped in the main thread, a second one kills, and after `GRACE_S` the process ends with 1.
 
@@ -114,6 +165,8 @@ def stopping_cleanly() -> Iterator[None]:
             stopped = Stopped(signal.Signals(number).name)
             if ending.unfinished:
                 ending.waiting = stopped
+                if ending.is_quiet:
+                    return
                 with suppress(OSError):  # written past print, which may be at work
                     os.write(2, f"\n{stopped}: ends as soon as what is at work is done, a second one ends it at once\n".encode())
                 return

@@ -29,6 +29,7 @@ from .cache import Cache, Replay, Rows, pixel_drift
 from .errors import CorruptError, DriftError, KDCacheError, MissingError, ShardError, UsageError
 from .format import ViewRange
 from .images import Decoded, UnreadableImageError, decode_image
+from .interrupt import outlast_a_signal
 from .order import Blocks, Order, block_order, epoch_order, first_of_blocks
 from .plan import canonical_json
 from .shards import ShardFiles, ShardSource, runs_of
@@ -122,7 +123,7 @@ class EpochBatches(Sampler[list[Item]]):
         self.batch_size = min(batch_size, len(self._rows) // shares)
         self.step_size = self.batch_size * shares
         """Rows of one step, of all its batches in all processes."""
-        self._accumulate, self._rank, self._world = accumulate, rank, world
+        self._accumulate, self._rank, self.world = accumulate, rank, world
         self.num_views, self.seed, self.epoch, self.start = num_views, seed, 0, 0
         self.blocks = blocks
 
@@ -145,7 +146,7 @@ class EpochBatches(Sampler[list[Item]]):
         view = self.epoch % self.num_views
         places = self.order(self.epoch)[self.start * self.step_size : len(self) * self.step_size]
         opening = first_of_blocks(places, self.blocks) if self.blocks is not None else None
-        of_all = self.batch_size * self._world  # the batches that the processes take at one time lie side by side
+        of_all = self.batch_size * self.world  # the batches that the processes take at one time lie side by side
         for start in range(self._rank * self.batch_size, len(places), of_all):
             taken = slice(start, start + self.batch_size)
             items = [Item(row, view, self.epoch) for row in self._rows[places[taken]].tolist()]
@@ -512,6 +513,7 @@ class BatchLoader:
             collate_fn=hand_over,
             pin_memory=pin_memory,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=outlast_a_signal if batches.world > 1 else None,
             prefetch_factor=self.prefetched or None,
             generator=torch.Generator(),  # the loader draws a seed an epoch: not from the generator that the student draws from
         )

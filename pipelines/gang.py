@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from kdcache.console import say
 from kdcache.device import fitting_threads, generator_states, release_memory, set_generator_states
-from kdcache.errors import KDCacheError, StoreError
+from kdcache.errors import KDCacheError, StoreError, StudentError
 from kdcache.evaluate import Evaluator
-from kdcache.interrupt import Stopped, finishing_first
+from kdcache.interrupt import Stopped, finishing_first, stop, stopping_together
 from kdcache.join import Batch, BatchLoader, CachedViews
 from kdcache.workers import is_killed_worker, naming_killed_workers
 
@@ -196,14 +196,16 @@ class Gang:
                 for run in self._runs:
                     self._begin(run)
                     yield from self._hand_on()
-                yield from self._feed()
+                with stopping_together(is_first=self._processes.is_first) if self._processes.world > 1 else nullcontext():
+                    yield from self._feed()
+                    self._processes.stop_if_asked()
         except KDCacheError as error:
             for run in list(self._left):
                 self._end(run, error)
             yield from self._hand_on()
             raise
-        except Stopped:  # between two turns, or while one is measured
-            for member in self._members:
+        except Stopped as stopped:  # between two turns, or while one is measured
+            for member in self._members if self._processes.world == 1 or stopped.is_agreed else ():
                 try:
                     with member.turn():
                         member.loop.save_if_behind()
@@ -265,6 +267,12 @@ class Gang:
             with member.turn() if member is not None else nullcontext():
                 action()
         except Exception as error:
+            if not self._isolate and isinstance(error, torch.OutOfMemoryError):
+                reason = str(error).splitlines()[0].rstrip(".")
+                raise StudentError(
+                    f"student {run.student_name}: {reason}; try a smaller --batch-size with more --grad-accum-steps, or --amp; run {run.folder}"
+                    f" keeps its last checkpoint"
+                ) from error
             if not self._isolate or is_killed_worker(error):
                 raise
             self._end(run, error)
@@ -340,6 +348,8 @@ class Gang:
             batches = []
             self._bar.update()
             yield from self._hand_on()
+            if any(member.loop.is_stopping for member in self._members):
+                raise stop()
             if not self._members or min(member.place for member in self._members) > (epoch, step):
                 return
         for member in [member for member in self._members if member.place == (epoch, step)]:

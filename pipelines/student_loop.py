@@ -94,6 +94,10 @@ class StudentLoop:
         """Of them, summed: the loss and its parts."""
         self._is_due = False
         """Whether a checkpoint follows the step."""
+        self.is_stopping = False
+        """Whether all processes stop after it, as a signal asks one of several to."""
+        self._is_averaged = False
+        """Whether the processes' running statistics have been averaged at the end of this epoch, which is not measured yet."""
         self.sums: dict[str, float] = {}
         """Loss parts, summed over them."""
         self.history: list[dict[str, Any]] = []
@@ -151,14 +155,17 @@ class StudentLoop:
         if self._watch is not None:
             self._watch.close(failed=not self.is_done)
 
+    @finishing_first()
     def save_if_behind(self) -> None:
-        """Save between two steps, unless nothing was done since the last time: for a signal that ends the run.
-
-        Of several processes none can: they would have to meet for it.
-        """
-        if self.processes.world == 1 and self._watch is not None and (self.epoch, self.step) != self._saved:
-            self._count_seconds()
-            self._save()
+        """Save between two steps, unless nothing was done since the last time: for a signal that ends the run. Several processes all do."""
+        is_behind = (self.epoch, self.step) != self._saved
+        try:
+            if is_behind:
+                self._count_seconds()
+                self._save()
+        finally:
+            self.processes.gather(None)  # a launcher may end the first one, which writes, as soon as another has ended
+        if is_behind and self.processes.is_first:
             say(f"run {self.run_id}: saved {describe({'epoch': self.epoch, 'step': self.step})}, in {self.checkpoints.last}")
 
     def train_step(self, inputs: Inputs) -> dict[str, float] | None:
@@ -185,9 +192,11 @@ class StudentLoop:
 
     def end_epoch(self) -> None:
         """After the last step of an epoch: measure, report, save. A signal while it is measured leaves that to be done again."""
-        average_batch_norms(self.method, self.processes)
-        if self.ema is not None:
-            average_batch_norms(self.ema.module, self.processes)
+        if not self._is_averaged:  # of three processes a mean of equals may differ in its last bit
+            average_batch_norms(self.method, self.processes)
+            if self.ema is not None:
+                average_batch_norms(self.ema.module, self.processes)
+        self._is_averaged = self.processes.world > 1
         self._check_weights()
         row: dict[str, Any] = {"epoch": self.epoch, **{f"train_{name}": value / len(self.batches) for name, value in self.sums.items()}}
         is_last = self.epoch + 1 == self.config.epochs
@@ -206,6 +215,7 @@ class StudentLoop:
             times = {"seconds": self.epoch_seconds, "own_seconds": self.own_epoch_seconds}
             self._watch.write({**row, "images": self._images, **times})
         self.epoch, self.step, self.sums, self.epoch_seconds, self.own_epoch_seconds = self.epoch + 1, 0, {}, 0.0, 0.0
+        self._is_averaged = False
         self._save(is_best=measured and best_epoch(self.history) == len(self.history) - 1)
         if self.processes.is_first:
             write_summary(self.folder / "summary.csv", self.history)
@@ -264,7 +274,8 @@ class StudentLoop:
     def _finish_values(self, names: Sequence[str], step: int) -> dict[str, float]:
         """The loss and its parts, means over a step's batches in all processes; raises the same StudentError in all if one is not finite."""
         assert self._values is not None
-        numbers, self._is_due = self.processes.mean(self._values, flag=self.checkpoints.is_due(step + 1))  # one transfer a step
+        is_due = self.checkpoints.is_due(step + 1)
+        numbers, self._is_due, self.is_stopping = self.processes.mean(self._values, flag=is_due)  # one transfer a step
         values = {name: number / self._batches_of_step for name, number in zip(["loss", *names], numbers, strict=True)}
         self._batches_of_step, self._values = 0, None
         if not all(math.isfinite(value) for value in values.values()):
@@ -346,6 +357,7 @@ class StudentLoop:
             "own_epoch_seconds": self.own_epoch_seconds,
             **({"ema": self.ema.module.state_dict()} if self.ema is not None else {}),
             **({"other_caches": self.other_caches} if self.other_caches else {}),
+            **({"is_averaged": True} if self._is_averaged else {}),
             **({"ranks": ranks} if ranks else {}),
         }
 
@@ -383,7 +395,7 @@ class StudentLoop:
                 say(f"run {self.run_id}: goes on with other data {describe(state)}: {name} was {before!r}, is {now!r}")
             self.other_caches.append({name: state[name] for name in ("fingerprint", "root", "epoch")})
         else:
-            self.step, self.sums = state.get("step", 0), dict(state.get("sums", {}))
+            self.step, self.sums, self._is_averaged = state.get("step", 0), dict(state.get("sums", {})), state.get("is_averaged", False)
         self.epoch_seconds = state.get("epoch_seconds", 0.0)
         self.own_epoch_seconds = state.get("own_epoch_seconds", 0.0)
         self._saved = self.epoch, self.step

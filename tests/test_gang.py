@@ -350,6 +350,12 @@ def test_a_member_that_fails_ends_alone_and_can_be_resumed(
     assert not (path / ERROR_FILE).exists()
 
 
+def test_a_full_device_is_an_error_with_its_cure_in_a_run_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_steps(monkeypatch, 2, raise_error(torch.OutOfMemoryError, "CUDA out of memory.\nmore"))
+    with pytest.raises(StudentError, match=f"student {TINY_VIT}: CUDA out of memory; try a smaller --batch-size"):
+        train(configs_of(folder, tmp_path)["vandal"])
+
+
 def test_a_loss_that_is_not_finite_ends_its_student_only(folder: Path, alone: dict[str, Any], tmp_path: Path) -> None:
     configs = configs_of(folder, tmp_path)
     del configs["vandal"]

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from test_resume import assert_same_run, lines_of
 from test_train import CNN, CNN_ARGS, leaves, state_of
 
 import kdcache.distributed
+import pipelines.gang
 import pipelines.student_loop
 from cli.main import main
 from kdcache.distributed import ALONE, Processes, joined, slurm_meeting_place
@@ -283,6 +285,45 @@ def test_processes_that_are_killed_within_an_epoch_resume_to_the_same_bits(
     assert_same_run(the_run(tmp_path / "runs"), undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("moment", "signalled", "where"),
+    [("step", (0, 1), (1, 2)), ("loading", (0, 1), (1, 2)), ("step", (1,), (1, 2)), ("evaluation", (0, 1), (0, 3)), ("evaluation", (1,), (0, 3))],
+)
+def test_a_signal_to_any_process_saves_what_all_have_done(
+    folder: Path, undisturbed: dict[str, Any], tmp_path: Path, moment: str, signalled: tuple[int, ...], where: tuple[int, int]
+) -> None:
+    """SIGTERM as torchrun sends it: to a process and its workers, which still load the batch that the other one waits for."""
+    arguments = arguments_of(options_of(folder, tmp_path / "runs", **KILLED, recovery_interval=0, workers=1))
+
+    def command() -> int:
+        owner, name, count = {
+            "step": (pipelines.student_loop.StudentLoop, "_step", 9),  # the first batch of the second update of the second epoch
+            "loading": (pipelines.gang._Bar, "update", 4),  # the next batch is asked for
+            "evaluation": (Evaluator, "_measure", 2),
+        }[moment]  # fmt: skip
+        inner, seen = getattr(owner, name), []
+
+        def counting(*given: Any, **options: Any) -> Any:
+            seen.append(1)
+            if len(seen) == count and int(os.environ["RANK"]) in signalled:
+                os.killpg(0, signal.SIGTERM)
+            return inner(*given, **options)
+
+        setattr(owner, name, counting)
+        return kdcache_command(*arguments)()
+
+    forked = start(command, tmp_path / "logs")
+    assert [one.wait(60) for one in forked] == [1, 1], [one.output() for one in forked]
+    assert all(one.group_is_gone(10) for one in forked)
+    (path,) = (tmp_path / "runs").iterdir()
+    state = torch.load(path / "last" / "checkpoint.pt", weights_only=True)
+    text = "".join(one.output() for one in forked)
+    assert (state["epoch"], state["step"]) == where, text
+    assert (text.count("saved after"), text.count("Error: stopped by "), text.count("Traceback")) == (1, 1, 0), text
+    train_in_two([TrainConfig(**options_of(folder, tmp_path / "runs", **KILLED, resume=True))], tmp_path / "again")
+    assert_same_run(the_run(tmp_path / "runs"), undisturbed)
+
+
 def test_a_resume_with_other_processes_or_batches_says_how_to_go_on(
     folder: Path, undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,8 +385,8 @@ def test_an_error_of_one_process_ends_all_with_its_message_once(folder: Path, tm
     assert f"Error: {'rank 1: ' if rank else ''}shard train-0000" in outputs[rank]
     assert not any("Traceback" in output for output in outputs)
     assert "failed" in outputs[0]
-    if rank == 0:  # which keeps the store that the other asks, if it is still there; torchrun's outlives it
-        assert re.fullmatch(r"(Error: rank 1: another process of this run is gone, .*\n)?", outputs[1])
+    if rank == 0:  # which keeps the store that the other asks, and waits for that
+        assert outputs[1] == ""
 
 
 def test_an_error_that_all_meet_is_told_once(folder: Path, tmp_path: Path) -> None:
@@ -432,6 +473,16 @@ def test_a_plain_run_never_touches_torch_distributed(folder: Path, tmp_path: Pat
 )
 def test_slurm_tasks_meet_on_the_first_node_of_their_step(environ: dict[str, str], place: Any) -> None:
     assert slurm_meeting_place(environ) == (dict(zip(("MASTER_ADDR", "MASTER_PORT"), place, strict=True)) if place else {})
+
+
+def test_a_process_that_waits_for_others_who_do_not_come_hears_a_signal(folder: Path, tmp_path: Path) -> None:
+    for rank in ("0", "1"):
+        environ = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        child = Forked(kdcache_command(*arguments_of(options_of(folder, tmp_path))), tmp_path / rank, environ)
+        time.sleep(1)
+        child.kill(signal.SIGTERM)
+        assert child.wait(20) == 1
+        assert "Error: stopped by SIGTERM" in child.output()
 
 
 @pytest.mark.parametrize(
