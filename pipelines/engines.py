@@ -148,6 +148,10 @@ class Engine(Protocol):
     def slots(self) -> int:
         """Jobs that run at a time, for predictions."""
 
+    @property
+    def cores(self) -> int | None:
+        """A job's share of the cores, likewise; None: all that there are."""
+
     def run(self, jobs: Sequence[Job], *, progress: bool = False) -> Iterator[Entry]:
         """An entry for every run of every job, as soon as it ends, "failed" with its "error" for those whose process died."""
 
@@ -155,7 +159,7 @@ class Engine(Protocol):
 class InProcess:
     """Jobs one after another in this process."""
 
-    slots = 1
+    slots, cores = 1, None
 
     def run(self, jobs: Sequence[Job], *, progress: bool = False) -> Iterator[Entry]:
         for job in jobs:

@@ -141,7 +141,7 @@ def plan_as_text(plan: SweepPlan, facts: Mapping[str, Any]) -> str:
         )
     lines = [aligned(rows)]
     count = {status: sum(run["status"] == status for run in facts["runs"]) for status in ("done", "resume", "new")}
-    lines.append(f"\n{len(rows) - 1} runs: {count['done']} done, {count['resume']} begun, {count['new']} new")
+    lines.append(f"\n{len(rows) - 1} run{'' if len(rows) == 2 else 's'}: {count['done']} done, {count['resume']} begun, {count['new']} new")
     if not facts["jobs"]:
         lines.append("nothing is left to train")
     elif facts["left"] is None:
