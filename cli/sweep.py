@@ -32,7 +32,7 @@ def train_sweep(
     from kdcache.console import say, visible
     from kdcache.errors import KDCacheError, UsageError
     from kdcache.launch import read_launch
-    from pipelines.sweep import describe_plan, leaderboard_as_text, plan_as_text, plan_sweep, predict, read_sweep, run_sweep
+    from pipelines.sweep import describe_plan, leaderboard_as_text, plan_as_text, plan_sweep, predict, read_sweep, run_sweep, settle
 
     launch = read_launch()
     if launch.world_size > 1:
@@ -63,6 +63,7 @@ def train_sweep(
     try:
         entries.extend(run_sweep(plan, engine=engine, gang=gang, progress=True))
     finally:
+        entries = settle(plan, entries)
         errors = {entry["id"]: entry["error"] for entry in entries if entry["status"] == "failed"}
         click.echo(visible(f"\n{leaderboard_as_text(plan, errors)}\n\n{plan.out / 'leaderboard.csv'}\n{plan.out / 'report.html'}"), err=True)
         if as_json:

@@ -29,7 +29,7 @@ from kdcache.join import CachedViews
 from kdcache.methods.kd import KD
 from kdcache.model_cost import cost_of
 from pipelines.engines import Job, config_from_json, config_to_json, open_runs
-from pipelines.sweep import plan_sweep, read_sweep
+from pipelines.sweep import plan_sweep, read_sweep, settle
 from pipelines.sweep.report import build_report, front_of
 from pipelines.sweep.results import read_results
 from pipelines.sweep.speed import time_run
@@ -367,6 +367,10 @@ def test_a_failed_run_stays_alone_and_is_named_at_the_end(trained: tuple[Result,
     again = sweep(folder, file, out, "--gang", "2", "--json")
     assert again.exit_code == 1
     assert sorted(entry["status"] for entry in json.loads(again.stdout)["runs"]) == ["already done", "already done", "already done", "failed"]
+    plan = plan_sweep(read_sweep(file, cache=str(folder / "cache"), given={"out": str(out)}))
+    of_others = [{**entry, "status": "failed", "error": "is being trained by another process"} for entry in entries]
+    assert sorted(entry["status"] for entry in settle(plan, of_others)) == ["already done", "already done", "already done", "failed"]
+    assert [one.status for one in read_results(plan, {entry["id"]: entry["error"] for entry in of_others})] == ["done", "done", "done", "failed"]
     assert result.stderr.count("alert(1)") > 0 and "\u202e" not in result.stderr + again.stderr
 
 

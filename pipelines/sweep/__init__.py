@@ -23,7 +23,7 @@ from ..engines import Engine, Entry, InProcess, Job, plan_jobs
 from .file import Sweep, SweepRun, read_sweep
 from .plan import PlannedRun, SweepPlan, plan_sweep, shown_value
 from .report import write_report
-from .results import read_result, read_results, write_leaderboard
+from .results import read_result, read_results, settle, write_leaderboard
 from .speed import Prediction, predict
 
 
@@ -184,5 +184,5 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 __all__ = [
     "PlannedRun", "Sweep", "SweepPlan", "SweepRun", "aligned", "describe_plan", "leaderboard_as_text", "plan_as_text", "plan_sweep", "predict",
-    "read_sweep", "run_sweep",
+    "read_sweep", "run_sweep", "settle",
 ]  # fmt: skip
