@@ -103,9 +103,10 @@ class Job:
                 }  # fmt: skip
 
 
-def plan_jobs(runs: Sequence[Run], *, gang: int = 1) -> list[Job]:
-    """Jobs of up to `gang` runs that train on the same stream of batches, in the order of the runs."""
-    return [Job(tuple(run.config for run in members), tuple(run.id for run in members)) for members in gangs_of(runs, gang)]
+def plan_jobs(runs: Sequence[Run], *, gang: int = 1, slots: int = 1) -> list[Job]:
+    """Jobs of up to `gang` runs that train on the same stream of batches, in the order of the runs; of fewer where any of `slots` would be idle."""
+    size = min(gang, max(1, -(-len(runs) // slots)))
+    return [Job(tuple(run.config for run in members), tuple(run.id for run in members)) for members in gangs_of(runs, size)]
 
 
 def run_job(job: Job, *, progress: bool = False) -> Iterator[Entry]:

@@ -175,6 +175,12 @@ def test_children_end_with_their_parent(folder: Path, tmp_path: Path, number: si
     RunLock(jobs[0].folders[0]).release()
 
 
+def test_gangs_leave_no_process_idle(folder: Path, tmp_path: Path) -> None:
+    runs = open_runs([config for job in jobs_of(folder, tmp_path, *[{"lr": 10.0**-number} for number in range(1, 7)]) for config in job.configs])
+    for slots, sizes in ((1, [4, 2]), (2, [3, 3]), (3, [2, 2, 2]), (5, [2, 2, 2]), (8, [1] * 6)):
+        assert [len(job.ids) for job in plan_jobs(runs, gang=4, slots=slots)] == sizes
+
+
 def test_a_process_that_is_to_end_is_waited_for_while_it_finishes_its_step_and_saves(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

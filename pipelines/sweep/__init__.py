@@ -39,12 +39,14 @@ def run_sweep(plan: SweepPlan, *, engine: Engine | None = None, gang: int = 1, p
         raise StoreError(f"--out {plan.out}: can't be used as a folder: {error.strerror}") from error
     by_id = {planned.run.id: planned for planned in plan.runs}
     done = [planned for planned in plan.runs if planned.run.is_finished]
-    jobs = plan_jobs([planned.run for planned in plan.runs if planned not in done], gang=gang)
+    left = [planned.run for planned in plan.runs if planned not in done]
+    engine = engine or InProcess()
+    jobs = plan_jobs(left, gang=gang, slots=engine.slots if left and gang > 1 else 1)
     errors: dict[str, str] = {}
     _publish(plan, errors)
     yield from (read_result(planned).entry() for planned in done)
     ended = len(done)
-    entries = (engine or InProcess()).run(jobs, progress=progress)
+    entries = engine.run(jobs, progress=progress)
     try:
         for entry in entries:
             ended += 1
@@ -100,7 +102,7 @@ def describe_plan(plan: SweepPlan, predictions: Mapping[str, Prediction], *, slo
                 **(prediction.to_json() if prediction is not None else {"seconds": None, "left": None, "basis": None}),
             }
         )
-    jobs = plan_jobs([planned.run for planned in plan.runs if not planned.run.is_finished], gang=gang)
+    jobs = plan_jobs([planned.run for planned in plan.runs if not planned.run.is_finished], gang=gang, slots=slots)
     known = len(predictions) == len(plan.runs)
     known_left = all(run_id in predictions for job in jobs for run_id in job.ids)
     times = [_seconds_of(job, predictions) for job in jobs] if known_left else []
@@ -148,7 +150,7 @@ def plan_as_text(plan: SweepPlan, facts: Mapping[str, Any]) -> str:
         lines.append("how long is not known: nothing was measured; --time-steps 5 times a few steps of each student and method")
     else:
         at_once = f", {facts['slots']} jobs at a time: about {human_seconds(facts['wall_seconds'])}" if facts["slots"] > 1 else ""
-        gangs = f" in {facts['jobs']} gangs" if facts["gang"] > 1 else ""
+        gangs = f" in {facts['jobs']} job{'' if facts['jobs'] == 1 else 's'} of up to {facts['gang']} students" if facts["gang"] > 1 else ""
         lines.append(f"what is left takes about {human_seconds(facts['left'])}{gangs} in all{at_once}")
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
 
