@@ -170,6 +170,9 @@ class JobProcess:
 
     def close(self, *, grace_s: float | None = 0.0) -> None:
         """Its end, within `grace_s` (None: whenever it comes), and that of what it leaves behind."""
+        if grace_s is None:
+            for _ in self.events():  # what it tells is in its folders too; unread it would fill the pipe, and wait
+                pass
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(grace_s)
         with contextlib.suppress(ProcessLookupError, PermissionError):  # the second: macOS, of a group of the dead
