@@ -59,14 +59,14 @@ class Doomed(KD):
 
 
 class Slow(KD):
-    '''Its third step takes 4 s.'''
+    '''Its third step takes 2.5 s.'''
     name, steps = "slow", 0
 
     def losses(self, outputs, labels, targets):
         self.steps += 1
         if self.steps == 3:
             open(os.environ["MORTAL"] + "/slow", "w").close()
-            time.sleep(4)
+            time.sleep(2.5)
         return super().losses(outputs, labels, targets)
 """
 
@@ -190,6 +190,7 @@ def test_a_process_that_is_to_end_is_waited_for_while_it_finishes_its_step_and_s
     process = JobProcess(tmp_path / "log", environ=environ_of_child(os.environ, cores=1))
     process.begin(job, log=tmp_path / "log", title="a job")
     wait_for(lambda: (folder / "orders" / "slow").exists())
+    (folder / "orders" / "slow").unlink()
     close_all([process])
     assert process.process.returncode == -signal.SIGTERM
     assert "saved after 0 epochs and 3 steps" in (tmp_path / "log").read_text()

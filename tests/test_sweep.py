@@ -523,3 +523,11 @@ def test_the_report_in_a_browser_is_quiet_legible_and_reached_by_keys(
     assert chromium.run("document.querySelectorAll('a.run.dim').length") > 0
     assert chromium.complaints == []
     assert {url.partition("#")[0] for url in chromium.requests if not url.startswith("data:")} == {page.as_uri()}
+
+
+@pytest.mark.browser
+def test_the_table_of_runs_fits_on_paper(chromium: Browser, trained: tuple[Result, Path, str]) -> None:
+    chromium.open(trained[1] / "report.html", width=718)  # A4 without its margins
+    chromium.call("Emulation.setEmulatedMedia", media="print")
+    assert chromium.run("document.querySelector('table.runs').getBoundingClientRect().right") <= 718
+    assert chromium.run("Math.min(...[...document.querySelectorAll('.runs .value')].map((cell) => cell.clientWidth))") >= 36
