@@ -31,8 +31,17 @@ def train_sweep(
     """
     from kdcache.console import say, visible
     from kdcache.errors import KDCacheError, UsageError
-    from pipelines.sweep import describe_plan, leaderboard_as_text, plan_as_text, plan_sweep, predict, read_sweep, run_sweep
+    from kdcache.launch import read_launch
+    from pipelines.sweep import describe_plan, leaderboard_as_text, plan_as_text, plan_sweep, predict, read_sweep, run_sweep, settle
 
+    launch = read_launch()
+    if launch.world_size > 1:
+        if launch.rank:
+            raise SystemExit(2)  # the first process says it
+        raise UsageError(
+            f"--sweep as one of {launch.world_size} processes of a launcher: a sweep starts its own, one a GPU; run the command once, without torchrun"
+            f" or srun (several machines: --engine ray; one student on all GPUs: --student, without --sweep)"
+        )
     for name, why in _NOT_FOR_SWEEPS.items():
         if name in given:
             raise UsageError(f"--{name.replace('_', '-')} with --sweep: {why}")
@@ -42,7 +51,7 @@ def train_sweep(
     plan = plan_sweep(read_sweep(file, cache=cache, given=fields, students=students))
     engine = _choose_engine(engines, {planned.run.config.device for planned in plan.runs})
     if dry_run:
-        predictions = predict(plan.runs, time_steps=5 if time_steps is None else time_steps, progress=True)
+        predictions = predict(plan.runs, time_steps=5 if time_steps is None else time_steps, cores=engine.cores, progress=True)
         facts = describe_plan(plan, predictions, slots=engine.slots, gang=gang)
         click.echo(visible(plan_as_text(plan, facts)), err=True)
         if as_json:
@@ -54,6 +63,7 @@ def train_sweep(
     try:
         entries.extend(run_sweep(plan, engine=engine, gang=gang, progress=True))
     finally:
+        entries = settle(plan, entries)
         errors = {entry["id"]: entry["error"] for entry in entries if entry["status"] == "failed"}
         click.echo(visible(f"\n{leaderboard_as_text(plan, errors)}\n\n{plan.out / 'leaderboard.csv'}\n{plan.out / 'report.html'}"), err=True)
         if as_json:

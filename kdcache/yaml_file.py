@@ -87,6 +87,10 @@ def read_yaml(path: str | os.PathLike[str], *, where: str, expected: str, loader
         raise UsageError(f"{where}: larger than {_MAX_BYTES} bytes; expected {expected}")
     try:
         return yaml.load(text, loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise UsageError(f"{where}: not YAML: {' '.join(filter(None, (error.context, error.problem)))}{place}") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:

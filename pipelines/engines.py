@@ -103,9 +103,10 @@ class Job:
                 }  # fmt: skip
 
 
-def plan_jobs(runs: Sequence[Run], *, gang: int = 1) -> list[Job]:
-    """Jobs of up to `gang` runs that train on the same stream of batches, in the order of the runs."""
-    return [Job(tuple(run.config for run in members), tuple(run.id for run in members)) for members in gangs_of(runs, gang)]
+def plan_jobs(runs: Sequence[Run], *, gang: int = 1, slots: int = 1) -> list[Job]:
+    """Jobs of up to `gang` runs that train on the same stream of batches, in the order of the runs; of fewer where any of `slots` would be idle."""
+    size = min(gang, max(1, -(-len(runs) // slots)))
+    return [Job(tuple(run.config for run in members), tuple(run.id for run in members)) for members in gangs_of(runs, size)]
 
 
 def run_job(job: Job, *, progress: bool = False) -> Iterator[Entry]:
@@ -148,6 +149,10 @@ class Engine(Protocol):
     def slots(self) -> int:
         """Jobs that run at a time, for predictions."""
 
+    @property
+    def cores(self) -> int | None:
+        """A job's share of the cores, likewise; None: all that there are."""
+
     def run(self, jobs: Sequence[Job], *, progress: bool = False) -> Iterator[Entry]:
         """An entry for every run of every job, as soon as it ends, "failed" with its "error" for those whose process died."""
 
@@ -155,7 +160,7 @@ class Engine(Protocol):
 class InProcess:
     """Jobs one after another in this process."""
 
-    slots = 1
+    slots, cores = 1, None
 
     def run(self, jobs: Sequence[Job], *, progress: bool = False) -> Iterator[Entry]:
         for job in jobs:

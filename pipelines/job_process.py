@@ -30,9 +30,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcache.console import harmless
+from kdcache.console import harmless, say
 from kdcache.errors import KDCacheError, StoreError
-from kdcache.interrupt import GRACE_S, Stopped, stopping_cleanly
+from kdcache.interrupt import Stopped, finishing_first, stopping_cleanly
 from kdcache.launch import without_launch
 
 from .engines import Job, run_job
@@ -168,8 +168,11 @@ class JobProcess:
         else:
             self._send(None)
 
-    def close(self, *, grace_s: float = 0.0) -> None:
-        """Its end, within `grace_s`, and that of what it leaves behind."""
+    def close(self, *, grace_s: float | None = 0.0) -> None:
+        """Its end, within `grace_s` (None: whenever it comes), and that of what it leaves behind."""
+        if grace_s is None:
+            for _ in self.events():  # what it tells is in its folders too; unread it would fill the pipe, and wait
+                pass
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(grace_s)
         with contextlib.suppress(ProcessLookupError, PermissionError):  # the second: macOS, of a group of the dead
@@ -181,14 +184,19 @@ class JobProcess:
         os.close(self._events)
 
 
+@finishing_first()
 def close_all(processes: Sequence[JobProcess]) -> None:
-    """End children that are no longer wanted, all at once: orderly if they can within the time that a command has."""
+    """End children that are no longer wanted, all at once and orderly: one that trains finishes its step and saves, which takes what it takes.
+
+    No child is waited for without an end: outside of a step and a save each gives itself up after the time that a command has.
+    """
     for process in processes:
         process.stop()
+    if busy := sum(process.is_busy and not process.has_ended for process in processes):
+        say(f"{busy} process{'' if busy == 1 else 'es'} told to end: each finishes its step and saves; a second signal ends all at once")
     begun = time.monotonic()
     for process in processes:
-        grace_s = GRACE_S - 1.0 if process.is_busy else 1.0  # this process has no more
-        process.close(grace_s=max(0.0, begun + grace_s - time.monotonic()))
+        process.close(grace_s=None if process.is_busy else max(0.0, begun + 1.0 - time.monotonic()))
 
 
 def environ_of_child(environ: Mapping[str, str], *, cores: int, gpu: str | None = None) -> dict[str, str]:
@@ -249,6 +257,7 @@ def _last_words(log: Path) -> str:
 def main() -> None:
     """Train the jobs that come on stdin; the process's whole life."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # Ray's workers block the first
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever started the command may ignore it; this process is ended by it
     events = int(sys.argv[1])
     os.set_inheritable(events, False)
     requests: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()

@@ -82,11 +82,11 @@ class Local:
         """gpus: process n gets number n, modulo their count. retries: of a job whose process is killed."""
         self.slots = processes
         self._gpus, self._retries = tuple(gpus), retries
-        self._cores = max(1, available_cores() // processes)
+        self.cores = max(1, available_cores() // processes)
 
     def run(self, jobs: Sequence[Job], *, progress: bool = False) -> Iterator[Entry]:
         """As `Engine.run`. progress: a line on stderr for each epoch of each run. Ends its children when it is closed or interrupted."""
-        waiting = deque(_Attempt(with_share_of(job, self._cores)) for job in jobs)
+        waiting = deque(_Attempt(with_share_of(job, self.cores)) for job in jobs)
         slots = [_Slot(number, self._gpus[number % len(self._gpus)] if self._gpus else None) for number in range(min(self.slots, len(jobs)))]
         try:
             while waiting or any(slot.attempt is not None for slot in slots):
@@ -105,7 +105,7 @@ class Local:
         job, log = attempt.job, log_of(attempt.job)
         try:
             if slot.process is None:
-                slot.process = JobProcess(log, environ=environ_of_child(os.environ, cores=self._cores, gpu=slot.gpu))
+                slot.process = JobProcess(log, environ=environ_of_child(os.environ, cores=self.cores, gpu=slot.gpu))
             slot.process.begin(job, log=log, title=f"{slot.name}, attempt {attempt.count} of {1 + self._retries}: {', '.join(job.ids)}")
         except StoreError as error:
             slot.end()

@@ -27,7 +27,7 @@ from typing import Any
 
 from kdcache.console import say
 from kdcache.errors import StoreError, UsageError
-from kdcache.interrupt import Stopped
+from kdcache.interrupt import Stopped, finishing_first
 
 from .engines import Entry, Job
 from .job_process import RETRIES, JobDied, JobProcess, close_all, describe_epoch, environ_of_child, log_of, with_share_of
@@ -61,6 +61,12 @@ class OnRay:
         self._connect()
         return self._slots(*self._needs())
 
+    @property
+    def cores(self) -> int:
+        """Of a job."""
+        self._connect()
+        return self._needs()[1]
+
     def _slots(self, gpus: float, cpus: int) -> int:
         have = self._ray.cluster_resources()
         by_gpu = int(have.get("GPU", 0) / gpus) if gpus else sys.maxsize
@@ -89,10 +95,12 @@ class OnRay:
                 for ref in self._wait(refs):
                     yield from self._entries_of(ref, refs.pop(ref))
         finally:
-            for ref in refs:
-                self._ray.cancel(ref)
-            if refs:
-                self._ray.wait(list(refs), num_returns=len(refs), timeout=5 * _WAIT_S)  # their children end as a command ends
+            with finishing_first():  # their children save, as a command does
+                for ref in refs:
+                    self._ray.cancel(ref)
+                left = list(refs)
+                while left:
+                    left = self._ray.wait(left, num_returns=len(left), timeout=_WAIT_S)[1]
             shutil.rmtree(meeting, ignore_errors=True)
             self._disconnect()
 

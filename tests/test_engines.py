@@ -22,7 +22,7 @@ from cli.main import main
 from kdcache.errors import StoreError, StudentError, UsageError
 from kdcache.interrupt import stopping_cleanly
 from pipelines.engines import Entry, InProcess, Job, open_runs, plan_jobs
-from pipelines.job_process import environ_of_child, with_share_of
+from pipelines.job_process import JobProcess, close_all, environ_of_child, with_share_of
 from pipelines.local_engine import Local, local_engine
 from pipelines.ray_engine import OnRay, train_on_node
 from pipelines.run_lock import RunLock
@@ -31,7 +31,7 @@ from pipelines.train import TrainConfig, train
 STUDENT_ARGS = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "drop_rate": 0.1}
 
 METHODS = """
-import os, signal
+import os, signal, time
 from kdcache.methods.kd import KD
 
 
@@ -56,6 +56,18 @@ class Doomed(KD):
 
     def losses(self, outputs, labels, targets):
         os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class Slow(KD):
+    '''Its third step takes 2.5 s.'''
+    name, steps = "slow", 0
+
+    def losses(self, outputs, labels, targets):
+        self.steps += 1
+        if self.steps == 3:
+            open(os.environ["MORTAL"] + "/slow", "w").close()
+            time.sleep(2.5)
+        return super().losses(outputs, labels, targets)
 """
 
 
@@ -161,6 +173,27 @@ def test_children_end_with_their_parent(folder: Path, tmp_path: Path, number: si
         assert "Stopped" not in (tmp_path / "runs" / "logs" / f"{jobs[0].ids[0]}.log").read_text()
     wait_for(lambda: _group_is_gone(child), 10)
     RunLock(jobs[0].folders[0]).release()
+
+
+def test_gangs_leave_no_process_idle(folder: Path, tmp_path: Path) -> None:
+    runs = open_runs([config for job in jobs_of(folder, tmp_path, *[{"lr": 10.0**-number} for number in range(1, 7)]) for config in job.configs])
+    for slots, sizes in ((1, [4, 2]), (2, [3, 3]), (3, [2, 2, 2]), (5, [2, 2, 2]), (8, [1] * 6)):
+        assert [len(job.ids) for job in plan_jobs(runs, gang=4, slots=slots)] == sizes
+
+
+def test_a_process_that_is_to_end_is_waited_for_while_it_finishes_its_step_and_saves(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = jobs_of(folder, tmp_path, {"method": "methods_of_engines:Slow", "recovery_interval": 0})
+    monkeypatch.setattr("kdcache.interrupt.GRACE_S", 2.0)  # of this process, not of its child
+    monkeypatch.setattr("pipelines.job_process.GRACE_S", 2.0, raising=False)
+    process = JobProcess(tmp_path / "log", environ=environ_of_child(os.environ, cores=1))
+    process.begin(job, log=tmp_path / "log", title="a job")
+    wait_for(lambda: (folder / "orders" / "slow").exists())
+    (folder / "orders" / "slow").unlink()
+    close_all([process])
+    assert process.process.returncode == -signal.SIGTERM
+    assert "saved after 0 epochs and 3 steps" in (tmp_path / "log").read_text()
 
 
 def _holder(job: Job) -> str:

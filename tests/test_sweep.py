@@ -6,16 +6,17 @@ import csv
 import itertools
 import json
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from browser import Browser, browser
 from click.testing import CliRunner, Result
-from helpers import Forked, die_at, kdcache_command, make_cache, make_shard, save_local_dir, tiny_model
+from helpers import TINY_VIT, Forked, die_at, kdcache_command, make_cache, make_shard, save_local_dir, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from test_page import CONTRAST, OUTSIDE, Parsed
@@ -24,11 +25,14 @@ from torch import nn
 from cli.main import main
 from kdcache.console import visible
 from kdcache.errors import UsageError
+from kdcache.join import CachedViews
+from kdcache.methods.kd import KD
 from kdcache.model_cost import cost_of
 from pipelines.engines import Job, config_from_json, config_to_json, open_runs
-from pipelines.sweep import plan_sweep, read_sweep
+from pipelines.sweep import plan_sweep, read_sweep, settle
 from pipelines.sweep.report import build_report, front_of
 from pipelines.sweep.results import read_results
+from pipelines.sweep.speed import time_run
 from pipelines.train import TrainConfig, train
 from pipelines.training_data import NOT_OF_DATA
 
@@ -182,7 +186,8 @@ def test_numbers_and_names_are_what_they_look_like(tmp_path: Path) -> None:
         ("teacher_seconds: -1\ngrid: {student: [a]}", r"teacher_seconds: expected a number above 0"),
         (f"base: {{student: a}}\ngrid: {{seed: {list(range(200))}, lr: {list(range(1, 200))}}}", r"grid: its lists make 39,800 runs or more; expected at most"),
         ("base: &a [*a]", r"the alias \*a is not taken"),
-        ("base: {", r"not YAML"),
+        ("base: {", r"not YAML: .*, line 1, column 8"),
+        ({"base": {"gang": 4}, "grid": {"lr": [1]}}, r"base\.gang: gang is not for a file: .*give --gang to the command"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_right_is_refused_with_its_path(tmp_path: Path, body: str, text: str) -> None:
@@ -252,6 +257,44 @@ def test_a_dry_run_trains_nothing_and_says_what_its_times_rest_on(folder: Path, 
     assert other == f"measured: {done['id']}" and another == f"measured: {done['id']}, another method"
     cost = cost_of(tiny_model(CNN, num_classes=10, **CNN_ARGS), 32)
     assert {(run["params"], run["macs"], run["steps"]) for run in after["runs"]} == {(cost.params, cost.macs, 9)}
+
+
+class Paced(KD):
+    """A step takes 20 ms, the first 600 ms."""
+
+    name: ClassVar[str] = "paced"
+    steps = 0
+
+    def losses(self, outputs: Any, labels: Any, targets: Any) -> Any:
+        self.steps += 1
+        time.sleep(0.6 if self.steps == 1 else 0.02)
+        return super().losses(outputs, labels, targets)
+
+
+def test_timed_steps_wait_for_their_batches_as_those_of_the_run_do(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = CachedViews.__getitems__
+
+    def slow(self: CachedViews, items: Any) -> Any:
+        time.sleep(0.2)  # longer than four steps: of two workers a batch comes every 100 ms
+        return made(self, items)
+
+    monkeypatch.setattr(CachedViews, "__getitems__", slow)
+    student_args = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    options = base_of(folder, model_kwargs=student_args, batch_size=1, views=1, method="test_sweep:Paced", workers=None, out=str(tmp_path))
+    del options["student"]
+    (run,) = open_runs([TrainConfig(cache=str(folder / "cache"), students=(TINY_VIT,), **options)])
+    pace = time_run(run, 3, cores=2)
+    assert pace.seconds > 0.08, "a batch of two workers, none of which was ahead after the first step"
+    assert pace.seconds > pace.own_seconds > 0.02
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", "without torchrun"), ("1", "")])
+def test_a_sweep_is_not_run_by_a_launcher(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str, told: str) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    result = sweep(folder, write(tmp_path / "s.yaml", {"base": base_of(folder), "grid": {"lr": [1e-3]}}), tmp_path / "runs")
+    assert result.exit_code == 2 and told in result.stderr and bool(told) == bool(result.stderr)
+    assert not (tmp_path / "runs").exists()
 
 
 def config_of(run: Mapping[str, Any], file: str, folder: Path, out: Path) -> TrainConfig:
@@ -324,6 +367,10 @@ def test_a_failed_run_stays_alone_and_is_named_at_the_end(trained: tuple[Result,
     again = sweep(folder, file, out, "--gang", "2", "--json")
     assert again.exit_code == 1
     assert sorted(entry["status"] for entry in json.loads(again.stdout)["runs"]) == ["already done", "already done", "already done", "failed"]
+    plan = plan_sweep(read_sweep(file, cache=str(folder / "cache"), given={"out": str(out)}))
+    of_others = [{**entry, "status": "failed", "error": "is being trained by another process"} for entry in entries]
+    assert sorted(entry["status"] for entry in settle(plan, of_others)) == ["already done", "already done", "already done", "failed"]
+    assert [one.status for one in read_results(plan, {entry["id"]: entry["error"] for entry in of_others})] == ["done", "done", "done", "failed"]
     assert result.stderr.count("alert(1)") > 0 and "\u202e" not in result.stderr + again.stderr
 
 
@@ -476,3 +523,11 @@ def test_the_report_in_a_browser_is_quiet_legible_and_reached_by_keys(
     assert chromium.run("document.querySelectorAll('a.run.dim').length") > 0
     assert chromium.complaints == []
     assert {url.partition("#")[0] for url in chromium.requests if not url.startswith("data:")} == {page.as_uri()}
+
+
+@pytest.mark.browser
+def test_the_table_of_runs_fits_on_paper(chromium: Browser, trained: tuple[Result, Path, str]) -> None:
+    chromium.open(trained[1] / "report.html", width=718)  # A4 without its margins
+    chromium.call("Emulation.setEmulatedMedia", media="print")
+    assert chromium.run("document.querySelector('table.runs').getBoundingClientRect().right") <= 718
+    assert chromium.run("Math.min(...[...document.querySelectorAll('.runs .value')].map((cell) => cell.clientWidth))") >= 36

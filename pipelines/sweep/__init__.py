@@ -23,7 +23,7 @@ from ..engines import Engine, Entry, InProcess, Job, plan_jobs
 from .file import Sweep, SweepRun, read_sweep
 from .plan import PlannedRun, SweepPlan, plan_sweep, shown_value
 from .report import write_report
-from .results import read_result, read_results, write_leaderboard
+from .results import read_result, read_results, settle, write_leaderboard
 from .speed import Prediction, predict
 
 
@@ -39,12 +39,14 @@ def run_sweep(plan: SweepPlan, *, engine: Engine | None = None, gang: int = 1, p
         raise StoreError(f"--out {plan.out}: can't be used as a folder: {error.strerror}") from error
     by_id = {planned.run.id: planned for planned in plan.runs}
     done = [planned for planned in plan.runs if planned.run.is_finished]
-    jobs = plan_jobs([planned.run for planned in plan.runs if planned not in done], gang=gang)
+    left = [planned.run for planned in plan.runs if planned not in done]
+    engine = engine or InProcess()
+    jobs = plan_jobs(left, gang=gang, slots=engine.slots if left and gang > 1 else 1)
     errors: dict[str, str] = {}
     _publish(plan, errors)
     yield from (read_result(planned).entry() for planned in done)
     ended = len(done)
-    entries = (engine or InProcess()).run(jobs, progress=progress)
+    entries = engine.run(jobs, progress=progress)
     try:
         for entry in entries:
             ended += 1
@@ -100,7 +102,7 @@ def describe_plan(plan: SweepPlan, predictions: Mapping[str, Prediction], *, slo
                 **(prediction.to_json() if prediction is not None else {"seconds": None, "left": None, "basis": None}),
             }
         )
-    jobs = plan_jobs([planned.run for planned in plan.runs if not planned.run.is_finished], gang=gang)
+    jobs = plan_jobs([planned.run for planned in plan.runs if not planned.run.is_finished], gang=gang, slots=slots)
     known = len(predictions) == len(plan.runs)
     known_left = all(run_id in predictions for job in jobs for run_id in job.ids)
     times = [_seconds_of(job, predictions) for job in jobs] if known_left else []
@@ -141,14 +143,14 @@ def plan_as_text(plan: SweepPlan, facts: Mapping[str, Any]) -> str:
         )
     lines = [aligned(rows)]
     count = {status: sum(run["status"] == status for run in facts["runs"]) for status in ("done", "resume", "new")}
-    lines.append(f"\n{len(rows) - 1} runs: {count['done']} done, {count['resume']} begun, {count['new']} new")
+    lines.append(f"\n{len(rows) - 1} run{'' if len(rows) == 2 else 's'}: {count['done']} done, {count['resume']} begun, {count['new']} new")
     if not facts["jobs"]:
         lines.append("nothing is left to train")
     elif facts["left"] is None:
         lines.append("how long is not known: nothing was measured; --time-steps 5 times a few steps of each student and method")
     else:
         at_once = f", {facts['slots']} jobs at a time: about {human_seconds(facts['wall_seconds'])}" if facts["slots"] > 1 else ""
-        gangs = f" in {facts['jobs']} gangs" if facts["gang"] > 1 else ""
+        gangs = f" in {facts['jobs']} job{'' if facts['jobs'] == 1 else 's'} of up to {facts['gang']} students" if facts["gang"] > 1 else ""
         lines.append(f"what is left takes about {human_seconds(facts['left'])}{gangs} in all{at_once}")
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
 
@@ -184,5 +186,5 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 __all__ = [
     "PlannedRun", "Sweep", "SweepPlan", "SweepRun", "aligned", "describe_plan", "leaderboard_as_text", "plan_as_text", "plan_sweep", "predict",
-    "read_sweep", "run_sweep",
+    "read_sweep", "run_sweep", "settle",
 ]  # fmt: skip

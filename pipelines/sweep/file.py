@@ -45,10 +45,14 @@ _ALIASES = {"set": "settings"}
 _SECTIONS = ("base", "grid", "runs", "teacher_seconds")
 _OF_THE_COMMAND = {
     "cache": "the command names the cache",
+    **{
+        name: f"it says how the sweep is run, not what its runs are: give --{name.replace('_', '-')} to the command"
+        for name in ("gang", "engine", "processes", "retries", "ray_address", "gpus_per_job", "cpus_per_job")
+    },
     "resume": "a sweep always goes on with what is unfinished",
     "allow_other_cache": "a sweep's runs belong to one cache; continue a single run with --student",
 }
-"""Fields of TrainConfig that a file does not set, and why."""
+"""Options of train that a file does not set, and why."""
 
 
 @dataclass(frozen=True)

@@ -163,4 +163,6 @@ def _value(run: SweepRun, name: str) -> Any:
 
 def shown_value(value: Any) -> str:
     """A field's value for people; nothing for one that was not given."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
+        value = int(value)  # 0 of 0.0
     return "" if value is None else value if isinstance(value, str) else json.dumps(value)

@@ -95,9 +95,10 @@ class _Look:
 _COSTS: dict[str, tuple[str, Callable[[Result], float], Callable[[float], str]]] = {
     "parameters": ("parameters, millions", lambda result: result.planned.cost.params / 1e6, lambda value: f"{value:.3g} M parameters"),
     "MACs": ("multiply-accumulates of an image, 10⁹", lambda result: result.planned.cost.macs / 1e9, lambda value: f"{value:.3g} GMACs"),
-    "time": ("the student's own training time, minutes", lambda result: result.own_seconds / 60, lambda value: human_seconds(60 * value)),
+    "time": ("the student's own training time, ", lambda result: result.own_seconds, human_seconds),
 }
-"""What a student costs: name → (words for the axis, figure above 0, the figure in words)."""
+"""What a student costs: name → (words for the axis, figure above 0, the figure in words). Time, in seconds, is drawn in the unit that fits."""
+_UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
 def front_of(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -111,9 +112,13 @@ def front_of(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def _scatter(measured: Sequence[Result], front: Sequence[Result], name: str, look: _Look) -> tuple[str, Chart]:
     words, cost, in_words = _COSTS[name]
+    unit = 1.0
+    if name == "time":
+        unit, unit_words = next((one for one in _UNITS if max(map(cost, measured)) >= one[0]), _UNITS[-1])
+        words += unit_words
 
     def place(result: Result) -> tuple[float, float]:
-        return max(cost(result), 1e-9), result.top1 or 0.0
+        return max(cost(result) / unit, 1e-9), result.top1 or 0.0
 
     things = [look.curve(result, [place(result)], f", {in_words(cost(result))}") for result in measured]
     return name, scatter(things, [place(result) for result in front], x_title=words, y_title="")

@@ -103,9 +103,18 @@ def read_results(plan: SweepPlan, errors: Mapping[str, str]) -> list[Result]:
     return sorted(results, key=lambda result: (order[result.status], -(result.top1 if result.top1 is not None else -1.0)))
 
 
+def settle(plan: SweepPlan, entries: Sequence[Entry]) -> list[Entry]:
+    """Entries at a sweep's end: a run that failed here, because another process was training it, may be finished now."""
+    by_id = {planned.run.id: planned for planned in plan.runs}
+    return [
+        read_result(by_id[entry["id"]]).entry() if entry["status"] == "failed" and by_id[entry["id"]].run.is_finished else entry for entry in entries
+    ]
+
+
 def read_result(planned: PlannedRun, error: str | None = None) -> Result:
-    """One run, by what its folder holds. error: why it failed just now."""
+    """One run, by what its folder holds. error: why it failed just now; of no account if another process has finished it since."""
     run = planned.run
+    error = None if run.is_finished else error
     history = _read_summary(run.folder)
     epochs = read_epochs(run.folder)[: len(history)]
     if error is None and not run.is_finished:

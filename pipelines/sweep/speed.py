@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from tqdm import tqdm
 from kdcache.console import say
 from kdcache.device import fitting_threads, resolve_device
 from kdcache.errors import StudentError
-from kdcache.join import BatchLoader
+from kdcache.join import Batch, BatchLoader
 from kdcache.plan import canonical_json
 from kdcache.workers import naming_killed_workers
 
@@ -59,8 +61,8 @@ class Prediction:
         return {"seconds": round(self.seconds, 3), "left": round(self.left, 3), "basis": self.basis}
 
 
-def predict(runs: Sequence[PlannedRun], *, time_steps: int, progress: bool = False) -> dict[str, Prediction]:
-    """Run id → prediction; runs of which nothing is known are left out.
+def predict(runs: Sequence[PlannedRun], *, time_steps: int, cores: int | None = None, progress: bool = False) -> dict[str, Prediction]:
+    """Run id → prediction; runs of which nothing is known are left out. cores: that a job will have; None: all that this process has.
 
     A run's pace comes from its own epochs, or from those of a run of the same student and method, or from `time_steps` steps that are timed now
     (0: none), or from a run of the same student by another method: in this order. Epochs measured include their evaluation, steps do not.
@@ -76,7 +78,7 @@ def predict(runs: Sequence[PlannedRun], *, time_steps: int, progress: bool = Fal
     distinct = {_key(planned.run): planned for planned in reversed(waiting)} if time_steps > 0 else {}
     for key, planned in tqdm(list(distinct.items())[::-1], desc="timing", unit="run", disable=not (progress and distinct)):
         try:
-            alike[key] = time_run(planned.run, time_steps)
+            alike[key] = time_run(planned.run, time_steps, cores=cores)
         except (StudentError, torch.OutOfMemoryError) as error:
             say(f"note: run {planned.run.id} fails in its first steps: {error}")
     found: dict[str, Prediction] = {}
@@ -92,7 +94,8 @@ def _key(run: Run, *, method: bool = True) -> bytes:
     """What decides the time of a step, nearly."""
     recipe, config = run.recipe, run.config
     names = ["student", "model_kwargs", "batch_size", *(["method", "teachers"] if method else [])]
-    return canonical_json({**{name: recipe.get(name) for name in names}, "precision": config.precision, "ema": config.model_ema})
+    how = {"precision": config.precision, "ema": config.model_ema, "compiled": config.torchcompile, "channels_last": config.channels_last}
+    return canonical_json({**{name: recipe.get(name) for name in names}, **how})
 
 
 def _measured(run: Run) -> Pace | None:
@@ -107,33 +110,62 @@ def _measured(run: Run) -> Pace | None:
     return Pace(seconds / images, own_seconds / images, "measured: its own epochs")
 
 
-def time_run(run: Run, steps: int) -> Pace:
-    """Of a run's first steps: the median, without the first step. Nothing is kept."""
+def time_run(run: Run, steps: int, *, cores: int | None = None) -> Pace:
+    """Of a run's first steps, `steps` of them or more, on so many cores (None: all). Nothing is kept.
+
+    The first step, which builds and tunes, is taken on batches that this process loads: the workers begin after it, so that they have nothing ahead.
+    From the first batch on that they give, each of them gives as many. So loading counts where it is slower than the student, as it will in the run.
+    """
     with tempfile.TemporaryDirectory(prefix="kdcache-timing-") as folder:
-        config = replace(run.config, out=folder, log_tensorboard=False, log_wandb=False, recovery_interval=0, resume=False)
+        config = run.config
+        workers = config.workers if config.workers is not None or cores is None else min(8, cores)
+        config = replace(config, out=folder, workers=workers, log_tensorboard=False, log_wandb=False, recovery_interval=0, resume=False)
         twin = Run(config, run.data, run.student_name)
         twin.claim()
         loop = twin.begin()
         portion = portion_of(loop)
         dataset = dataset_of(run.data.cache, union([portion]), check_views=config.check_views)
-        loader = BatchLoader(dataset, loop.batches, num_workers=config.num_workers, pin_memory=loop.device.type == "cuda")
-        times: list[tuple[float, float]] = []
-        begin = last = time.perf_counter()
+        pinned, ahead, per_step = loop.device.type == "cuda", config.prefetch_bytes, config.grad_accum_steps
+        first = BatchLoader(dataset, loop.batches, num_workers=0, pin_memory=pinned, prefetch_bytes=ahead)
+        loader = BatchLoader(dataset, loop.batches, num_workers=config.num_workers, pin_memory=pinned, prefetch_bytes=ahead)
+        turns = max(1, loader.num_workers)
+        wanted = per_step + -(-steps * per_step // turns) * turns
+        times: list[tuple[float, float, int]] = []  # of each batch: when it was there, when its step had ended, its images
+
+        def step(batch: Batch) -> None:
+            loaded = time.perf_counter()
+            loop.train_step(SharedBatch(batch, loop.device).inputs(portion))  # ends when the device has told its loss
+            times.append((loaded, time.perf_counter(), len(batch["labels"])))
+
         try:
-            with fitting_threads(loop.method, loop.device), naming_killed_workers():
+            with _threads(cores), fitting_threads(loop.method, loop.device), naming_killed_workers():
                 loop.begin()
-                for batch in loader.epoch(0, start=0):
-                    loaded = time.perf_counter()
-                    loop.train_step(SharedBatch(batch, loop.device).inputs(portion))  # ends when the device has told its loss
-                    now = time.perf_counter()
-                    times.append(((now - last) / len(batch["labels"]), (now - loaded) / len(batch["labels"])))
-                    last = now
-                    if len(times) > steps or now - begin > BUDGET_S:
+                for batch in itertools.islice(first.epoch(0), per_step):
+                    step(batch)
+                times.clear()
+                begin = time.perf_counter()
+                for batch in loader.epoch(0):
+                    step(batch)
+                    if len(times) >= wanted or (len(times) > per_step and times[-1][1] - begin > BUDGET_S):
                         break
         finally:
+            first.close()
             loader.close()
             loop.close()
             twin.release()
-    kept = times[1:] or times
-    basis = f"{len(kept)} step{'' if len(kept) == 1 else 's'} on {resolve_device(config.device)} now, without evaluation"
-    return Pace(median(total for total, _ in kept), median(own for _, own in kept), basis)
+    begin, kept = (times[per_step - 1][1], times[per_step:]) if len(times) > per_step else (begin, times)
+    images, count = sum(number for *_, number in kept), max(1, len(kept) // per_step)
+    basis = f"{count} step{'' if count == 1 else 's'} on {resolve_device(config.device)} now, without evaluation"
+    return Pace((kept[-1][1] - begin) / images, sum(ended - loaded for loaded, ended, _ in kept) / images, basis)
+
+
+@contextlib.contextmanager
+def _threads(cores: int | None) -> Iterator[None]:
+    """Within, torch has the threads that a job with so many cores has."""
+    before = torch.get_num_threads()
+    if cores is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
