@@ -39,7 +39,7 @@ from .workers import Room, iterate, pack
 DEFAULT_PREFETCH_BYTES = 1 << 30
 """Of the batches that are under way."""
 MOST_PREFETCHED = 4
-"""Batches under way, a worker: more would not help, and every tensor of them holds a file descriptor of the training process."""
+"""Batches under way, a worker: more would not help."""
 _OPEN_TARS = 128
 """More than a window of blocks lies in; with the files of the store well under the usual limit of 1024."""
 _TAR_GAP_BYTES = 16 << 10
