@@ -373,8 +373,8 @@ def test_a_decoder_that_is_not_installed_is_named_with_its_cure_before_anything_
     with monkeypatch.context() as patch:
         patch.setattr(kdcache.teacher, "load_teacher", lambda *_, **__: pytest.fail("the teacher was loaded first"))
         with pytest.raises(UsageError, match=cure):
-            run(tmp_path / "unmixed", folder, views=2)
-    run(tmp_path / "unmixed", folder, targets=("logits", "features@norm"), views=1)  # of stored views
+            run(tmp_path / "unmixed", folder, augment="weak", views=2)
+    run(tmp_path / "unmixed", folder, augment="weak", targets=("logits", "features@norm"), views=1)  # of stored views
     with pytest.raises(UsageError, match=cure):
         CachedViews(open_cache(folder / "cache"))
     with pytest.raises(UsageError, match=cure):
