@@ -68,6 +68,12 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def beside(self) -> range:
+        """The ranks on this machine, numbered in a row as torchrun and SLURM do by default."""
+        first = self.rank - self.launch.local_rank
+        return range(first, first + self.launch.local_world_size)
+
     def device(self, name: str | None) -> torch.device:
         """The device of this one: of several on a machine each has a GPU of its own. Raises UsageError for one that can't be shared so."""
         device = resolve_device(name)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .augment import Q16, Pixels
 from .cache import Cache, Replay, Rows, pixel_drift
 from .errors import CorruptError, DriftError, KDCacheError, MissingError, ShardError, UsageError
-from .format import ViewRange
+from .format import Component, ViewRange
 from .images import Decoded, UnreadableImageError, decode_image
 from .interrupt import outlast_a_signal
 from .order import Blocks, Order, block_order, epoch_order, first_of_blocks
@@ -35,12 +35,12 @@ from .plan import canonical_json
 from .shards import ShardFiles, ShardSource, runs_of
 from .stored_views import estimated_bytes
 from .views import pixel_digest
-from .workers import empty_tensor, hand_over, iterate
+from .workers import Room, iterate, pack
 
 DEFAULT_PREFETCH_BYTES = 1 << 30
 """Of the batches that are under way."""
 MOST_PREFETCHED = 4
-"""Batches under way, a worker: more would not help, and every tensor of them holds a file descriptor of the training process."""
+"""Batches under way, a worker: more would not help."""
 _OPEN_TARS = 128
 """More than a window of blocks lies in; with the files of the store well under the usual limit of 1024."""
 _TAR_GAP_BYTES = 16 << 10
@@ -106,8 +106,10 @@ class EpochBatches(Sampler[list[Item]]):
         accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
+        beside: range | None = None,
     ) -> None:
         """batch_size: rows of one batch of one process. blocks: of the order in blocks of neighbours in `row_numbers`; None for a full permutation.
+        beside: the ranks on this machine, this one among them: they share the page cache, so one of them reads a block for all. Default: all.
 
         Raises UsageError for more batches in a step than there are rows.
         """
@@ -124,6 +126,7 @@ class EpochBatches(Sampler[list[Item]]):
         self.step_size = self.batch_size * shares
         """Rows of one step, of all its batches in all processes."""
         self._accumulate, self._rank, self.world = accumulate, rank, world
+        self._beside = range(world) if beside is None else beside
         self.num_views, self.seed, self.epoch, self.start = num_views, seed, 0, 0
         self.blocks = blocks
 
@@ -145,7 +148,7 @@ class EpochBatches(Sampler[list[Item]]):
         """The batches of this process: `accumulate` for each step."""
         view = self.epoch % self.num_views
         places = self.order(self.epoch)[self.start * self.step_size : len(self) * self.step_size]
-        opening = first_of_blocks(places, self.blocks) if self.blocks is not None else None
+        opening = self._opening(places)
         of_all = self.batch_size * self.world  # the batches that the processes take at one time lie side by side
         for start in range(self._rank * self.batch_size, len(places), of_all):
             taken = slice(start, start + self.batch_size)
@@ -155,6 +158,16 @@ class EpochBatches(Sampler[list[Item]]):
                 opened = [self._rows[number * self.blocks.rows : (number + 1) * self.blocks.rows] for number in numbers.tolist()]
                 items = Items(items, np.concatenate(opened) if opened else np.zeros(0, np.int64))
             yield items
+
+    def _opening(self, places: Order) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+        """(n,) at which of these places a block is drawn from for the first time on this machine; None without blocks."""
+        if self.blocks is None:
+            return None
+        ranks = np.arange(len(places)) // self.batch_size % self.world
+        here = (self._beside.start <= ranks) & (ranks < self._beside.stop)
+        opening = np.zeros(len(places), bool)
+        opening[here] = first_of_blocks(places[here], self.blocks)
+        return opening
 
 
 def usable_views(cache: Cache, teacher: str | None, targets: Sequence[str], shards: Sequence[str]) -> int:
@@ -279,11 +292,19 @@ class CachedViews(Dataset[Batch]):
         labels = 20 if self.cache.plan.policy.mix is not None else 8
         return 3 * self.cache.plan.size**2 + labels + sum(self._target_bytes(key) for key in self.targets)
 
+    @property
+    def _num_tensors(self) -> int:
+        """At most so many has a batch."""
+        return 4 + sum(len(self._target_parts(key)) for key in self.targets)
+
     def _target_bytes(self, key: str) -> int:
+        return sum(prod(part.shape) * np.dtype(part.dtype).itemsize for part in self._target_parts(key))
+
+    def _target_parts(self, key: str) -> list[Component]:
         teacher, target = self.targets[key]
         chosen = self.components.get(key)
         parts = self.cache.layer(teacher).targets[target].identity.components
-        return sum(prod(part.shape) * np.dtype(part.dtype).itemsize for name, part in parts.items() if chosen is None or name in chosen)
+        return [part for name, part in parts.items() if chosen is None or name in chosen]
 
     def __len__(self) -> int:
         return len(self.cache.rows)
@@ -301,7 +322,8 @@ class CachedViews(Dataset[Batch]):
         rows = self.cache.rows
         row_numbers = np.array([item[0] for item in items], dtype=np.int64)
         size = self.cache.plan.size
-        views = empty_tensor((len(items), size, size, 3), np.dtype(np.uint8), shared=self._is_handed_over)
+        room = Room(len(items) * self.row_bytes, self._num_tensors, shared=self._is_handed_over)
+        views = room.empty((len(items), size, size, 3), np.dtype(np.uint8))
         views_BHWC = views.numpy()
         tensors: dict[str, dict[str, Tensor]] = {target: {} for target in self.targets}
         arrays: dict[str, dict[str, np.ndarray[Any, Any]]] = {target: {} for target in self.targets}
@@ -322,17 +344,19 @@ class CachedViews(Dataset[Batch]):
                 components = self.cache.read_components(teacher, target, group.shard, group.view, shard_rows, components=self.components.get(key))
                 for name, values in components.items():
                     if name not in arrays[key]:
-                        tensor = tensors[key][name] = empty_tensor((len(items), *values.shape[1:]), values.dtype, shared=self._is_handed_over)
+                        tensor = tensors[key][name] = room.empty((len(items), *values.shape[1:]), values.dtype)
                         arrays[key][name] = tensor.numpy().view(values.dtype)
                     arrays[key][name][group.places] = values
-        batch = Batch(
-            views=views,
-            labels=torch.from_numpy(rows.label[row_numbers]),
-            targets=tensors,
-        )
+
+        def column(values: np.ndarray[Any, Any]) -> Tensor:
+            tensor = room.empty(values.shape, values.dtype)
+            tensor.numpy()[:] = values
+            return tensor
+
+        batch = Batch(views=views, labels=column(rows.label[row_numbers]), targets=tensors)
         if is_mixed:
-            batch["partner_labels"] = torch.from_numpy(rows.label[partners])
-            batch["label_weights"] = torch.from_numpy(weights)
+            batch["partner_labels"] = column(rows.label[partners])
+            batch["label_weights"] = column(weights)
         return batch
 
     def read_ahead(self, row_numbers: np.ndarray[Any, Any], view: int) -> None:
@@ -510,7 +534,7 @@ class BatchLoader:
             _CarryErrors(dataset.handed_over()),
             batch_sampler=batches,
             num_workers=self.num_workers,
-            collate_fn=hand_over,
+            collate_fn=pack,
             pin_memory=pin_memory,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=outlast_a_signal if batches.world > 1 else None,

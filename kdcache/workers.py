@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from .errors import KDCacheError, StoreError
+
+_ALIGNED_TO = 64
+"""Bytes at whose multiples tensors begin in a piece of memory: a cache line."""
 
 
 @contextmanager
@@ -60,7 +63,7 @@ def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
             raise
         if isinstance(item, KDCacheError):
             raise item
-        yield item
+        yield item.item() if isinstance(item, Packed) else item
 
 
 def hand_over(item: Any) -> Any:
@@ -79,19 +82,82 @@ def hand_over(item: Any) -> Any:
     return item
 
 
-def empty_tensor(shape: Sequence[int], dtype: np.dtype[Any], *, shared: bool) -> Tensor:
-    """A tensor to be filled. uint16 is int16 here, bit for bit: torch lacks it in full.
+class Room:
+    """Memory for all tensors of an item: in a worker process one piece of shared memory, else what torch gives.
 
-    shared: in shared memory if this is a worker, so that `hand_over` copies nothing.
-
-    Raises StoreError if shared memory is full.
+    Each tensor in shared memory holds file descriptors in both processes and is sent in a message of its own; a piece does that once for all of them.
     """
-    of_torch = torch.from_numpy(np.empty(0, np.int16 if dtype == np.uint16 else dtype)).dtype
-    if not shared or get_worker_info() is None or 0 in shape:
-        return torch.empty(tuple(shape), dtype=of_torch)
-    with _naming_full_memory():  # as torch's own collation does:
-        storage = torch.UntypedStorage._new_shared(prod(shape) * dtype.itemsize, device="cpu")  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=of_torch).set_(storage).view(tuple(shape))
+
+    def __init__(self, num_bytes: int, num_tensors: int, *, shared: bool) -> None:
+        """num_bytes: of num_tensors tensors together. shared: in shared memory if this is a worker. Raises StoreError if that is full."""
+        self._storage: torch.UntypedStorage | None = None
+        self._used = 0
+        if shared and get_worker_info() is not None:
+            with _naming_full_memory():  # as torch's own collation does:
+                self._storage = torch.UntypedStorage._new_shared(num_bytes + _ALIGNED_TO * num_tensors, device="cpu")  # type: ignore[no-untyped-call]
+
+    def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Tensor:
+        """A tensor to be filled. uint16 is int16 here, bit for bit: torch lacks it in full."""
+        of_torch = torch.from_numpy(np.empty(0, np.int16 if dtype == np.uint16 else dtype)).dtype
+        if self._storage is None:
+            return torch.empty(tuple(shape), dtype=of_torch)
+        part = _Part(self._used, tuple(shape), of_torch)
+        self._used += -(-prod(shape) * dtype.itemsize // _ALIGNED_TO) * _ALIGNED_TO
+        return part.of(self._storage)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where a tensor lies in a piece of memory."""
+
+    offset: int
+    """Bytes."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def of(self, storage: torch.UntypedStorage) -> Tensor:
+        """The tensor; in autograd's eyes one of its own, so that changes in place are counted apart."""
+        strides = [prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset // self.dtype.itemsize, self.shape, strides)
+
+
+class Packed:
+    """An item whose tensors are parts of one piece of memory, on its way from a worker. `iterate` gives the item."""
+
+    def __init__(self, piece: Tensor, parts: Any) -> None:
+        """piece: uint8 (bytes,). parts: the item, its tensors as parts of it."""
+        self._piece, self._parts = piece, parts
+
+    def pin_memory(self) -> Packed:
+        """The same in pinned memory; torch's loader calls this."""
+        return Packed(self._piece.pin_memory(), self._parts)
+
+    def item(self) -> Any:
+        storage = self._piece.untyped_storage()
+        return _replaced(self._parts, _Part, lambda part: part.of(storage))
+
+
+def pack(item: Any) -> Any:
+    """A collate function for items of tensors from one `Room` in mappings: what a worker hands over of them, `Packed`; here, or of an error, the item."""
+    if get_worker_info() is None or isinstance(item, KDCacheError):
+        return item
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def part(tensor: Tensor) -> _Part:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage
+        return _Part(int(tensor.storage_offset()) * tensor.itemsize, tuple(tensor.shape), tensor.dtype)
+
+    parts = _replaced(item, Tensor, part)
+    (storage,) = storages.values()
+    return Packed(torch.empty(0, dtype=torch.uint8).set_(storage), parts)
+
+
+def _replaced(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
+    """The same mappings, with something else for each `kind` in them."""
+    if isinstance(value, Mapping):
+        return {key: _replaced(inner, kind, by) for key, inner in value.items()}
+    return by(value) if isinstance(value, kind) else value
 
 
 @contextmanager

@@ -127,10 +127,9 @@ class _Run:
         from kdcache.images import require_decoder
         from kdcache.teacher import load_teacher
 
-        if cache is not None:
-            cache.require_decoder()
-        else:
-            require_decoder(config.decoder or "pillow")
+        stored = set(cache.shards) if cache is not None and cache.plan.stored_views is not None and (config.views or 0) <= cache.num_views else set()
+        if not {source.name for source in sources} <= stored:
+            require_decoder(cache.plan.decoder if cache is not None else config.decoder or "pillow")
         self.config, self.store, self.sources, self.launch, self.progress = config, store, sources, launch, progress
         self.all_sources = all_sources
         self.label_key = common_label_key(sources)

@@ -462,6 +462,7 @@ def make_batches(config: TrainConfig, data: TrainingData, processes: Processes) 
         accumulate=config.grad_accum_steps,
         rank=processes.rank,
         world=processes.world,
+        beside=processes.beside,
     )
 
 

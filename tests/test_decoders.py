@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import kdcache.teacher
 import kdcache.views
 from cli.main import main
 from kdcache.augment import Pixels
@@ -361,6 +362,7 @@ def test_a_decoder_that_is_not_installed_is_named_with_its_cure_before_anything_
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tmp_path / "stored", folder, decoder="simplejpeg", resizer="torch", store_views="png")
+    run(tmp_path / "unmixed", folder, decoder="simplejpeg", augment="weak", store_views="png", views=1)
     cure = r"decoder simplejpeg can't be loaded \(.*\); .*pip install 'kdcache\[fast\]'"
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     with pytest.raises(UsageError, match=cure):
@@ -368,6 +370,11 @@ def test_a_decoder_that_is_not_installed_is_named_with_its_cure_before_anything_
     assert not (tmp_path / "new" / "cache.json").exists()
     with pytest.raises(UsageError, match=cure):
         run(folder / "cache", folder, views=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(kdcache.teacher, "load_teacher", lambda *_, **__: pytest.fail("the teacher was loaded first"))
+        with pytest.raises(UsageError, match=cure):
+            run(tmp_path / "unmixed", folder, augment="weak", views=2)
+    run(tmp_path / "unmixed", folder, augment="weak", targets=("logits", "features@norm"), views=1)  # of stored views
     with pytest.raises(UsageError, match=cure):
         CachedViews(open_cache(folder / "cache"))
     with pytest.raises(UsageError, match=cure):

@@ -19,7 +19,9 @@ from helpers import make_cache
 from hypothesis import given
 from hypothesis import strategies as st
 from test_train import CNN, CNN_ARGS, assert_same_state, state_of
+from torch.utils.data._utils.pin_memory import pin_memory
 
+import kdcache.workers
 import pipelines.run_checkpoints
 import pipelines.training_data
 from cli.main import main
@@ -32,6 +34,7 @@ from kdcache.join import MOST_PREFETCHED, BatchLoader, CachedViews, EpochBatches
 from kdcache.mounts import file_system_of, is_network_type
 from kdcache.order import Blocks
 from kdcache.shards import RUN_BYTES, ShardFiles, runs_of
+from kdcache.workers import pack
 from pipelines.recipes import how_to_continue
 from pipelines.train import TrainConfig, train
 
@@ -90,6 +93,19 @@ def test_each_block_is_opened_once_whole_and_before_its_rows(num_rows: int, batc
         assert {item.row for item in items} <= set(opened)
     assert len(set(opened)) == len(opened)
     assert all(row // blocks.rows * blocks.rows in opened for row in opened), "whole blocks"
+
+
+def test_each_machine_reads_every_block_that_it_draws_from_once_by_whichever_of_its_ranks_comes_first() -> None:
+    rows, blocks, world = np.arange(600), Blocks(rows=20, window=4), 4
+    for machine in (range(2), range(2, 3), range(3, 4)):
+        ranks = [EpochBatches(rows, batch_size=5, num_views=1, seed=3, blocks=blocks, rank=rank, world=world, beside=machine) for rank in machine]
+        opened: list[int] = []
+        for together in zip(*ranks, strict=True):
+            for items in together:
+                assert isinstance(items, Items)
+                opened += items.opened.tolist()
+                assert {item.row for item in items} <= set(opened)
+        assert len(set(opened)) == len(opened)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -227,6 +243,32 @@ def test_a_loader_never_has_more_under_way_than_its_bytes(cache: Cache, monkeypa
         for taken, _ in enumerate(loader.epoch(0), start=1):
             assert len(asked) - taken <= workers * each
         loader.close()
+
+
+def test_a_batch_costs_one_descriptor_however_many_tensors_it_has(cache: Cache) -> None:
+    """Batches under way hold theirs in both processes; of 1024 that a process usually may have, 98 tensors a batch and 8 workers took 2160."""
+    dataset = CachedViews(cache, targets=TARGETS)
+    batches = EpochBatches(np.arange(36), batch_size=6, num_views=1, seed=5)
+    loader = BatchLoader(dataset, batches, num_workers=2)
+    before = len(os.listdir("/proc/self/fd"))
+    held = list(loader.epoch(0))
+    loader.close()
+    assert len(os.listdir("/proc/self/fd")) - before == len(held) == 6
+    tensors = [held[0]["labels"], *(part for parts in held[0]["targets"].values() for part in parts.values())]
+    versions = [tensor._version for tensor in tensors]
+    held[0]["views"].zero_()
+    assert [tensor._version for tensor in tensors] == versions, "a change in place is no change of the others"
+    batches.set_epoch(0)
+    torch.testing.assert_close(held[0]["targets"], dataset.__getitems__(next(iter(batches)))["targets"], rtol=0, atol=0)
+
+
+def test_what_is_pinned_is_the_same_batch(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU there is no pinned memory: here it is any other memory."""
+    monkeypatch.setattr(kdcache.workers, "get_worker_info", lambda: object())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    dataset, items = CachedViews(cache, targets=TARGETS), [(number, 1) for number in (7, 3, 30)]
+    packed = pack(dataset.handed_over().__getitems__(items))
+    torch.testing.assert_close(pin_memory(packed).item(), dataset.__getitems__(items), rtol=0, atol=0)
 
 
 # --- train ---
