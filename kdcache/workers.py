@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from .errors import KDCacheError, StoreError
 
 _ALIGNED_TO = 64
 """Bytes at whose multiples tensors begin in a piece of memory: a cache line."""
+_SPARE_DESCRIPTORS = 32
+"""That a worker must have left: more than sending a batch takes and than the next one opens meanwhile, as a rule."""
 
 
 @contextmanager
@@ -141,6 +144,10 @@ def pack(item: Any) -> Any:
     """A collate function for items of tensors from one `Room` in mappings: what a worker hands over of them, `Packed`; here, or of an error, the item."""
     if get_worker_info() is None or isinstance(item, KDCacheError):
         return item
+    try:
+        _check_descriptors()
+    except StoreError as error:
+        return StoreError(*error.args)
     storages: dict[int, torch.UntypedStorage] = {}
 
     def part(tensor: Tensor) -> _Part:
@@ -151,6 +158,22 @@ def pack(item: Any) -> Any:
     parts = _replaced(item, Tensor, part)
     (storage,) = storages.values()
     return Packed(torch.empty(0, dtype=torch.uint8).set_(storage), parts)
+
+
+def _check_descriptors() -> None:
+    """Raise StoreError if few file descriptors are left: the thread that sends items would lose one for lack of them, and the parent wait for it for ever."""
+    taken: list[int] = []
+    try:
+        for _ in range(_SPARE_DESCRIPTORS):
+            taken.append(os.dup(2))
+    except OSError as error:
+        raise StoreError(
+            f"a worker process has fewer than {_SPARE_DESCRIPTORS} file descriptors left ({error.strerror}); raise the limit (ulimit -n 4096) and run the"
+            f" command again"
+        ) from error
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
 
 
 def _replaced(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:

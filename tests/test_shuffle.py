@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import re
+import resource
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from kdcache import mounts
 from kdcache.cache import Cache, open_cache
 from kdcache.checkpoint import save_checkpoint
 from kdcache.dataset import CachedDataset
-from kdcache.errors import StudentError, UsageError
+from kdcache.errors import StoreError, StudentError, UsageError
 from kdcache.join import MOST_PREFETCHED, BatchLoader, CachedViews, EpochBatches, Items, plan_prefetch
 from kdcache.mounts import file_system_of, is_network_type
 from kdcache.order import Blocks
@@ -245,21 +248,47 @@ def test_a_loader_never_has_more_under_way_than_its_bytes(cache: Cache, monkeypa
         loader.close()
 
 
+def shared_descriptors() -> set[int]:
+    """Those of this process that are of shared memory, as torch has it."""
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the one that lists them
+            if "/torch_" in str(link.readlink()):
+                found.add(int(link.name))
+    return found
+
+
 def test_a_batch_costs_one_descriptor_however_many_tensors_it_has(cache: Cache) -> None:
     """Batches under way hold theirs in both processes; of 1024 that a process usually may have, 98 tensors a batch and 8 workers took 2160."""
     dataset = CachedViews(cache, targets=TARGETS)
     batches = EpochBatches(np.arange(36), batch_size=6, num_views=1, seed=5)
     loader = BatchLoader(dataset, batches, num_workers=2)
-    before = len(os.listdir("/proc/self/fd"))
+    gc.collect()
+    before = shared_descriptors()
     held = list(loader.epoch(0))
     loader.close()
-    assert len(os.listdir("/proc/self/fd")) - before == len(held) == 6
+    assert len(shared_descriptors() - before) == len(held) == 6
     tensors = [held[0]["labels"], *(part for parts in held[0]["targets"].values() for part in parts.values())]
     versions = [tensor._version for tensor in tensors]
     held[0]["views"].zero_()
     assert [tensor._version for tensor in tensors] == versions, "a change in place is no change of the others"
     batches.set_epoch(0)
     torch.testing.assert_close(held[0]["targets"], dataset.__getitems__(next(iter(batches)))["targets"], rtol=0, atol=0)
+
+
+def test_a_worker_that_runs_out_of_descriptors_says_so_before_a_batch_is_lost(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = CachedViews.__getitems__
+
+    def read_with_few_left(self: CachedViews, items: Any) -> Any:
+        batch = read(self, items)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        return batch
+
+    monkeypatch.setattr(CachedViews, "__getitems__", read_with_few_left)  # in a worker: it is forked
+    loader = BatchLoader(CachedViews(cache), EpochBatches(np.arange(36), batch_size=6, num_views=1, seed=5), num_workers=1)
+    with pytest.raises(StoreError, match=r"fewer than 32 file descriptors left .*ulimit -n"):
+        list(loader.epoch(0))
+    loader.close()
 
 
 def test_what_is_pinned_is_the_same_batch(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
