@@ -114,7 +114,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     "--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True,
     help="Of --amp; float16 scales the loss. CPUs want bfloat16.",
 )  # fmt: skip
-@click.option("--sync-bn", is_flag=True, help="BatchNorms take the statistics of all processes' batches. On GPUs.")
+@click.option("--sync-bn", is_flag=True, help="BatchNorms take the statistics of all processes' batches.")
 @click.option(
     "--torchcompile", is_flag=False, flag_value="inductor", default=None, metavar="[BACKEND]",
     help="Compile the student with torch.compile. Default backend: inductor. Last on the line, or before another option.",

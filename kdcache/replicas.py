@@ -21,19 +21,10 @@ from .methods.base import Method
 from .plan import canonical_json
 
 
-def check_sync_bn(device: torch.device, processes: Processes) -> None:
-    """Raise UsageError where there is nothing to synchronise, or torch can't."""
+def check_sync_bn(processes: Processes) -> None:
+    """Raise UsageError where there is nothing to synchronise."""
     if processes.world == 1:
         raise UsageError("--sync-bn: one process has nobody to share its statistics with; start several with torchrun, or leave it out")
-    if device.type == "cpu":
-        raise UsageError("--sync-bn: torch's SyncBatchNorm runs on GPUs only; expected --device cuda, or leave it out")
-
-
-def synchronise_batch_norms(method: Method[Any]) -> None:
-    """Every BatchNorm of student and method takes the statistics of the whole step's batch. Names and weights stay."""
-    from timm.layers import convert_sync_batchnorm
-
-    convert_sync_batchnorm(method)
 
 
 def average_batch_norms(module: nn.Module, processes: Processes) -> None:

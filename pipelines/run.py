@@ -182,9 +182,9 @@ class Run:
             return
         if uses_labels(self.config.method, self.data.settings):
             check_labels(self.data, self.config)
-        device = self.processes.device(self.config.device)
+        self.processes.device(self.config.device)
         if self.config.sync_bn:
-            check_sync_bn(device, self.processes)
+            check_sync_bn(self.processes)
         if self.config.torchcompile is not None:
             check_backend(self.config.torchcompile)
         make_batches(self.config, self.data, self.processes)

@@ -33,10 +33,10 @@ from kdcache.replicas import (
     own_state,
     replicate,
     state_of_rank,
-    synchronise_batch_norms,
     what_differs,
 )
 from kdcache.students import Student
+from kdcache.sync_batch_norm import synchronise_batch_norms
 
 from .recipes import differences
 from .run_checkpoints import RunCheckpoints, describe
@@ -73,7 +73,7 @@ class StudentLoop:
         self.checkpoints, self.evaluator, self.processes = checkpoints, evaluator, processes
         self.method = method.to(device)
         if config.sync_bn:
-            synchronise_batch_norms(self.method)
+            synchronise_batch_norms(self.method, device)
         draw_apart(self.method, config.seed, processes)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.method.to(memory_format=self.memory_format)
