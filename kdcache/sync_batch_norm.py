@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -36,6 +35,11 @@ class _SumOverProcesses(torch.autograd.Function):
 class _OverProcesses(_BatchNorm):
     """Before a BatchNorm in a class's bases: its training pass, over the batches of all processes."""
 
+    _acts: bool
+    """Whether it is timm's, with `drop` and `act` after it."""
+    drop: nn.Module
+    act: nn.Module
+
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
@@ -52,9 +56,7 @@ class _OverProcesses(_BatchNorm):
         if self.affine:
             normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
         normalised = normalised.to(input.dtype)
-        if isinstance(self, BatchNormAct2d):
-            normalised = self.act(self.drop(normalised))
-        return normalised
+        return self.act(self.drop(normalised)) if self._acts else normalised
 
     def _track(self, mean_C: Tensor, variance_C: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
@@ -67,10 +69,12 @@ class _OverProcesses(_BatchNorm):
 
 def synchronise_batch_norms(module: nn.Module, device: torch.device) -> None:
     """Every BatchNorm below `module`, timm's with activation too, takes the statistics of all processes' batches. Names and weights stay."""
+    from timm.layers import BatchNormAct2d, convert_sync_batchnorm  # late: timm brings tensorboard along where it is installed
+
     if device.type == "cuda":
         convert_sync_batchnorm(module)
         return
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             own = type(layer)
-            layer.__class__ = type(own.__name__, (_OverProcesses, own), {})
+            layer.__class__ = type(own.__name__, (_OverProcesses, own), {"_acts": issubclass(own, BatchNormAct2d)})
