@@ -38,7 +38,7 @@ import torch
 from extract import make_shard  # the script beside this one
 from timm.models import save_for_hf
 
-import pipelines.gang
+import pipelines.training.gang
 from kdcache.join import Batch, BatchLoader
 from pipelines.extract import ExtractConfig, extract
 from pipelines.train import TrainConfig, train_configs
@@ -130,16 +130,16 @@ def child(task: Options) -> None:
     """Train a group of students as one gang and print what an epoch took, from one end of an epoch to the next."""
     torch.set_num_threads(1)
     if task["kind"] == "in memory":
-        pipelines.gang.BatchLoader = InMemory  # type: ignore[misc]
+        pipelines.training.gang.BatchLoader = InMemory  # type: ignore[misc]
     ends: list[tuple[float, float, float]] = []
-    move = pipelines.gang._Bar.move
+    move = pipelines.training.gang._Bar.move
 
     def note(self: Any, epoch: int, step: int, *arguments: Any) -> None:
         if step == 0 and epoch > 0:
             ends.append((time.perf_counter(), *cpu_seconds()))
         move(self, epoch, step, *arguments)
 
-    pipelines.gang._Bar.move = note  # type: ignore[method-assign]
+    pipelines.training.gang._Bar.move = note  # type: ignore[method-assign]
     configs = [
         TrainConfig(
             cache=f"{task['root']}/cache", out=task["out"], students=(name,), model_kwargs=kwargs, epochs=task["epochs"] + 2, device="cpu",

@@ -44,12 +44,12 @@ from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches
 from kdcache.targets import parse_target
 from kdcache.teacher import Teacher, load_teacher
 from pipelines.extract import ExtractConfig, extract
-from pipelines.gang import portion_of
-from pipelines.run import Run
-from pipelines.shared_batch import Portion, SharedBatch, dataset_of, union
-from pipelines.student_loop import StudentLoop
-from pipelines.train_config import TrainConfig
-from pipelines.training_data import open_data
+from pipelines.training.config import TrainConfig
+from pipelines.training.data import open_data
+from pipelines.training.gang import portion_of
+from pipelines.training.loop import StudentLoop
+from pipelines.training.run import Run
+from pipelines.training.shared_batch import Portion, SharedBatch, dataset_of, union
 
 PAIRS = {
     "ViT-Ti → test_vit": ("vit_tiny_patch16_224", "test_vit", "vitkd"),

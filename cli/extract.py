@@ -151,7 +151,7 @@ def command(
 
 
 def _list_nodes(teacher: str, checkpoint: Any, model_args: Mapping[str, Any], *, as_json: bool) -> None:
-    from pipelines.nodes import NodesConfig, describe_nodes, nodes_as_text
+    from pipelines.extraction.nodes import NodesConfig, describe_nodes, nodes_as_text
 
     facts = describe_nodes(NodesConfig(teacher=teacher, checkpoint=checkpoint, model_args=model_args))
     if as_json:

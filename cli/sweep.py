@@ -76,7 +76,7 @@ def train_sweep(
 def _choose_engine(engines: Mapping[str, Any], devices: Collection[str | None]) -> Engine:
     """The one that was asked for. Raises UsageError for an option of the other one, and as that engine does."""
     from kdcache.errors import UsageError
-    from pipelines.job_process import RETRIES
+    from pipelines.engines.job_process import RETRIES
 
     chosen = engines["engine"]
     for name in ("ray_address", "gpus_per_job", "cpus_per_job") if chosen == "local" else ("processes",):
@@ -85,10 +85,10 @@ def _choose_engine(engines: Mapping[str, Any], devices: Collection[str | None]) 
     retries = RETRIES if engines["retries"] is None else engines["retries"]
     device = next(iter(devices)) if len(devices) == 1 else None
     if chosen == "local":
-        from pipelines.local_engine import local_engine
+        from pipelines.engines.local import local_engine
 
         return local_engine(processes=engines["processes"], device=device, retries=retries)
-    from pipelines.ray_engine import OnRay
+    from pipelines.engines.ray import OnRay
 
     return OnRay(
         address=engines["ray_address"], gpus_per_job=engines["gpus_per_job"], cpus_per_job=engines["cpus_per_job"], device=device, retries=retries

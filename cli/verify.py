@@ -11,7 +11,7 @@ from .options import device_option, json_option, print_json, workers_option
 
 if TYPE_CHECKING:
     from pipelines.repair import RepairConfig
-    from pipelines.verdict import Verdict
+    from pipelines.verification.verdict import Verdict
 
 
 def _parse_views(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> int | str | None:
@@ -108,7 +108,7 @@ def command(
 
 def _tell(verdict: Verdict, cache: str) -> None:
     from kdcache.console import say
-    from pipelines.verdict import as_lines
+    from pipelines.verification.verdict import as_lines
 
     for line in as_lines(verdict, cache):
         say(line)

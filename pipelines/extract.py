@@ -4,8 +4,8 @@ Workers decode and render, the device runs the teacher and encodes, a pool compr
 four overlap, and every queue between them is bounded in bytes. The unit of commit, retry and resume is a segment of a shard.
 
 Several processes may run this at once, started by a launcher or by hand: each begins with shards of its own (`kdcache.launch`), goes
-on with those that nobody is doing (`pipelines.turns`), and ends when every shard is done. They meet in the cache only.
-What is asked for is read by `pipelines.request`; that there is nothing to do is found by `pipelines.finished`.
+on with those that nobody is doing (`pipelines.extraction.turns`), and ends when every shard is done. They meet in the cache only.
+What is asked for is read by `pipelines.extraction.request`; that there is nothing to do is found by `pipelines.extraction.finished`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from kdcache.targets import TargetSpec
 from kdcache.teacher_card import ANY_TEACHER
 from kdcache.teacher_source import default_teacher_name, weight_files
 
-from .finished import count_finished, finished_already, is_unchanged
-from .request import (
+from .extraction.finished import count_finished, finished_already, is_unchanged
+from .extraction.request import (
     ExtractConfig,
     ExtractSummary,
     check_given_plan,
@@ -59,7 +59,7 @@ from .request import (
     requested_tail,
     resolve_sources,
 )
-from .turns import Turns
+from .extraction.turns import Turns
 
 if TYPE_CHECKING:  # these import torch, which a finished run does without
     from torch import Tensor

@@ -25,7 +25,7 @@ from kdcache.plan import Policy, RandomResizedCrop, ViewPlan
 from .extract import ExtractConfig, extract
 from .pack import PackConfig, pack
 from .train import TrainConfig, train
-from .verdict import Verdict
+from .verification.verdict import Verdict
 from .verify import verify
 
 SIZE = 32

@@ -45,7 +45,7 @@ from kdcache.shards import ShardIndex, ShardSource, check_same_tar, scan_shard
 from kdcache.sources import locate_shards
 from kdcache.store import LocalStore, Store, open_store
 
-from .verdict import MAX_LISTED, Verdict
+from .verification.verdict import MAX_LISTED, Verdict
 from .verify import digest_all
 
 if TYPE_CHECKING:
@@ -544,7 +544,7 @@ class _Repair:
         from kdcache.jobs import Missing, RecordedTarget
         from kdcache.stored_source import index_of_stored
 
-        from .recompute import targets_of_layer
+        from .verification.recompute import targets_of_layer
 
         layer = self.cache.layer(segment.teacher)
         records = self.cache.views.get(segment.shard, [])
@@ -665,7 +665,7 @@ class _Repair:
 
     def _teacher(self, name: str, device: str | None) -> Teacher:
         """The teacher of a layer, on the device of then where this machine has it. Raises MismatchError for another model."""
-        from .recompute import load_recorded_teacher
+        from .verification.recompute import load_recorded_teacher
 
         if name not in self._teachers:
             config = self.config
@@ -683,7 +683,7 @@ class _Repair:
         from kdcache.preflight import first_views, run_preflight
 
         from .extract import CALIBRATION_VIEWS
-        from .recompute import targets_of_layer
+        from .verification.recompute import targets_of_layer
 
         layer = self.cache.layer(teacher_name)
         card = layer.targets[target]

@@ -22,11 +22,11 @@ from typing import Any
 from kdcache.distributed import Processes, joined
 from kdcache.errors import KDCacheError, StudentError, UsageError
 
-from .gang import ERROR_FILE, Gang, gangs_of
-from .run import Run
-from .train_config import TrainConfig
-from .training_data import Opened, open_data
-from .watching import check_watchers
+from .training.config import TrainConfig
+from .training.data import Opened, open_data
+from .training.gang import ERROR_FILE, Gang, gangs_of
+from .training.run import Run
+from .training.watching import check_watchers
 
 __all__ = ["TrainConfig", "train", "train_configs", "train_each"]
 

@@ -1,7 +1,7 @@
 """Prove that a cache is what it claims to be: every byte against its record, every record against its parents, up to the root.
 
 Story: read every document, hash every file that they name, compare the documents with each other and the index with them; on request
-render views again (`pipelines.replay`) and show them to the teacher again (`pipelines.recompute`, the only part that loads one). Nothing is
+render views again (`pipelines.verification.replay`) and show them to the teacher again (`pipelines.verification.recompute`, the only part that loads one). Nothing is
 changed; the verdict is a list of problems, empty for a sound cache. `pipelines.repair` mends what can be mended.
 """
 
@@ -36,7 +36,7 @@ from kdcache.sources import locate_shards
 from kdcache.store import Store, open_store
 
 from .facts import find_lacks
-from .verdict import Kind, Problem, Verdict
+from .verification.verdict import Kind, Problem, Verdict
 
 READ_BYTES = 1 << 20
 """Of one read: larger ones leave the core's cache before they are hashed."""
@@ -93,11 +93,11 @@ def verify(
     _check_pixel_columns(cache, verdict)
     _note_completeness(cache, verdict)
     if views is not None:
-        from .replay import replay
+        from .verification.replay import replay
 
         replay(cache, views, verdict, workers=workers, progress=progress)
     if recompute is not None:
-        from .recompute import recompute_targets
+        from .verification.recompute import recompute_targets
 
         recompute_targets(cache, recompute, verdict, progress=progress)
     return verdict

@@ -17,16 +17,16 @@ from click.testing import CliRunner
 from helpers import TINY_VIT, Forked, make_cache, make_shard
 from test_train import assert_same_state, state_of
 
-import pipelines.run_lock
+import pipelines.training.lock
 from cli.main import main
 from kdcache.errors import StoreError, StudentError, UsageError
 from kdcache.interrupt import stopping_cleanly
 from pipelines.engines import Entry, InProcess, Job, open_runs, plan_jobs
-from pipelines.job_process import JobProcess, close_all, environ_of_child, with_share_of
-from pipelines.local_engine import Local, local_engine
-from pipelines.ray_engine import OnRay, train_on_node
-from pipelines.run_lock import RunLock
+from pipelines.engines.job_process import JobProcess, close_all, environ_of_child, with_share_of
+from pipelines.engines.local import Local, local_engine
+from pipelines.engines.ray import OnRay, train_on_node
 from pipelines.train import TrainConfig, train
+from pipelines.training.lock import RunLock
 
 STUDENT_ARGS = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "drop_rate": 0.1}
 
@@ -186,7 +186,7 @@ def test_a_process_that_is_to_end_is_waited_for_while_it_finishes_its_step_and_s
 ) -> None:
     (job,) = jobs_of(folder, tmp_path, {"method": "methods_of_engines:Slow", "recovery_interval": 0})
     monkeypatch.setattr("kdcache.interrupt.GRACE_S", 2.0)  # of this process, not of its child
-    monkeypatch.setattr("pipelines.job_process.GRACE_S", 2.0, raising=False)
+    monkeypatch.setattr("pipelines.engines.job_process.GRACE_S", 2.0, raising=False)
     process = JobProcess(tmp_path / "log", environ=environ_of_child(os.environ, cores=1))
     process.begin(job, log=tmp_path / "log", title="a job")
     wait_for(lambda: (folder / "orders" / "slow").exists())
@@ -216,11 +216,11 @@ def test_two_processes_never_train_one_run_at_once(folder: Path, tmp_path: Path,
     config = job.configs[0]
     first = Forked(lambda: train(config) and None, tmp_path / "log")
     process = wait_for(lambda: _holder(job))
-    monkeypatch.setattr(pipelines.run_lock, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(pipelines.training.lock, "PATIENCE_S", 0.0)
     resumed = TrainConfig(**{**vars(config), "resume": True})
     with pytest.raises(StudentError, match=rf"is being trained by process {process} on .*; nothing of it was changed"):
         train(resumed)
-    monkeypatch.setattr(pipelines.run_lock, "PATIENCE_S", 100.0)
+    monkeypatch.setattr(pipelines.training.lock, "PATIENCE_S", 100.0)
     (entry,) = train(resumed)
     assert first.wait() == 0, first.output()
     assert entry["status"] == "already done"

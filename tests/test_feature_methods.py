@@ -19,7 +19,7 @@ from test_losses import load
 from test_train import assert_same_state, state_of
 from torch import Tensor, nn
 
-import pipelines.run_checkpoints
+import pipelines.training.checkpoints
 from kdcache import methods
 from kdcache.cache import Cache, open_cache
 from kdcache.encodings.dct import BANDS
@@ -148,17 +148,17 @@ def test_a_resumed_run_repeats_the_masks_to_the_bit(folder: Path, tmp_path: Path
 
     (whole,) = train(config())
     (other,) = train(config(seed=43, out=str(tmp_path / "c")))
-    save = pipelines.run_checkpoints.save_checkpoint
+    save = pipelines.training.checkpoints.save_checkpoint
 
     def save_and_die(path: Path, state: dict[str, Any], **more: Any) -> None:
         save(path, state, **more)
         if state["epoch"] == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipelines.run_checkpoints, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(pipelines.training.checkpoints, "save_checkpoint", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         train(config(out=str(tmp_path / "b")))
-    monkeypatch.setattr(pipelines.run_checkpoints, "save_checkpoint", save)
+    monkeypatch.setattr(pipelines.training.checkpoints, "save_checkpoint", save)
     torch.manual_seed(99)
     (resumed,) = train(config(out=str(tmp_path / "b"), resume=True))
     assert_same_state(state_of(resumed), state_of(whole))

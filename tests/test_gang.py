@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from test_resume import Killed, assert_same_run
 from torch import Tensor
 
-import pipelines.gang
-import pipelines.run
-import pipelines.run_checkpoints
-import pipelines.student_loop
+import pipelines.training.checkpoints
+import pipelines.training.gang
+import pipelines.training.loop
+import pipelines.training.run
 from cli.main import main
 from kdcache.cache import Cache, open_cache
 from kdcache.distributed import ALONE
@@ -36,8 +36,8 @@ from kdcache.join import CachedViews
 from kdcache.methods.kd import KD
 from kdcache.plan import POLICIES, MixedViews
 from pipelines.extract import ExtractConfig, extract
-from pipelines.gang import ERROR_FILE, gangs_of
 from pipelines.train import TrainConfig, train, train_configs
+from pipelines.training.gang import ERROR_FILE, gangs_of
 
 STEPS = 6
 VIT_ARGS = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "drop_rate": 0.1}
@@ -129,11 +129,11 @@ def train_gang(configs: Mapping[str, TrainConfig]) -> tuple[dict[str, dict[str, 
     return entries, None
 
 
-def runs_of(configs: Sequence[TrainConfig]) -> list[pipelines.run.Run]:
-    from pipelines.training_data import Opened, open_data
+def runs_of(configs: Sequence[TrainConfig]) -> list[pipelines.training.run.Run]:
+    from pipelines.training.data import Opened, open_data
 
     opened = Opened()
-    return [pipelines.run.Run(config, open_data(config, opened), name) for config in configs for name in config.students]
+    return [pipelines.training.run.Run(config, open_data(config, opened), name) for config in configs for name in config.students]
 
 
 # --- as if it were alone ---
@@ -235,11 +235,11 @@ def test_gangs_hold_every_run_once_in_order_and_agree_in_their_stream(options: l
         assert len(gang) <= size
         assert len({run.folder for run in gang}) == len(gang)
         assert len(gang) == 1 or not any(run.is_finished for run in gang)
-        assert all(pipelines.gang.stream_of(run) == pipelines.gang.stream_of(gang[0]) for run in gang)
+        assert all(pipelines.training.gang.stream_of(run) == pipelines.training.gang.stream_of(gang[0]) for run in gang)
     unfinished = [gang for gang in gangs if not gang[0].is_finished and len({run.folder for run in runs}) == len(runs)]
     for place, gang in enumerate(unfinished):  # none could have joined one before
         for before in unfinished[:place]:
-            assert len(before) == size or pipelines.gang.stream_of(before[0]) != pipelines.gang.stream_of(gang[0])
+            assert len(before) == size or pipelines.training.gang.stream_of(before[0]) != pipelines.training.gang.stream_of(gang[0])
 
 
 def test_runs_that_can_not_share_a_loader_are_told_why(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,15 +300,15 @@ FAILURES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "memory, second epoch": (lambda patch: in_steps(patch, STEPS + 1, raise_error(MemoryError, "host")), "MemoryError: host"),
     "exception, last step": (lambda patch: in_steps(patch, 2 * STEPS, raise_error(ZeroDivisionError, "x")), "ZeroDivisionError: x"),
     "build": (
-        lambda patch: in_method(patch, pipelines.run.Run, "begin", 1, raise_error(torch.OutOfMemoryError, "no room")), "OutOfMemoryError: no room"
+        lambda patch: in_method(patch, pipelines.training.run.Run, "begin", 1, raise_error(torch.OutOfMemoryError, "no room")), "OutOfMemoryError: no room"
     ),
     "disk, second save": (
-        lambda patch: in_method(patch, pipelines.run_checkpoints.RunCheckpoints, "save", 2, raise_error(OSError, "No space left")), "OSError: No space"
+        lambda patch: in_method(patch, pipelines.training.checkpoints.RunCheckpoints, "save", 2, raise_error(OSError, "No space left")), "OSError: No space"
     ),
     "evaluation": (
-        lambda patch: in_method(patch, pipelines.student_loop.StudentLoop, "_evaluate", 2, raise_error(RuntimeError, "shapes")), "RuntimeError: shapes"
+        lambda patch: in_method(patch, pipelines.training.loop.StudentLoop, "_evaluate", 2, raise_error(RuntimeError, "shapes")), "RuntimeError: shapes"
     ),
-    "export": (lambda patch: in_method(patch, pipelines.run.Run, "_export", 1, raise_error(OSError, "quota")), "OSError: quota"),
+    "export": (lambda patch: in_method(patch, pipelines.training.run.Run, "_export", 1, raise_error(OSError, "quota")), "OSError: quota"),
 }  # fmt: skip
 
 
@@ -320,7 +320,7 @@ def test_a_member_that_fails_ends_alone_and_can_be_resumed(
     configs = {name: config for name, config in configs_of(folder, tmp_path).items() if name != "sum"}
     is_held: set[bool] = set()
     with monkeypatch.context() as patch:
-        update = pipelines.gang._Bar.update
+        update = pipelines.training.gang._Bar.update
 
         def note(self: Any) -> None:
             if any(tmp_path.glob(f"*/{ERROR_FILE}")):
@@ -328,7 +328,7 @@ def test_a_member_that_fails_ends_alone_and_can_be_resumed(
             update(self)
 
         patch.setattr(Vandal, "seen", [])
-        patch.setattr(pipelines.gang._Bar, "update", note)
+        patch.setattr(pipelines.training.gang._Bar, "update", note)
         arm(patch)
         found, error = train_gang(configs)
         assert is_held <= {False}, "its memory is free by the end of that very step"
@@ -451,7 +451,7 @@ def test_members_that_were_killed_at_different_steps_go_on_together(
     configs = configs_of(folder, tmp_path)
     left = {name: config for name, config in configs.items() if name != "bands" or updates % 2}
     with monkeypatch.context() as patch:
-        step, seen = pipelines.student_loop.StudentLoop._step, 0
+        step, seen = pipelines.training.loop.StudentLoop._step, 0
 
         def dying(self: Any, *arguments: Any) -> Any:
             nonlocal seen
@@ -460,7 +460,7 @@ def test_members_that_were_killed_at_different_steps_go_on_together(
                 raise Killed
             return step(self, *arguments)
 
-        patch.setattr(pipelines.student_loop.StudentLoop, "_step", dying)
+        patch.setattr(pipelines.training.loop.StudentLoop, "_step", dying)
         with pytest.raises(Killed):
             list(train_configs([*left.values()], gang=4))
     torch.manual_seed(999)
@@ -472,16 +472,16 @@ def test_members_that_were_killed_at_different_steps_go_on_together(
 
 def test_those_who_save_by_the_clock_save_at_one_step(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[tuple[str, int, int]] = []
-    save = pipelines.run_checkpoints.RunCheckpoints.save
+    save = pipelines.training.checkpoints.RunCheckpoints.save
 
     def note(self: Any, state: Mapping[str, Any]) -> None:
         saved.append((self.last.parent.parent.name, state["epoch"], state["step"]))
         save(self, state)
 
     clock = iter(range(10**6))
-    monkeypatch.setattr(pipelines.run_checkpoints.RunCheckpoints, "save", note)
-    monkeypatch.setattr(pipelines.run_checkpoints, "RECOVERY_SECONDS", 7)
-    monkeypatch.setattr(pipelines.run_checkpoints, "time", SimpleNamespace(monotonic=lambda: next(clock)))  # a second a look
+    monkeypatch.setattr(pipelines.training.checkpoints.RunCheckpoints, "save", note)
+    monkeypatch.setattr(pipelines.training.checkpoints, "RECOVERY_SECONDS", 7)
+    monkeypatch.setattr(pipelines.training.checkpoints, "time", SimpleNamespace(monotonic=lambda: next(clock)))  # a second a look
     configs = configs_of(folder, tmp_path, val=None)
     train_gang({name: replace(configs[name], recovery_interval=None) for name in ("sum", "vandal", "bands")})
     places: dict[tuple[int, int], int] = {}

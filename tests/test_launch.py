@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from test_extract import FEATURES, groups, run, tree
 
 import kdcache.rendering
-import pipelines.turns
+import pipelines.extraction.turns
 from cli.main import main
 from kdcache import open_cache
 from kdcache.device import share_machine
@@ -273,7 +273,7 @@ def test_the_survivor_of_two_ranks_does_what_the_killed_one_left(setup: Path, tm
 
 
 def test_a_shard_that_a_live_rank_never_finishes_is_done_all_the_same(setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipelines.turns, "MIN_PATIENCE_S", 0.3)
+    monkeypatch.setattr(pipelines.extraction.turns, "MIN_PATIENCE_S", 0.3)
     store = open_store(tmp_path / "cache")
     spool = store.new_spool("teacher/train-0002")
     summary = run(setup, str(tmp_path / "cache"), targets=("logits", FEATURES))

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from helpers import TINY_VIT, TINY_VIT_ARGS, make_cache, make_shards, make_teacher_dir, tiny_model
 from safetensors import safe_open
 
-import pipelines.recipes
+import pipelines.training.recipes
 from cli.main import main
 from kdcache import methods
 from kdcache.cache import Cache, open_cache
@@ -32,8 +32,8 @@ from kdcache.targets import merge_wishes, parse_target
 from kdcache.teacher import load_teacher
 from kdcache.teacher_card import ANY_TEACHER, TeacherCard, card_of_layer
 from pipelines.extract import ExtractConfig, extract
+from pipelines.extraction.request import requested_specs
 from pipelines.quickstart import TEACHER_ARGS, TEACHER_MODEL
-from pipelines.request import requested_specs
 from pipelines.train import TrainConfig, train
 
 ALL = [*methods.METHODS, "nkd+vitkd", "kd+mimic+frequency"]
@@ -253,8 +253,8 @@ def test_an_unknown_method_is_a_usage_error(name: str, text: str) -> None:
 
 def test_the_hint_for_a_run_to_be_resumed_names_the_part(cache: Cache) -> None:
     ours, theirs = ({"settings": methods.parse_settings("nkd+vitkd", {"gamma": gamma}).to_json()} for gamma in (1.0, 2.0))
-    ((field, value, _),) = pipelines.recipes.differences(theirs, ours)
-    assert pipelines.recipes.how_to_continue(field, value) == "pass --set nkd.gamma=2.0 to continue it"
+    ((field, value, _),) = pipelines.training.recipes.differences(theirs, ours)
+    assert pipelines.training.recipes.how_to_continue(field, value) == "pass --set nkd.gamma=2.0 to continue it"
 
 
 # --- what they ask of the cache ---

@@ -25,8 +25,8 @@ from test_resume import assert_same_run, lines_of
 from test_train import CNN, CNN_ARGS, leaves, state_of
 
 import kdcache.distributed
-import pipelines.gang
-import pipelines.student_loop
+import pipelines.training.gang
+import pipelines.training.loop
 from cli.main import main
 from kdcache.distributed import ALONE, Processes, joined, slurm_meeting_place
 from kdcache.errors import DriftError, StudentError, UsageError
@@ -38,9 +38,9 @@ from kdcache.shards import scan_shard
 from kdcache.sources import resolve_shards
 from kdcache.students import build_student
 from pipelines.extract import ExtractConfig, extract
-from pipelines.run import Run
 from pipelines.train import TrainConfig, train, train_configs
-from pipelines.training_data import open_data
+from pipelines.training.data import open_data
+from pipelines.training.run import Run
 
 ARGS: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 DROPPING = {**ARGS, "drop_rate": 0.1, "drop_path_rate": 0.1}
@@ -277,7 +277,7 @@ def test_processes_that_are_killed_within_an_epoch_resume_to_the_same_bits(
     options = options_of(folder, tmp_path / "runs", **KILLED)
 
     def killed() -> None:
-        finish = pipelines.student_loop.StudentLoop._finish_values
+        finish = pipelines.training.loop.StudentLoop._finish_values
 
         def dying(self: Any, names: Sequence[str], step: int) -> dict[str, float]:
             values = finish(self, names, step)
@@ -285,7 +285,7 @@ def test_processes_that_are_killed_within_an_epoch_resume_to_the_same_bits(
                 os.kill(os.getpid(), signal.SIGKILL)
             return values
 
-        pipelines.student_loop.StudentLoop._finish_values = dying  # type: ignore[method-assign]
+        pipelines.training.loop.StudentLoop._finish_values = dying  # type: ignore[method-assign]
         train(TrainConfig(**options))
 
     forked = start(killed, tmp_path / "logs")
@@ -309,8 +309,8 @@ def test_a_signal_to_any_process_saves_what_all_have_done(
 
     def command() -> int:
         owner, name, count = {
-            "step": (pipelines.student_loop.StudentLoop, "_step", 9),  # the first batch of the second update of the second epoch
-            "loading": (pipelines.gang._Bar, "update", 4),  # the next batch is asked for
+            "step": (pipelines.training.loop.StudentLoop, "_step", 9),  # the first batch of the second update of the second epoch
+            "loading": (pipelines.training.gang._Bar, "update", 4),  # the next batch is asked for
             "evaluation": (Evaluator, "_measure", 2),
         }[moment]  # fmt: skip
         inner, seen = getattr(owner, name), []
@@ -406,14 +406,14 @@ def test_an_error_that_all_meet_is_told_once(folder: Path, tmp_path: Path) -> No
     options = options_of(folder, tmp_path / "runs", batch_size=4)
 
     def spoil() -> int:
-        finish = pipelines.student_loop.StudentLoop._finish_values
+        finish = pipelines.training.loop.StudentLoop._finish_values
 
         def spoiling(self: Any, names: Sequence[str], step: int) -> dict[str, float]:
             if self.processes.rank == 1 and step == 2:
                 self._values = self._values * float("nan")
             return finish(self, names, step)
 
-        pipelines.student_loop.StudentLoop._finish_values = spoiling  # type: ignore[method-assign]
+        pipelines.training.loop.StudentLoop._finish_values = spoiling  # type: ignore[method-assign]
         return kdcache_command(*arguments_of(options))()
 
     other = {**options, "cache": str(tmp_path / "none")}
@@ -559,7 +559,7 @@ def test_a_student_that_cannot_be_compiled_is_named_with_the_reason(folder: Path
 
 KILLED_ONCE = """
 import os, signal
-import pipelines.student_loop as loops
+import pipelines.training.loop as loops
 finish, attempt = loops.StudentLoop._finish_values, os.environ["TORCHELASTIC_RESTART_COUNT"]
 
 def dying(self, names, step):

@@ -24,17 +24,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import TIMES, assert_same_state, leaves, state_of
 
-import pipelines.gang
-import pipelines.run_checkpoints
-import pipelines.student_loop
+import pipelines.training.checkpoints
+import pipelines.training.gang
+import pipelines.training.loop
 from kdcache.cache import open_cache
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.errors import CorruptError, KDCacheError, MismatchError, StoreError, StudentError, UsageError
 from kdcache.evaluate import Evaluator
 from kdcache.join import BatchLoader, CachedViews, EpochBatches
-from pipelines.run_checkpoints import RunCheckpoints
-from pipelines.student_loop import StudentLoop
 from pipelines.train import TrainConfig, train
+from pipelines.training.checkpoints import RunCheckpoints
+from pipelines.training.loop import StudentLoop
 
 STEPS = 6
 STUDENT_ARGS = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "drop_rate": 0.1}
@@ -88,7 +88,7 @@ class Killed(BaseException):
 def die_after(monkeypatch: pytest.MonkeyPatch, updates: int, die: Callable[[], None]) -> None:
     """Arm this process: `die` after so many updates, before they are logged or saved."""
     seen = 0
-    step = pipelines.student_loop.StudentLoop._step
+    step = pipelines.training.loop.StudentLoop._step
 
     def counting(self: Any, *arguments: Any) -> dict[str, float]:
         nonlocal seen
@@ -98,7 +98,7 @@ def die_after(monkeypatch: pytest.MonkeyPatch, updates: int, die: Callable[[], N
             die()
         return losses
 
-    monkeypatch.setattr(pipelines.student_loop.StudentLoop, "_step", counting)
+    monkeypatch.setattr(pipelines.training.loop.StudentLoop, "_step", counting)
 
 
 def raise_killed() -> None:
@@ -182,7 +182,7 @@ def test_how_often_a_run_is_saved_changes_nothing(folder: Path, whole: dict[str,
 
 
 def test_by_default_a_checkpoint_is_due_by_the_clock(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = pipelines.run_checkpoints.RunCheckpoints(tmp_path, open_cache(folder / "cache"))
+    checkpoints = pipelines.training.checkpoints.RunCheckpoints(tmp_path, open_cache(folder / "cache"))
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 590)
     assert not checkpoints.is_due(1)
@@ -225,7 +225,7 @@ def test_a_signal_saves_what_was_done_and_the_run_goes_on_from_there(
     def command() -> int:
         patch, seen = pytest.MonkeyPatch(), 0
         owner, name = {
-            "step": (StudentLoop, "_step"), "evaluation": (Evaluator, "__call__"), "save": (RunCheckpoints, "save"), "loading": (pipelines.gang._Bar, "move"),
+            "step": (StudentLoop, "_step"), "evaluation": (Evaluator, "__call__"), "save": (RunCheckpoints, "save"), "loading": (pipelines.training.gang._Bar, "move"),
         }[moment]  # fmt: skip
         inner = getattr(owner, name)
 
@@ -415,7 +415,7 @@ def test_the_moving_average_is_timms_formula(folder: Path, tmp_path: Path) -> No
         save(path, state, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines.run_checkpoints, "save_checkpoint", note)
+        patch.setattr(pipelines.training.checkpoints, "save_checkpoint", note)
         train(TrainConfig(**options))
     average = seen[0]["student.head.weight"]
     for state in seen[1:]:
@@ -473,7 +473,7 @@ def test_a_run_refuses_another_cache_and_says_what_differs_unless_allowed(folder
 
 
 def test_a_folder_that_holds_a_checkpoint_of_another_cache_refuses_it(folder: Path, stopped: Path, other: Path) -> None:
-    checkpoints = pipelines.run_checkpoints.RunCheckpoints(stopped, open_cache(other))
+    checkpoints = pipelines.training.checkpoints.RunCheckpoints(stopped, open_cache(other))
     with pytest.raises(MismatchError, match=r"field 'fingerprint' differs.*the views differ in seed \(0 there, 9 here\); .*pass --allow-other-cache"):
         checkpoints.load()
     with pytest.raises(UsageError, match=r"--allow-other-cache: .*expected it with --resume"):

@@ -15,7 +15,7 @@ from helpers import TINY_VIT, make_shards, make_teacher_dir, save_local_dir, tin
 from test_tail import SWIN_ARGS
 from test_train import assert_same_state, state_of
 
-import pipelines.run_checkpoints
+import pipelines.training.checkpoints
 from cli.main import main
 from kdcache import methods
 from kdcache.cache import Cache, open_cache
@@ -234,7 +234,7 @@ def test_a_run_of_two_teachers_that_was_killed_resumes_to_the_same_bits(config: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.run_checkpoints, "save_checkpoint", save_then_die)
+        patch.setattr(pipelines.training.checkpoints, "save_checkpoint", save_then_die)
         with pytest.raises(KeyboardInterrupt):
             train(config(**options))
     for teacher in ({"swin": 0.6, "vit.tiny": 0.4}, "swin"):

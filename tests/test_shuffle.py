@@ -25,8 +25,8 @@ from test_train import CNN, CNN_ARGS, assert_same_state, state_of
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import kdcache.workers
-import pipelines.run_checkpoints
-import pipelines.training_data
+import pipelines.training.checkpoints
+import pipelines.training.data
 from cli.main import main
 from kdcache import mounts
 from kdcache.cache import Cache, open_cache
@@ -38,8 +38,8 @@ from kdcache.mounts import file_system_of, is_network_type
 from kdcache.order import Blocks
 from kdcache.shards import RUN_BYTES, ShardFiles, runs_of
 from kdcache.workers import pack
-from pipelines.recipes import how_to_continue
 from pipelines.train import TrainConfig, train
+from pipelines.training.recipes import how_to_continue
 
 TARGETS = ("logits", "features@norm")
 
@@ -324,7 +324,7 @@ def test_block_is_part_of_a_run_and_resumes_in_mid_epoch_to_the_same_bits(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.run_checkpoints, "save_checkpoint", save_then_die)
+        patch.setattr(pipelines.training.checkpoints, "save_checkpoint", save_then_die)
         with pytest.raises(KeyboardInterrupt):
             train(config(folder, tmp_path / "cut", shuffle="block", recovery_interval=5))
     with pytest.raises(StudentError, match=r"field 'shuffle' differs: that run has 'block', this command None; pass --shuffle block to continue it"):
@@ -345,26 +345,26 @@ def test_auto_takes_blocks_on_a_network_file_system_and_says_why(
     monkeypatch.setattr(mounts, "MOUNTS", str(table))
     for kind, expected in (("ext4", "full"), ("nfs4", "block"), ("fuse.s3fs", "block")):
         table.write_text(f"22 1 0:1 / / rw - ext4 /dev/vda rw\n23 22 0:2 / {where}/shards rw shared:1 - {kind} server:/x rw\n")
-        data = pipelines.training_data.open_data(config(folder, tmp_path))
+        data = pipelines.training.data.open_data(config(folder, tmp_path))
         assert (data.blocks is not None) == (expected == "block")
         said = capsys.readouterr().err
         assert (f"--shuffle auto: block, since {folder}/shards lies on a network file system ({kind})" in said) == (expected == "block")
         assert ("--shuffle" in said) == (expected == "block"), "what is usual is not said"
-        pipelines.training_data.open_data(config(folder, tmp_path, shuffle="full"))
+        pipelines.training.data.open_data(config(folder, tmp_path, shuffle="full"))
         assert "--shuffle" not in capsys.readouterr().err
     table.unlink()
-    assert pipelines.training_data.open_data(config(folder, tmp_path)).blocks is None, "a machine that does not say"
+    assert pipelines.training.data.open_data(config(folder, tmp_path)).blocks is None, "a machine that does not say"
 
 
 def test_auto_leaves_shards_that_are_sorted_by_label_to_the_full_permutation(
     folder: Path, tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipelines.training_data, "far_path", lambda paths: (next(iter(paths)), "nfs4"))
+    monkeypatch.setattr(pipelines.training.data, "far_path", lambda paths: (next(iter(paths)), "nfs4"))
     rows = open_cache(folder / "cache").rows
     for labels, expected in ((np.arange(36) // 4, "full"), (np.arange(36) % 9, "block"), (np.full(36, -1), "block")):
         monkeypatch.setattr(Cache, "rows", dataclasses.replace(rows, label=labels.astype(np.int64)))
         for shuffle in ("auto", "block"):
-            data = pipelines.training_data.open_data(config(folder, tmp_path, shuffle=shuffle, task_loss_weight=0.0))
+            data = pipelines.training.data.open_data(config(folder, tmp_path, shuffle=shuffle, task_loss_weight=0.0))
             assert (data.blocks is None) == (shuffle == "auto" and expected == "full")
             said = capsys.readouterr().err
             assert (f"--shuffle {shuffle}: {expected}" in said) == (shuffle == "auto")

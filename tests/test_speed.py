@@ -19,7 +19,7 @@ from test_train import CNN, CNN_ARGS, assert_same_state, state_of
 from torch import Tensor
 
 import kdcache.evaluate
-import pipelines.run_checkpoints
+import pipelines.training.checkpoints
 from kdcache import methods
 from kdcache.cache import Cache, open_cache
 from kdcache.checkpoint import save_checkpoint
@@ -187,7 +187,7 @@ def test_a_faster_run_is_near_the_plain_one_and_resumes_to_the_same_bits(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.run_checkpoints, "save_checkpoint", save_then_die)
+        patch.setattr(pipelines.training.checkpoints, "save_checkpoint", save_then_die)
         with pytest.raises(KeyboardInterrupt):
             train(config(folder, tmp_path / "cut", method, **options))
     if amp:

@@ -34,7 +34,7 @@ from pipelines.sweep.report import build_report, front_of
 from pipelines.sweep.results import read_results
 from pipelines.sweep.speed import time_run
 from pipelines.train import TrainConfig, train
-from pipelines.training_data import NOT_OF_DATA
+from pipelines.training.data import NOT_OF_DATA
 
 CNN = "resnet18"
 CNN_ARGS: dict[str, Any] = {"channels": [4, 4, 8, 8], "stem_width": 4}

@@ -20,8 +20,8 @@ import yaml
 from click.testing import CliRunner
 from helpers import TINY_VIT, Forked, make_cache, make_shard, make_shards, make_teacher_dir, run_python
 
-import pipelines.run_checkpoints
 import pipelines.train
+import pipelines.training.checkpoints
 from cli.main import main
 from kdcache.cache import open_cache
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
@@ -196,7 +196,7 @@ def test_a_run_killed_in_any_epoch_and_resumed_equals_the_uninterrupted_one(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.run_checkpoints, "save_checkpoint", save_then_die)
+        patch.setattr(pipelines.training.checkpoints, "save_checkpoint", save_then_die)
         with pytest.raises(KeyboardInterrupt):
             train(config(**options))
     torch.manual_seed(999)
@@ -213,15 +213,15 @@ def test_a_run_killed_in_any_epoch_and_resumed_equals_the_uninterrupted_one(
 def test_a_process_killed_by_the_system_resumes_to_the_same_bits(config: Any, folder: Path, tmp_path: Path) -> None:
     code = """
 import os, signal, sys
-import pipelines.run_checkpoints
+import pipelines.training.checkpoints
 import pipelines.train
 from pipelines.train import TrainConfig, train
-save = pipelines.run_checkpoints.save_checkpoint
+save = pipelines.training.checkpoints.save_checkpoint
 def save_then_die(path, state, **kwargs):
     save(path, state, **kwargs)
     if state["epoch"] == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-pipelines.run_checkpoints.save_checkpoint = save_then_die
+pipelines.training.checkpoints.save_checkpoint = save_then_die
 train(eval(sys.argv[1]))
 """
     killed = run_python(code, repr(config()), check=False)
@@ -313,7 +313,7 @@ def stopped(tmp_path: Path, config: Any, monkeypatch: pytest.MonkeyPatch) -> tup
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.run_checkpoints, "save_checkpoint", save_then_die)
+        patch.setattr(pipelines.training.checkpoints, "save_checkpoint", save_then_die)
         with pytest.raises(KeyboardInterrupt):
             train(make())
     (run,) = (tmp_path / "runs").iterdir()
@@ -814,7 +814,7 @@ def test_the_command_reports_finished_runs_when_a_later_one_fails(folder: Path, 
             raise StudentError("no more")
         save_checkpoint(path, state, **kwargs)
 
-    monkeypatch.setattr(pipelines.run_checkpoints, "save_checkpoint", break_second)
+    monkeypatch.setattr(pipelines.training.checkpoints, "save_checkpoint", break_second)
     arguments = ["train", str(folder / "cache"), "--out", str(tmp_path), "--epochs", "2", "-b", "4", "-j", "0", "--json"]
     for key, value in CNN_ARGS.items():
         arguments += ["--model-kwargs", f"{key}={value}"]

@@ -27,7 +27,7 @@ from kdcache.errors import KDCacheError, NotACacheError, StoreError, UsageError
 from kdcache.index import load_documents, write_index
 from kdcache.store import LocalStore, open_store
 from pipelines.repair import RepairConfig, carry_out, plan_repair
-from pipelines.verdict import Verdict
+from pipelines.verification.verdict import Verdict
 from pipelines.verify import Recompute, verify
 
 KLT = "features@norm:klt=0.99"

@@ -34,8 +34,8 @@ from kdcache.errors import UsageError
 from kdcache.methods import method_class, parse_settings
 from kdcache.yaml_file import CoreLoader, read_yaml
 
-from ..train_config import TrainConfig
-from ..training_data import method_settings
+from ..training.config import TrainConfig
+from ..training.data import method_settings
 
 MAX_RUNS = 10_000
 _HOLDING = ("settings", "model_kwargs")

@@ -19,9 +19,9 @@ from kdcache.plan import canonical_json
 from kdcache.students import build_student
 
 from ..engines import Opener, epochs_kept
-from ..run import Run
-from ..student_loop import make_batches
-from ..watching import check_watchers
+from ..training.loop import make_batches
+from ..training.run import Run
+from ..training.watching import check_watchers
 from .file import Sweep, SweepRun
 
 _TOLD = 10

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..engines import Entry
-from ..gang import ERROR_FILE
-from ..student_loop import best_epoch
-from ..watching import replace_file
+from ..training.gang import ERROR_FILE
+from ..training.loop import best_epoch
+from ..training.watching import replace_file
 from .plan import PlannedRun, SweepPlan
 
 

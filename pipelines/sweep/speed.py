@@ -21,10 +21,10 @@ from kdcache.join import Batch, BatchLoader
 from kdcache.plan import canonical_json
 from kdcache.workers import naming_killed_workers
 
-from ..gang import portion_of
-from ..recipes import read_args
-from ..run import Run
-from ..shared_batch import SharedBatch, dataset_of, union
+from ..training.gang import portion_of
+from ..training.recipes import read_args
+from ..training.run import Run
+from ..training.shared_batch import SharedBatch, dataset_of, union
 from .plan import PlannedRun
 from .results import read_epochs
 

@@ -16,7 +16,7 @@ from kdcache.console import say
 from kdcache.errors import StoreError, UsageError
 from kdcache.launch import available_cores
 
-from .engines import Engine, Entry, InProcess, Job
+from . import Engine, Entry, InProcess, Job
 from .job_process import RETRIES, JobProcess, close_all, describe_epoch, environ_of_child, log_of, with_share_of
 
 _WAIT_S = 0.2

@@ -19,7 +19,7 @@ from kdcache.order import Blocks, block_order, epoch_order, labels_per_batch
 from kdcache.shards import NO_LABEL, ShardIndex, scan_shard
 from kdcache.sources import resolve_shards
 
-from .train_config import TrainConfig
+from .config import TrainConfig
 
 _WELL_MIXED = 0.9
 """Share of the labels of a fully shuffled batch that one of blocks must have for `auto` to take them: of shards in a random order it has them all."""

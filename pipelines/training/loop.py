@@ -1,6 +1,6 @@
 """How a student is trained: its method, optimizer, schedule, average, generators and counters, fed with batches. Used by train.
 
-What feeds it (`pipelines.gang`) chooses the batches; everything else that decides the result is here and in its checkpoint.
+What feeds it (`pipelines.training.gang`) chooses the batches; everything else that decides the result is here and in its checkpoint.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from kdcache.replicas import (
 from kdcache.students import Student
 from kdcache.sync_batch_norm import synchronise_batch_norms
 
+from .checkpoints import RunCheckpoints, describe
+from .config import TrainConfig
+from .data import TrainingData
 from .recipes import differences
-from .run_checkpoints import RunCheckpoints, describe
 from .shared_batch import Inputs
-from .train_config import TrainConfig
-from .training_data import TrainingData
 from .watching import Watch, write_summary
 
 

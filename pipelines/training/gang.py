@@ -33,9 +33,9 @@ from kdcache.interrupt import Stopped, finishing_first, stop, stopping_together
 from kdcache.join import Batch, BatchLoader, CachedViews
 from kdcache.workers import is_killed_worker, naming_killed_workers
 
+from .loop import StudentLoop
 from .run import Run, describe_error
 from .shared_batch import Portion, SharedBatch, dataset_of, union
-from .student_loop import StudentLoop
 from .watching import replace_file
 
 ERROR_FILE = "error.txt"

@@ -29,7 +29,7 @@ from kdcache.console import say
 from kdcache.errors import StoreError, UsageError
 from kdcache.interrupt import Stopped, finishing_first
 
-from .engines import Entry, Job
+from . import Entry, Job
 from .job_process import RETRIES, JobDied, JobProcess, close_all, describe_epoch, environ_of_child, log_of, with_share_of
 
 _WAIT_S = 1.0
@@ -216,7 +216,7 @@ def _task() -> Callable[[Mapping[str, Any], int, Mapping[str, Any]], dict[str, A
         import sys
 
         try:
-            from pipelines.ray_engine import train_on_node
+            from pipelines.engines.ray import train_on_node
         except ImportError as error:
             problem = f"node {socket.gethostname()}: {sys.executable} can't import kdcache ({error}); install it on every node of the cluster"
             return {"entries": [], "problem": problem}

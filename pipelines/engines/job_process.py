@@ -1,6 +1,6 @@
 """Jobs in a process of their own: what the engines that use several processes are made of. Between engines and train.
 
-`JobProcess` is the parent's side. The child is `python -m pipelines.job_process FD`: it reads requests, one line of JSON each, from stdin, trains
+`JobProcess` is the parent's side. The child is `python -m pipelines.engines.job_process FD`: it reads requests, one line of JSON each, from stdin, trains
 their jobs one after another as `run_job` does, and writes events, a JSON object a line, to descriptor FD; what it says goes into the job's log:
 
     {"job": {…}, "log": PATH}                                            a request; null: no more will come
@@ -35,8 +35,8 @@ from kdcache.errors import KDCacheError, StoreError
 from kdcache.interrupt import Stopped, finishing_first, stopping_cleanly
 from kdcache.launch import without_launch
 
-from .engines import Job, run_job
-from .watching import Line, telling
+from ..training.watching import Line, telling
+from . import Job, run_job
 
 Event = dict[str, Any]
 

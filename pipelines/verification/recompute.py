@@ -33,7 +33,7 @@ from .verdict import Problem, Verdict
 if TYPE_CHECKING:
     from kdcache.encodings import Encoding
 
-    from .verify import Recompute
+    from ..verify import Recompute
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 """Relative L2 of a view's target that another batch size, thread count or library version may cost, by the precision of the forward pass."""

@@ -23,12 +23,12 @@ from kdcache.plan import blake2b_128, canonical_json
 from kdcache.replicas import check_same_weights, check_sync_bn
 from kdcache.students import Student, build_student, check_student, export_student
 
+from .checkpoints import RunCheckpoints, can_resume, describe_plan_differences
+from .config import TrainConfig
+from .data import TrainingData, check_labels
+from .lock import RunLock
+from .loop import StudentLoop, best_epoch, make_batches, make_optimizer
 from .recipes import differences, how_to_continue, read_args
-from .run_checkpoints import RunCheckpoints, can_resume, describe_plan_differences
-from .run_lock import RunLock
-from .student_loop import StudentLoop, best_epoch, make_batches, make_optimizer
-from .train_config import TrainConfig
-from .training_data import TrainingData, check_labels
 from .watching import read_lines, replace_file
 
 

@@ -21,10 +21,10 @@ from typing import Any, Protocol, TypeAlias
 from kdcache.errors import KDCacheError
 from kdcache.plan import canonical_json
 
-from .gang import gangs_of
-from .run import Run, describe_error
-from .train_config import TrainConfig
-from .training_data import NOT_OF_DATA, Opened, TrainingData, open_data
+from ..training.config import TrainConfig
+from ..training.data import NOT_OF_DATA, Opened, TrainingData, open_data
+from ..training.gang import gangs_of
+from ..training.run import Run, describe_error
 
 Entry: TypeAlias = dict[str, Any]
 """What `train` reports of a run: {"id", "student", "method", "epochs", "top1", "seconds", "path", "status"}; status is "done", "already done" or
@@ -114,7 +114,7 @@ def run_job(job: Job, *, progress: bool = False) -> Iterator[Entry]:
 
     What goes wrong is in the entries: an error of any kind ends its run, one of a gang's loader all runs of the gang.
     """
-    from .train import train_configs
+    from ..train import train_configs
 
     configs = [dataclasses.replace(config, resume=folder.exists()) for config, folder in zip(job.configs, job.folders, strict=True)]
     reported: list[str] = []
