@@ -35,11 +35,11 @@ from PIL import Image
 import kdcache.arrays
 import kdcache.rendering
 import pipelines.extract
-from kdcache.cache import open_cache
 from kdcache.commit import GroupWriter
 from kdcache.device import autocast, resolve_device
 from kdcache.encodings import ENCODINGS
 from kdcache.fidelity import Fidelity
+from kdcache.opening import open_cache
 from kdcache.rendering import Renderer, RenderTask, samples_per_task
 from kdcache.shards import scan_shard
 from kdcache.sources import resolve_shards

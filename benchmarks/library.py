@@ -26,9 +26,9 @@ from extract import make_shard  # the script beside this one
 from timm.models import save_for_hf
 from torch.utils.data import DataLoader
 
-from kdcache.cache import open_cache
 from kdcache.dataset import CachedDataset
 from kdcache.join import BatchLoader, CachedViews, EpochBatches
+from kdcache.opening import open_cache
 from pipelines.extract import ExtractConfig, extract
 
 

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache
 from kdcache.evaluate import EvaluationSet, Evaluator
 from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches, to_device
 from kdcache.methods import build, needed, parse_settings
+from kdcache.opening import open_cache
 from kdcache.shards import scan_shard
 from kdcache.sources import resolve_shards
 from kdcache.students import build_student

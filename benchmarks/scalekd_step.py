@@ -45,12 +45,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdcache.cache import open_cache
 from kdcache.device import autocast, resolve_device
 from kdcache.join import BatchLoader, CachedViews, EpochBatches, to_device
 from kdcache.losses import soft_cross_entropy
 from kdcache.methods import build, needed, parse_settings
 from kdcache.methods.scalekd import TARGET, VIEWS, ScaleKD
+from kdcache.opening import open_cache
 from kdcache.projector import CrossAttentionProjector
 from kdcache.students import build_student
 from kdcache.targets import parse_target

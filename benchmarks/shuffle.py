@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache
 from kdcache.evaluate import EvaluationSet, Evaluator
 from kdcache.join import BatchLoader, CachedViews, EpochBatches
 from kdcache.methods import build
+from kdcache.opening import open_cache
 from kdcache.order import Blocks, Order, block_order, epoch_order
 from kdcache.shards import scan_shard
 from kdcache.sources import resolve_shards

@@ -31,7 +31,7 @@ from pipelines.extract import ExtractConfig, extract
 _BEFORE = """
 import json, resource, sys, time
 import kdcache.methods, timm, torch
-from kdcache.cache import open_cache
+from kdcache.opening import open_cache
 from kdcache.tail import load_tail
 from kdcache.teacher import load_teacher
 def peak():

@@ -39,8 +39,9 @@ from timm.models import save_for_hf
 
 import kdcache.join
 import kdcache.shards
-from kdcache.cache import Cache, Replay, open_cache
+from kdcache.cache import Cache, Replay
 from kdcache.join import Batch, BatchLoader, CachedViews, EpochBatches
+from kdcache.opening import open_cache
 from kdcache.targets import parse_target
 from kdcache.teacher import Teacher, load_teacher
 from pipelines.extract import ExtractConfig, extract

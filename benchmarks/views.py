@@ -22,8 +22,8 @@ import torch
 from extract import make_shard  # the script beside this one
 from timm.models import save_for_hf
 
-from kdcache.cache import open_cache
 from kdcache.join import BatchLoader, CachedViews, EpochBatches
+from kdcache.opening import open_cache
 from kdcache.stored_views import encode_view
 from pipelines.extract import ExtractConfig, extract
 from pipelines.inspect import inspect_cache

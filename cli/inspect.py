@@ -53,10 +53,10 @@ def command(
     """
 
     def action() -> None:
-        from kdcache.cache import open_cache
         from kdcache.class_names import read_class_names
         from kdcache.console import visible
         from kdcache.errors import UsageError
+        from kdcache.opening import open_cache
         from pipelines import inspect
         from pipelines.facts import SAMPLE_ROWS
 

@@ -117,7 +117,8 @@ def _tell(verdict: Verdict, cache: str) -> None:
 def _repair(cache: str, verdict: Verdict, config: RepairConfig, *, views: int | str | None, yes: bool) -> tuple[Verdict, bool]:
     """The verdict afterwards, and whether something could not be done."""
     from kdcache.console import say
-    from pipelines.repair import carry_out, plan_repair
+    from pipelines.repair import carry_out
+    from pipelines.verification.repair_plan import plan_repair
     from pipelines.verify import verify
 
     plan = plan_repair(cache, verdict)

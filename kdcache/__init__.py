@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import losses, methods
-    from .cache import Cache, open_cache
+    from .cache import Cache
     from .dataset import CachedDataset
     from .errors import KDCacheError
+    from .opening import open_cache
     from .timm_task import CachedTeacher
 
 __all__ = ["Cache", "CachedDataset", "CachedTeacher", "KDCacheError", "__version__", "losses", "methods", "open_cache"]
@@ -26,7 +27,7 @@ _HOMES = {
     "CachedDataset": ".dataset",
     "CachedTeacher": ".timm_task",
     "KDCacheError": ".errors",
-    "open_cache": ".cache",
+    "open_cache": ".opening",
 }
 
 

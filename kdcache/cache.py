@@ -1,13 +1,11 @@
-"""Reading a cache: `open_cache`, then rows of targets, view params and keys by (shard, key, view). Used by train, inspect, verify.
+"""Reading a cache, once it is open (`kdcache.opening`): rows of targets, view params and keys by (shard, key, view). Used by train, inspect, verify.
 
-Opening checks every document (through the index where there is one) and what they say of each other; chunks are checked
-when they are read. Nothing here needs the teacher.
+Chunks are checked when they are read. Nothing here needs the teacher.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +17,7 @@ import numpy as np
 
 from .arrays import STREAM_CHUNK_BYTES, ArrayReader, ArraySpec, ByteLRU, StreamReader, stream_spec
 from .augment import Pixels
-from .errors import CacheError, CorruptError, DriftError, MissingError, ShardError, UsageError
+from .errors import CorruptError, DriftError, MissingError, ShardError, UsageError
 from .format import (
     CacheIdentity,
     Digest,
@@ -33,12 +31,10 @@ from .format import (
     ViewRange,
     ViewsIdentity,
     calibration_path,
-    digest_of_pixels,
-    tail_weights_path,
     views_record_path,
 )
 from .images import Decoded, decode_image, require_decoder
-from .index import Index, is_current, load_documents, read_table, root_of, write_index
+from .index import Index, read_table, root_of
 from .layout import (
     ROW_ARRAYS,
     STORED_BYTES,
@@ -54,8 +50,7 @@ from .layout import (
 )
 from .plan import ViewPlan, blake2b_128
 from .shards import RUN_BYTES, ShardFiles, ShardSource, check_same_tar, runs_of, scan_shard
-from .sources import locate_shards
-from .store import Store, open_store
+from .store import Store
 from .stored_views import decode_view
 from .views import Resizer, ViewParams, pixel_digest, render
 
@@ -69,8 +64,7 @@ WHOLE_FILE_BYTES = 1 << 20
 and each would pass for the other. The chunks of larger ones compress to sizes of their own, so that their index is not found where the record says."""
 KEY_CACHE_BYTES = 64 << 20
 """Sample keys kept in memory, per process, counted at 150 bytes each."""
-_MAX_CALIBRATION_BYTES = 1 << 30
-_TAIL_READ_BYTES = 4 << 20
+MAX_CALIBRATION_BYTES = 1 << 30
 
 RowNumbers: TypeAlias = Sequence[int] | np.ndarray[Any, Any]
 
@@ -130,13 +124,14 @@ class Cache:
     """An open cache. Cheap to pickle: workers get the documents, and open files of their own."""
 
     def __init__(
-        self, store: Store, documents: Mapping[str, Document[Any]], index: Index | None, *, sources: Mapping[str, ShardSource], check: bool = True
+        self, store: Store, documents: Mapping[str, Document[Any]], index: Index | None = None, *, sources: Mapping[str, ShardSource] | None = None
     ) -> None:
-        """check: False only for verify, which lists what documents do not agree on instead of raising."""
+        """Of documents that may not agree with each other: `kdcache.opening` opens a cache and checks that. sources: shard → its tar, where tars
+        have moved."""
         self.store = store
         self.documents = dict(documents)
         self._index = index
-        self._given_sources = dict(sources)
+        self._given_sources = dict(sources or {})
         self._readers: ByteLRU[tuple[str, str], ArrayReader] = ByteLRU(INDEX_CACHE_BYTES)
         self._files = ShardFiles()
         self._keys: ByteLRU[str, dict[str, int]] = ByteLRU(KEY_CACHE_BYTES)
@@ -144,8 +139,6 @@ class Cache:
         self.views: dict[str, list[Document[ViewsIdentity]]] = {}
         self.teachers: dict[str, TeacherLayer] = {}
         self._sort_documents()
-        for _kind, text, _shard in document_problems(self) if check else []:
-            raise CorruptError(f"{store.url}: {text}; run 'kdcache verify' on the cache")
 
     def __getstate__(self) -> dict[str, Any]:
         state = {"store": self.store, "documents": self.documents, "index": self._index, "sources": self._given_sources}
@@ -680,7 +673,7 @@ def read_calibration(store: Store, teacher: str, card: TargetIdentity) -> dict[s
 
     assert card.calibration is not None
     path = calibration_path(teacher, card.name)
-    data = store.get(path, max_size=_MAX_CALIBRATION_BYTES)
+    data = store.get(path, max_size=MAX_CALIBRATION_BYTES)
     if blake2b_128(data) != card.calibration.digest:
         raise CorruptError(f"{store.url}/{path}: bytes were changed: expected digest {card.calibration.digest}, found {blake2b_128(data)}")
     try:
@@ -688,124 +681,3 @@ def read_calibration(store: Store, teacher: str, card: TargetIdentity) -> dict[s
     except SAFETENSORS_ERRORS as error:
         raise CorruptError(f"{store.url}/{path}: no safetensors file: {error}") from error
     return tensors
-
-
-def document_problems(cache: Cache) -> list[tuple[str, str, str]]:
-    """What documents say of each other and do not agree on: (kind of problem, text, shard). Empty for a sound cache.
-
-    kind is 'plan', 'teacher', or 'missing' for targets without their views: that one an extraction mends.
-    """
-    problems: list[tuple[str, str, str]] = []
-    for shard, records in cache.views.items():
-        first = records[0].identity
-        for document in records:
-            record = document.identity
-            if record.plan != cache.fingerprint:
-                problems.append(("plan", f"shard {shard}: its views are of plan {record.plan}, the cache's plan is {cache.fingerprint}", shard))
-            if (record.member_table, record.samples, record.rows, record.skipped) != (first.member_table, first.samples, first.rows, first.skipped):
-                problems.append(("plan", f"shard {shard}: two views records are of different tars or skip different samples", shard))
-    for name, layer in cache.teachers.items():
-        if layer.tail is not None and layer.tail.identity.teacher != layer.document.identity_digest:
-            problems.append(
-                (
-                    "teacher",
-                    f"teacher {name!r}: its tail is of a teacher with identity {layer.tail.identity.teacher}, expected {layer.document.identity_digest}",
-                    "",
-                )
-            )
-        for shard, targets_records in layer.records.items():
-            for targets_document in targets_records:
-                problems += [(kind, text, shard) for kind, text in _targets_problems(cache, name, layer, targets_document.identity)]
-    return problems
-
-
-def _targets_problems(cache: Cache, name: str, layer: TeacherLayer, record: TargetsIdentity) -> list[tuple[str, str]]:
-    shard = record.shard
-    found: list[str] = []
-    if record.teacher != layer.document.identity_digest:
-        found.append(
-            f"shard {shard}: a record of teacher {name!r} was made by a teacher with identity {record.teacher}, expected {layer.document.identity_digest}"
-        )
-    for target, digest in record.targets.items():
-        card = layer.targets.get(target)
-        if card is None or card.identity_digest != digest:
-            found.append(f"shard {shard}: teacher {name!r}, target {target!r}: the record names a card that is not there")
-    try:
-        views = [cache.views_record(shard, view) for view in range(record.views.start, record.views.stop)]
-    except CacheError as error:
-        text = f"shard {shard}: teacher {name!r} has targets of views that are not there ({error})"
-        return [("missing", text), *(("teacher", one) for one in found)]
-    pixels = {view: one.pixels_by_view[view - one.views.start] for view, one in enumerate(views, start=record.views.start)}
-    if (record.rows, record.samples, record.member_table) != (
-        views[0].rows,
-        views[0].samples,
-        views[0].member_table,
-    ) or record.pixels != digest_of_pixels(pixels):
-        found.append(f"shard {shard}: teacher {name!r} saw other rows or pixels than the views record holds")
-    return [("teacher", one) for one in found]
-
-
-def open_cache(path: str | os.PathLike[str], *, data: str | os.PathLike[str] | Sequence[str] | None = None) -> Cache:
-    """Open a cache for reading and check every document in it.
-
-    data: SHARDS, where the tars lie now; None for where they lay when the cache was made. Raises NotACacheError,
-    FormatVersionError or CorruptError.
-    """
-    store = open_store(path)
-    documents, index = load_documents(store)
-    sources = locate_shards(data) if data is not None else {}
-    cache = Cache(store, documents, index, sources=sources)
-    for name, layer in cache.teachers.items():
-        for document in layer.targets.values():
-            if document.identity.calibration is not None:
-                calibration = calibration_path(name, document.identity.name)
-                if store.size(calibration) is None:
-                    raise MissingError(f"{store.url}/{calibration} is missing; {_CALIBRATION_REMEDY}")
-                if blake2b_128(store.get(calibration, max_size=_MAX_CALIBRATION_BYTES)) != document.identity.calibration.digest:
-                    raise CorruptError(f"{store.url}/{calibration}: bytes were changed; delete the file, then {_CALIBRATION_REMEDY}")
-        if layer.tail is not None:
-            check_tail_weights(store, name, layer.tail.identity)
-    return cache
-
-
-def check_tail_weights(store: Store, teacher: str, card: TailIdentity) -> None:
-    """Raise MissingError or CorruptError if a tail's file is not the one that its card names. Reads all of it, in pieces."""
-    path, expected = tail_weights_path(teacher), card.weights
-    size = store.size(path)
-    if size is None:
-        raise MissingError(f"{store.url}/{path} is missing; {_TAIL_REMEDY}")
-    digest = hashlib.blake2b(digest_size=16)
-    for offset in range(0, size, _TAIL_READ_BYTES):
-        digest.update(store.get_range(path, offset, min(_TAIL_READ_BYTES, size - offset)))
-    if (size, digest.hexdigest()) != (expected.size, expected.digest):
-        raise CorruptError(
-            f"{store.url}/{path}: bytes were changed: expected digest {expected.digest}, found {digest.hexdigest()}; delete the file, then {_TAIL_REMEDY}"
-        )
-
-
-_TAIL_REMEDY = "run 'kdcache extract' again with the same teacher and --for to write it again; it must come out the same"
-
-
-_CALIBRATION_REMEDY = "run 'kdcache extract' again with the same teacher, batch size and device to compute it again; it must come out the same"
-
-
-def open_to_write(path: str | os.PathLike[str]) -> Cache:
-    """Open a cache to add to it: every document is read itself, and what an extraction mends is no error.
-
-    That is a damaged or missing index, a missing calibration file, and targets whose views are gone. Raises as `open_cache` for the rest.
-    """
-    store = open_store(path)
-    documents, _ = load_documents(store, use_index=False)
-    cache = Cache(store, documents, None, sources={}, check=False)
-    for kind, text, _shard in document_problems(cache):
-        if kind != "missing":
-            raise CorruptError(f"{store.url}: {text}; run 'kdcache verify' on the cache")
-    return cache
-
-
-def refresh_index(path: str | os.PathLike[str]) -> Cache:
-    """Bring the index up to date with the documents, and the cache as it is then. For who holds the store. Raises CacheError."""
-    cache = open_to_write(path)
-    if not is_current(cache.store, cache.documents):
-        write_index(cache.store, cache.documents, {shard: cache.table_from_group(records[0].identity) for shard, records in cache.views.items()})
-    return cache

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from .cache import Cache, open_cache
+from .cache import Cache
 from .encodings import Encoding
 from .errors import MissingError, ShardError, UsageError
 from .images import IMAGE_EXTENSIONS
 from .join import Batch, CachedViews, Item, Items, to_device, usable_views
 from .losses import soft_labels
+from .opening import open_cache
 from .pixels import Normalize
 from .shards import ShardFiles, ShardSource, printable
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kdcache.cache import Cache, TeacherLayer, refresh_index
+from kdcache.cache import Cache, TeacherLayer
 from kdcache.commit import create_document
 from kdcache.console import human_bytes, human_seconds, say
 from kdcache.errors import StoreError, UsageError
@@ -34,6 +34,7 @@ from kdcache.format import (
     teacher_path,
 )
 from kdcache.index import MAX_DOCUMENT_BYTES, drop_index, is_current, load_documents, read_document
+from kdcache.opening import check_documents, refresh_index
 from kdcache.plan import require_same
 from kdcache.store import Store, open_store
 from kdcache.subset import Part, Selection, commit_part, copy_file, parts_of
@@ -113,7 +114,7 @@ def _open_source(path: str) -> Cache:
     """The cache, every document read itself: what is copied must be proved, not an index of it."""
     store = open_store(path)
     documents, _ = load_documents(store, use_index=False)
-    return Cache(store, documents, None, sources={})
+    return check_documents(Cache(store, documents))
 
 
 def _select(config: CopyConfig, cache: Cache) -> Selection:

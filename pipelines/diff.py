@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from kdcache.cache import Cache, TeacherLayer, open_cache
+from kdcache.cache import Cache, TeacherLayer
 from kdcache.console import one_line
 from kdcache.distance import Distance
 from kdcache.fidelity import combine_fidelity
 from kdcache.format import Document, TargetIdentity
+from kdcache.opening import open_cache
 from kdcache.shards import printable
 
 from .facts import decode_rows, fidelity_sums, made_with, spread

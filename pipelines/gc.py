@@ -14,11 +14,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kdcache.cache import Cache, document_problems, open_to_write, refresh_index
+from kdcache.cache import Cache
 from kdcache.console import human_bytes, say
 from kdcache.errors import CorruptError, StoreError, UsageError
 from kdcache.format import Document, calibration_path, tail_path, tail_weights_path, target_path, teacher_path
 from kdcache.index import drop_index
+from kdcache.opening import document_problems, open_to_write, refresh_index
 from kdcache.ownership import Garbage, find_garbage, group_path
 from kdcache.store import Store, open_store
 from kdcache.subset import Part, Selection, commit_part, parts_of

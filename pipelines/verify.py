@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from kdcache.cache import Cache, document_problems
+from kdcache.cache import Cache
 from kdcache.errors import CacheError, CorruptError, FormatVersionError, KDCacheError, MisplacedError, MissingError, NotACacheError
 from kdcache.format import (
     DigestField,
@@ -30,6 +30,7 @@ from kdcache.format import (
     file_digest_holds,
 )
 from kdcache.index import MAX_DOCUMENT_BYTES, document_paths, index_paths, read_document, read_index, read_table
+from kdcache.opening import document_problems
 from kdcache.ownership import index_tables, owned_files
 from kdcache.plan import blake2b_128
 from kdcache.sources import locate_shards
@@ -137,7 +138,7 @@ def _shard_in(path: str) -> str:
 def _build_cache(store: Store, documents: Mapping[str, Document[Any]], data: str | None, verdict: Verdict) -> Cache | None:
     sources = locate_shards(data) if data is not None else {}
     try:
-        return Cache(store, documents, None, sources=sources, check=False)
+        return Cache(store, documents, sources=sources)
     except CorruptError as error:
         verdict.problems.append(Problem("missing", "", "", str(error)))
         verdict.finished = False

@@ -10,8 +10,8 @@ import torch
 from helpers import TINY_VIT, TINY_VIT_ARGS, make_cache, tiny_model
 
 from kdcache import methods
-from kdcache.cache import open_cache
 from kdcache.join import CachedViews
+from kdcache.opening import open_cache
 from pipelines.extract import ExtractConfig, extract
 from pipelines.train import TrainConfig, train
 

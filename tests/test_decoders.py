@@ -22,11 +22,11 @@ import kdcache.teacher
 import kdcache.views
 from cli.main import main
 from kdcache.augment import Pixels
-from kdcache.cache import open_cache
 from kdcache.dataset import CachedDataset
 from kdcache.errors import KDCacheError, MismatchError, UsageError
 from kdcache.images import MAX_PIXELS, UnreadableImageError, decode_image, is_plain_jpeg, size_of
 from kdcache.join import CachedViews
+from kdcache.opening import open_cache
 from kdcache.plan import POLICIES, MixedViews, Policy, ViewPlan
 from kdcache.views import ViewParams, draw, render, resize_torch
 from pipelines.extract import ExtractConfig, extract

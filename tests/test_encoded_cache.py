@@ -162,7 +162,7 @@ def test_a_reader_of_some_bands_fetches_their_bytes_and_no_others(banded: Cache,
     grid = encoding.decode(whole)["grid"]
     std = encoding.calibration["grid_std"]
     for bands in (("low",), ("dc", "mid"), ("low", "mid", "high"), ("prefix",)):
-        fresh = Cache(banded.store, banded.documents, None, sources={})  # no shard index is remembered
+        fresh = Cache(banded.store, banded.documents)  # no shard index is remembered
         dataset = CachedViews(fresh, targets=("features@norm",), parts={"features@norm": bands})
         fetched.clear()
         batch = dataset.__getitems__([(2, 0), (0, 0)])["targets"]["features@norm"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import pipelines.training.checkpoints
 from kdcache import methods
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache
 from kdcache.encodings.dct import BANDS
 from kdcache.errors import StudentError, UsageError
 from kdcache.feature_maps import Noise, band_mask, dct2, map_to_tokens, resize_map, tokens_to_map
@@ -29,6 +29,7 @@ from kdcache.methods.base import Method
 from kdcache.methods.uskd import middle_node, uskd_parts
 from kdcache.methods.vitkd import ViTKDLoss
 from kdcache.nodes import capture, list_nodes
+from kdcache.opening import open_cache
 from kdcache.student_features import StudentFeatures
 from kdcache.students import build_student, input_size_for
 from pipelines.train import TrainConfig, train

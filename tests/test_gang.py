@@ -28,12 +28,13 @@ import pipelines.training.gang
 import pipelines.training.loop
 import pipelines.training.run
 from cli.main import main
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache
 from kdcache.distributed import ALONE
 from kdcache.errors import KDCacheError, StudentError
 from kdcache.evaluate import Evaluator
 from kdcache.join import CachedViews
 from kdcache.methods.kd import KD
+from kdcache.opening import open_cache
 from kdcache.plan import POLICIES, MixedViews
 from pipelines.extract import ExtractConfig, extract
 from pipelines.train import TrainConfig, train, train_configs

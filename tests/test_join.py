@@ -14,9 +14,10 @@ from helpers import make_cache, make_shards
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache
 from kdcache.errors import CorruptError, DriftError, MissingError, ShardError
 from kdcache.join import BatchLoader, CachedViews, EpochBatches, epoch_order, is_checked, usable_views
+from kdcache.opening import open_cache
 
 TARGETS = ("logits", "features@norm")
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Subset, default_collate
 
 from kdcache import CachedDataset, CachedTeacher, methods
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache
 from kdcache.errors import DriftError, MissingError, ShardError, TeacherError, UsageError
 from kdcache.join import BatchLoader, CachedViews, EpochBatches
 from kdcache.losses import soft_labels
+from kdcache.opening import open_cache
 from kdcache.pixels import Normalize
 from pipelines.extract import ExtractConfig, extract
 

@@ -23,11 +23,12 @@ from safetensors import safe_open
 import pipelines.training.recipes
 from cli.main import main
 from kdcache import methods
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache
 from kdcache.errors import MissingError, StudentError, TeacherError, UsageError
 from kdcache.losses import kd, nkd
 from kdcache.methods.base import Method, loss_weights
 from kdcache.nodes import resolve_node
+from kdcache.opening import open_cache
 from kdcache.targets import merge_wishes, parse_target
 from kdcache.teacher import load_teacher
 from kdcache.teacher_card import ANY_TEACHER, TeacherCard, card_of_layer

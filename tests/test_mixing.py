@@ -14,11 +14,12 @@ from helpers import make_shards, make_teacher_dir, random_policies
 from hypothesis import given, settings
 
 from kdcache.augment import OPS, blend
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache
 from kdcache.errors import CorruptError, DriftError, ShardError
 from kdcache.images import decode_image
 from kdcache.join import CachedViews
 from kdcache.losses import soft_labels
+from kdcache.opening import open_cache
 from kdcache.plan import POLICIES, MixedViews, Policy, ViewPlan
 from kdcache.preflight import first_views
 from kdcache.shards import scan_shard

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cli.main import main
-from kdcache.cache import open_cache
 from kdcache.class_names import ClassNames
 from kdcache.console import visible
 from kdcache.errors import CorruptError, StoreError
+from kdcache.opening import open_cache
 from kdcache.plan import MixedViews, Policy, RandAugment, RandomErasing, RandomResizedCrop
 from pipelines.extract import ExtractConfig, extract
 from pipelines.facts import decode_rows

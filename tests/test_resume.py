@@ -27,11 +27,11 @@ from test_train import TIMES, assert_same_state, leaves, state_of
 import pipelines.training.checkpoints
 import pipelines.training.gang
 import pipelines.training.loop
-from kdcache.cache import open_cache
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.errors import CorruptError, KDCacheError, MismatchError, StoreError, StudentError, UsageError
 from kdcache.evaluate import Evaluator
 from kdcache.join import BatchLoader, CachedViews, EpochBatches
+from kdcache.opening import open_cache
 from pipelines.train import TrainConfig, train
 from pipelines.training.checkpoints import RunCheckpoints
 from pipelines.training.loop import StudentLoop

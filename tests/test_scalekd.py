@@ -20,7 +20,7 @@ from test_tail import SWIN_ARGS
 from torch import Tensor, nn
 
 from kdcache import methods
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache
 from kdcache.dual_view import frequency_loss, spatial_loss, without_mean
 from kdcache.encodings import TargetShape, build_encoding
 from kdcache.errors import MissingError, StudentError, UsageError
@@ -28,6 +28,7 @@ from kdcache.feature_maps import dct2, map_to_tokens, tokens_to_map
 from kdcache.losses import soft_cross_entropy
 from kdcache.methods.scalekd import PRESETS, ScaleKD, ScaleKDSettings, split_tail, stage_3_of
 from kdcache.nodes import intermediate_indices, to_tokens
+from kdcache.opening import open_cache
 from kdcache.projector import ChannelNorm, CrossAttentionProjector
 from kdcache.students import build_student
 from kdcache.teacher import load_teacher

@@ -17,9 +17,10 @@ from torch.nn.functional import cross_entropy
 
 from cli.main import main
 from kdcache import methods
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache
 from kdcache.join import BatchLoader, CachedViews, EpochBatches, to_device
 from kdcache.methods.scalekd import ScaleKD
+from kdcache.opening import open_cache
 from kdcache.students import build_student
 from kdcache.targets import parse_target
 from kdcache.teacher import load_teacher

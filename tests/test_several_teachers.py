@@ -18,11 +18,12 @@ from test_train import assert_same_state, state_of
 import pipelines.training.checkpoints
 from cli.main import main
 from kdcache import methods
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache
 from kdcache.checkpoint import save_checkpoint
 from kdcache.errors import MissingError, StudentError, UsageError
 from kdcache.join import CachedViews, to_device
 from kdcache.methods.base import Method
+from kdcache.opening import open_cache
 from kdcache.student_features import StudentFeatures
 from pipelines.extract import ExtractConfig, extract
 from pipelines.train import TrainConfig, train

@@ -29,12 +29,13 @@ import pipelines.training.checkpoints
 import pipelines.training.data
 from cli.main import main
 from kdcache import mounts
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache
 from kdcache.checkpoint import save_checkpoint
 from kdcache.dataset import CachedDataset
 from kdcache.errors import StoreError, StudentError, UsageError
 from kdcache.join import MOST_PREFETCHED, BatchLoader, CachedViews, EpochBatches, Items, plan_prefetch
 from kdcache.mounts import file_system_of, is_network_type
+from kdcache.opening import open_cache
 from kdcache.order import Blocks
 from kdcache.shards import RUN_BYTES, ShardFiles, runs_of
 from kdcache.workers import pack

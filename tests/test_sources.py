@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from helpers import TINY_VIT, image_bytes, make_cache, make_image, make_shard, make_shards, make_teacher_dir, run_python, sample_members, write_tar
 
 from cli.main import main
-from kdcache.cache import open_cache
 from kdcache.errors import DriftError, MismatchError, ShardError, UsageError
+from kdcache.opening import open_cache
 from kdcache.shards import NO_LABEL, ShardSource, scan_shard
 from kdcache.sources import default_dataset_id, locate_shards, resolve_shards
 from pipelines.extract import ExtractConfig, ExtractSummary, extract

@@ -21,11 +21,12 @@ from torch import Tensor
 import kdcache.evaluate
 import pipelines.training.checkpoints
 from kdcache import methods
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache
 from kdcache.checkpoint import save_checkpoint
 from kdcache.device import autocast
 from kdcache.errors import StudentError, UsageError
 from kdcache.methods.scalekd import TARGET, ScaleKD
+from kdcache.opening import open_cache
 from kdcache.students import build_student
 from pipelines.extract import ExtractConfig, extract
 from pipelines.train import TrainConfig, train

@@ -21,10 +21,10 @@ from test_losses import load
 from torch import Tensor, nn
 
 from kdcache import methods
-from kdcache.cache import open_cache
 from kdcache.errors import CorruptError, MismatchError, MissingError, TeacherError, UsageError
 from kdcache.format import DigestField, TailIdentity
 from kdcache.methods.scalekd import ScaleKDSettings, split_tail
+from kdcache.opening import open_cache
 from kdcache.plan import blake2b_128
 from kdcache.store import open_store
 from kdcache.tail import Tail, build_tail, cut_tail, load_tail, tail_distance

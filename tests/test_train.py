@@ -23,12 +23,12 @@ from helpers import TINY_VIT, Forked, make_cache, make_shard, make_shards, make_
 import pipelines.train
 import pipelines.training.checkpoints
 from cli.main import main
-from kdcache.cache import open_cache
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.errors import CorruptError, DriftError, MismatchError, MissingError, ShardError, StoreError, StudentError, UsageError
 from kdcache.evaluate import EvaluationSet
 from kdcache.images import decode_image
 from kdcache.join import CachedViews
+from kdcache.opening import open_cache
 from kdcache.shards import ShardFiles, scan_shard
 from kdcache.sources import resolve_shards
 from kdcache.students import build_student

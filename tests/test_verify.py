@@ -26,7 +26,8 @@ from kdcache import open_cache
 from kdcache.errors import KDCacheError, NotACacheError, StoreError, UsageError
 from kdcache.index import load_documents, write_index
 from kdcache.store import LocalStore, open_store
-from pipelines.repair import RepairConfig, carry_out, plan_repair
+from pipelines.repair import RepairConfig, carry_out
+from pipelines.verification.repair_plan import plan_repair
 from pipelines.verification.verdict import Verdict
 from pipelines.verify import Recompute, verify
 

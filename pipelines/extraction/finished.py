@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdcache.cache import open_cache
 from kdcache.errors import CacheError, ShardError
 from kdcache.format import Document
 from kdcache.index import is_current
+from kdcache.opening import open_cache
 from kdcache.shards import ShardSource, scan_shard
 from kdcache.teacher_card import card_of_layer
 from kdcache.teacher_source import default_teacher_name, weight_files

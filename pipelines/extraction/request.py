@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from kdcache.cache import Cache, TeacherLayer, open_to_write
+from kdcache.cache import Cache, TeacherLayer
 from kdcache.errors import UsageError
 from kdcache.format import CacheIdentity
 from kdcache.index import read_document
+from kdcache.opening import open_to_write
 from kdcache.plan import DecoderName, Policy, ResizerName, StoredCodec, ViewPlan, require_same
 from kdcache.shards import ShardSource
 from kdcache.sources import check_names, default_dataset_id, resolve_shards

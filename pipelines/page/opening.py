@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kdcache.cache import Cache, document_problems, open_cache
+from kdcache.cache import Cache
 from kdcache.errors import CacheError, CorruptError, KDCacheError, MissingError, StoreError
 from kdcache.format import Document, teacher_path
 from kdcache.index import document_paths, read_document
+from kdcache.opening import document_problems, open_cache
 from kdcache.ownership import owned_files
 from kdcache.sources import locate_shards
 from kdcache.store import open_store
@@ -103,7 +104,7 @@ def _open_damaged(path: str, data: str | None, wrong: list[tuple[str, str]]) -> 
     for place in parted:
         if teacher_path(place.split("/")[1]) not in documents:
             del documents[place]
-    cache = Cache(store, documents, None, sources=locate_shards(data) if data is not None else {}, check=False)
+    cache = Cache(store, documents, sources=locate_shards(data) if data is not None else {})
     wrong += [(text, shard) for _kind, text, shard in document_problems(cache)]
     return cache
 

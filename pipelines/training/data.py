@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.cache import Cache, open_cache
+from kdcache.cache import Cache
 from kdcache.console import say
 from kdcache.errors import MissingError, ShardError, UsageError
 from kdcache.join import image_bytes, target_keys, usable_views
 from kdcache.methods import MethodSettings, method_class, needed_targets, parse_settings, teacher_weights, teachers_of_logits
 from kdcache.mounts import far_path
+from kdcache.opening import open_cache
 from kdcache.order import Blocks, block_order, epoch_order, labels_per_batch
 from kdcache.shards import NO_LABEL, ShardIndex, scan_shard
 from kdcache.sources import resolve_shards
