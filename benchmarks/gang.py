@@ -122,7 +122,7 @@ class InMemory(BatchLoader):
         self._batches_in_memory = list(super().epoch(0))
         super().close()
 
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, *, start: int = 0, until: int | None = None) -> Iterator[Batch]:
         yield from self._batches_in_memory[start:]
 
 

@@ -13,7 +13,7 @@ Legend: B batch, H W of the view.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from math import prod
@@ -88,7 +88,7 @@ class Batch(TypedDict):
 
 
 class EpochBatches(Sampler[list[Item]]):
-    """Batches of one epoch's items; `set_epoch` chooses which.
+    """Batches of an epoch's items, or of several in turn; `set_epoch` chooses which.
 
     Epoch e takes view e mod num_views of every row. A step takes the next `step_size` rows of the epoch's order, whoever shares them: `world`
     processes of which this is number `rank`, in `accumulate` batches each. So the rows of a step are those of one process with a batch as
@@ -127,12 +127,12 @@ class EpochBatches(Sampler[list[Item]]):
         """Rows of one step, of all its batches in all processes."""
         self._accumulate, self._rank, self.world = accumulate, rank, world
         self._beside = range(world) if beside is None else beside
-        self.num_views, self.seed, self.epoch, self.start = num_views, seed, 0, 0
-        self.blocks = blocks
+        self.num_views, self.seed, self.blocks = num_views, seed, blocks
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, *, start: int = 0) -> None:
-        """Choose the epoch that the next iteration gives, and the step of it that it begins with."""
-        self.epoch, self.start = epoch, start
+    def set_epoch(self, epoch: int, *, start: int = 0, until: int | None = None) -> None:
+        """Choose what the next iteration gives: the batches of an epoch from its step `start`, then those of the epochs after it that are below `until`."""
+        self.epoch, self.start, self.until = epoch, start, max(epoch + 1, until or 0)
 
     def __len__(self) -> int:
         """Steps of a whole epoch."""
@@ -144,15 +144,25 @@ class EpochBatches(Sampler[list[Item]]):
             return epoch_order(len(self._rows), self.seed, epoch)
         return block_order(len(self._rows), self.seed, epoch, self.blocks)
 
+    @property
+    def batches_of_step(self) -> int:
+        """Of this process."""
+        return self._accumulate
+
     def __iter__(self) -> Iterator[list[Item]]:
         """The batches of this process: `accumulate` for each step."""
-        view = self.epoch % self.num_views
-        places = self.order(self.epoch)[self.start * self.step_size : len(self) * self.step_size]
+        first, start, until = self.epoch, self.start, self.until
+        for epoch in range(first, until):
+            yield from self._epoch(epoch, start if epoch == first else 0)
+
+    def _epoch(self, epoch: int, start: int) -> Iterator[list[Item]]:
+        view = epoch % self.num_views
+        places = self.order(epoch)[start * self.step_size : len(self) * self.step_size]
         opening = self._opening(places)
         of_all = self.batch_size * self.world  # the batches that the processes take at one time lie side by side
         for start in range(self._rank * self.batch_size, len(places), of_all):
             taken = slice(start, start + self.batch_size)
-            items = [Item(row, view, self.epoch) for row in self._rows[places[taken]].tolist()]
+            items = [Item(row, view, epoch) for row in self._rows[places[taken]].tolist()]
             if self.blocks is not None and opening is not None:
                 numbers = np.sort(places[taken][opening[taken]] // self.blocks.rows)
                 opened = [self._rows[number * self.blocks.rows : (number + 1) * self.blocks.rows] for number in numbers.tolist()]
@@ -539,8 +549,12 @@ class BatchLoader:
             persistent_workers=self.num_workers > 0,
             worker_init_fn=outlast_a_signal if batches.world > 1 else None,
             prefetch_factor=self.prefetched or None,
-            generator=torch.Generator(),  # the loader draws a seed an epoch: not from the generator that the student draws from
+            generator=torch.Generator(),  # the loader draws a seed for a stream: not from the generator that the student draws from
         )
+        self._stream: Generator[Batch, None, None] | None = None
+        """Of one epoch or several in turn."""
+        self._place = (0, 0, 0)
+        """(epoch, batch of it, until) that the stream gives next, and where it ends."""
 
     def __len__(self) -> int:
         """Steps of an epoch."""
@@ -551,17 +565,40 @@ class BatchLoader:
         """Rows of a step, in all processes."""
         return self._batches.step_size
 
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, *, start: int = 0, until: int | None = None) -> Iterator[Batch]:
         """The batches of an epoch, without those of its first `start` steps, of which nothing is read.
+
+        until: of the epochs below it the first batches are made while this one ends, as many as may be under way; asked for in turn, these
+        epochs are one stream. Default: of none.
 
         Raises what the dataset raises, StoreError if a worker was killed or has no shared memory left.
         """
+        until = max(epoch + 1, until or 0)
+        batches_of_step = self._batches.batches_of_step
+        stream, place = self._stream, (epoch, start * batches_of_step, until)
+        if stream is None or self._place != place:
+            stream = self._begin(epoch, start, until)
+        for number in range(start * batches_of_step, len(self) * batches_of_step):
+            self._stream = None  # what raises ends it
+            batch = next(stream)
+            self._stream = stream
+            self._place = (epoch, number + 1, until) if number + 1 < len(self) * batches_of_step else (epoch + 1, 0, until)
+            yield batch
+
+    def _begin(self, epoch: int, start: int, until: int) -> Generator[Batch, None, None]:
         assert self._loader is not None, "the loader is closed"
-        self._batches.set_epoch(epoch, start=start)
-        yield from iterate(self._loader)
+        self._end_stream()
+        self._batches.set_epoch(epoch, start=start, until=until)
+        return iterate(self._loader)
+
+    def _end_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = None
 
     def close(self) -> None:
         """End the worker processes."""
+        self._end_stream()
         self._loader = None
 
 

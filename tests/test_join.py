@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import pickle
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +134,54 @@ def test_batches_are_the_same_for_any_number_of_workers(cache: Cache, num_worker
             torch.testing.assert_close(batch["targets"], expected["targets"], rtol=0, atol=0)
     loader.close()
     assert torch.equal(torch.get_rng_state(), before), "loading must not draw from the student's generator"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_epochs_of_one_stream_have_the_batches_that_they_have_alone(cache: Cache, num_workers: int) -> None:
+    """Asked for in turn, left early, entered at a step, or in another order than was expected."""
+    batches = EpochBatches(np.arange(8), batch_size=1, num_views=3, seed=5, accumulate=2)
+    loader, alone = BatchLoader(CachedViews(cache), batches, num_workers=num_workers), CachedViews(cache)
+    for epoch, start, until, taken in [
+        (0, 1, 4, 6),
+        (1, 0, 4, 8),
+        (2, 0, 4, 3),
+        (3, 0, 4, 8),
+        (0, 0, 2, 8),
+        (1, 0, 3, 8),
+        (2, 2, 3, 4),
+        (2, 0, None, 8),
+    ]:
+        found = list(itertools.islice(loader.epoch(epoch, start=start, until=until), taken))
+        batches.set_epoch(epoch, start=start)
+        for batch, items in zip(found, itertools.islice(batches, taken), strict=True):
+            torch.testing.assert_close(batch["views"], alone.__getitems__(items)["views"], rtol=0, atol=0)
+        assert len(found) == taken
+    loader.close()
+
+
+def test_the_next_epochs_batches_are_made_while_one_ends(cache: Cache) -> None:
+    """And none after the last; what goes wrong in one of them is raised in its place, and not kept."""
+    batches = EpochBatches(np.arange(8), batch_size=4, num_views=3, seed=5)
+    batches.set_epoch(0, until=2)
+    assert [items[0].epoch for items in batches] == [0, 0, 1, 1]
+
+    class Noting(CachedViews):
+        made = multiprocessing.get_context("fork").SimpleQueue()
+
+        def __getitems__(self, items: Sequence[Any]) -> Any:
+            self.made.put(items[0].epoch)
+            if items[0].epoch == 1:
+                raise MissingError("of epoch 1")
+            return super().__getitems__(items)
+
+    loader = BatchLoader(Noting(cache), batches, num_workers=1)
+    assert len(list(loader.epoch(0, until=2))) == 2
+    assert [Noting.made.get() for _ in range(4)] == [0, 0, 1, 1]
+    for _ in range(2):  # the first time what was made already
+        with pytest.raises(MissingError, match="of epoch 1"):
+            next(iter(loader.epoch(1, until=2)))
+    assert len(list(loader.epoch(0))) == 2
+    loader.close()
 
 
 def test_a_pickled_dataset_opens_files_of_its_own(cache: Cache) -> None:

@@ -336,7 +336,7 @@ class Gang:
     def _feed_epoch(self, loader: BatchLoader, epoch: int, start: int) -> Iterator[dict[str, Any]]:
         """The batches of an epoch from its step `start`, for members that want them; ends early where none wants the next one."""
         step, batches = start, list[Batch]()
-        for batch in loader.epoch(epoch, start=start):
+        for batch in loader.epoch(epoch, start=start, until=max(member.loop.config.epochs for member in self._members)):
             batches.append(batch)
             if len(batches) < self._runs[0].config.grad_accum_steps:
                 continue
