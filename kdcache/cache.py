@@ -52,7 +52,8 @@ from .plan import ViewPlan, blake2b_128
 from .shards import RUN_BYTES, ShardFiles, ShardSource, check_same_tar, runs_of, scan_shard
 from .store import Store
 from .stored_views import decode_view
-from .views import Resizer, ViewParams, pixel_digest, render
+from .view_params import ViewParams
+from .views import Resizer, pixel_digest, render
 
 if TYPE_CHECKING:
     from .encodings import Encoding

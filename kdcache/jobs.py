@@ -48,7 +48,7 @@ from .shards import Sample, ShardIndex, digest_of_images
 from .store import Store
 from .storing import ViewsWriter
 from .teacher import Teacher, TeacherTarget
-from .views import PARAM_FIELDS
+from .view_params import PARAM_FIELDS
 
 _MIX_MODE, _MIX_PARTNER, _MIX_LAMBDA = (PARAM_FIELDS.index(name) for name in ("mix_mode", "mix_partner", "mix_lambda"))
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
+from .draws import draw
 from .encodings import Calibrator, TargetShape
 from .errors import ShardError
 from .images import UnreadableImageError, decode_image, size_of
@@ -24,7 +25,7 @@ from .plan import ViewPlan
 from .shards import ShardFiles, ShardIndex, ShardSource
 from .stored_views import as_stored
 from .teacher import Teacher, TeacherTarget
-from .views import draw, render
+from .views import render
 
 MAX_BYTES = 512 << 20
 """Views held at once."""

@@ -23,7 +23,7 @@ from kdcache.errors import UsageError
 from kdcache.fidelity import combine_fidelity
 from kdcache.layout import STORED_FOLDER
 from kdcache.shards import printable
-from kdcache.views import ViewParams
+from kdcache.view_params import ViewParams
 
 from .facts import (
     SAMPLE_ROWS,

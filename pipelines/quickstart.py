@@ -264,7 +264,8 @@ def _load(folder: Path) -> list[tuple[str, str, Any, int]]:
 def _render_all(plan: ViewPlan, images: Sequence[tuple[str, str, Any, int]], *, view: int) -> tuple[Any, Any]:
     import torch
 
-    from kdcache.views import draw, render
+    from kdcache.draws import draw
+    from kdcache.views import render
 
     views = np.stack([render(image, draw(plan, shard, key, view, image.size)) for shard, key, image, _ in images])
     return torch.from_numpy(views), torch.tensor([label for *_, label in images])

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 
 from kdcache.augment import OPS, blend
 from kdcache.cache import Cache
+from kdcache.draws import draw, draw_mix
 from kdcache.errors import CorruptError, DriftError, ShardError
 from kdcache.images import decode_image
 from kdcache.join import CachedViews
@@ -23,7 +24,8 @@ from kdcache.opening import open_cache
 from kdcache.plan import POLICIES, MixedViews, Policy, ViewPlan
 from kdcache.preflight import first_views
 from kdcache.shards import scan_shard
-from kdcache.views import CUTMIX, MIXUP, ViewParams, draw, draw_mix, render
+from kdcache.view_params import CUTMIX, MIXUP, ViewParams
+from kdcache.views import render
 from pipelines import train as train_pipeline
 from pipelines.extract import ExtractConfig, extract
 from pipelines.inspect import cache_as_text, inspect_cache, inspect_row, row_as_text

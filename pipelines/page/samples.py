@@ -22,7 +22,8 @@ from kdcache.distance import log_softmax
 from kdcache.errors import CorruptError, KDCacheError, MissingError, UsageError
 from kdcache.images import Decoded, as_pillow, decode_image, require_decoder, size_of
 from kdcache.shards import ShardFiles
-from kdcache.views import CUTMIX, Box, ViewParams, pixel_digest
+from kdcache.view_params import CUTMIX, Box, ViewParams
+from kdcache.views import pixel_digest
 
 from ..facts import decode_rows
 from ..words import params_in_words
