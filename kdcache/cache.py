@@ -30,8 +30,6 @@ from .format import (
     TeacherIdentity,
     ViewRange,
     ViewsIdentity,
-    calibration_path,
-    views_record_path,
 )
 from .images import Decoded, decode_image, require_decoder
 from .index import Index, read_table, root_of
@@ -48,6 +46,7 @@ from .layout import (
     stored_specs,
     target_specs,
 )
+from .paths import calibration_path, teacher_of, views_record_path
 from .plan import ViewPlan, blake2b_128
 from .shards import RUN_BYTES, ShardFiles, ShardSource, check_same_tar, runs_of, scan_shard
 from .store import Store
@@ -154,15 +153,13 @@ class Cache:
 
     def _sort_documents(self) -> None:
         for path, document in sorted(self.documents.items()):
-            parts = path.split("/")
             if document.kind == "views":
                 self.views.setdefault(document.identity.shard, []).append(document)
             elif document.kind == "teacher":
-                self.teachers[parts[1]] = TeacherLayer(parts[1], document)
+                self.teachers[teacher_of(path)] = TeacherLayer(teacher_of(path), document)
         for path, document in sorted(self.documents.items()):
-            parts = path.split("/")
             if document.kind in ("target", "targets", "tail"):
-                layer = self.teachers.get(parts[1])
+                layer = self.teachers.get(teacher_of(path))
                 if layer is None:
                     raise CorruptError(f"{self.store.url}/{path} belongs to a teacher without a teacher.json; run 'kdcache verify' on the cache")
                 if document.kind == "target":
@@ -181,7 +178,7 @@ class Cache:
         if record.kind == "views":
             self.views[shard] = sorted([*self.views.get(shard, []), record], key=lambda one: one.identity.views.start)
         else:
-            self.teachers[path.split("/")[1]].records.setdefault(shard, []).append(record)
+            self.teachers[teacher_of(path)].records.setdefault(shard, []).append(record)
 
     # --- what it is ---
 

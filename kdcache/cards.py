@@ -19,21 +19,10 @@ from .cache import TeacherLayer, read_calibration
 from .commit import create_document, digest_of_file
 from .encodings import Encoding, build_encoding, default_encoding
 from .errors import CorruptError, MismatchError, TeacherError
-from .format import (
-    DigestField,
-    Document,
-    TailIdentity,
-    TargetIdentity,
-    TeacherIdentity,
-    calibration_path,
-    digest_of_identity,
-    tail_path,
-    tail_weights_path,
-    target_path,
-    teacher_path,
-)
+from .format import DigestField, Document, TailIdentity, TargetIdentity, TeacherIdentity, digest_of_identity
 from .index import drop_index, read_document
 from .jobs import RecordedTarget
+from .paths import calibration_path, tail_path, tail_weights_path, target_path, teacher_path
 from .plan import blake2b_128, require_same
 from .store import Store
 from .tail import MAX_TAIL_BYTES, build_tail, cut_tail, tail_distance

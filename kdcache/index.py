@@ -16,7 +16,6 @@ import numpy as np
 from .errors import CacheError, CorruptError, MisplacedError, MissingError, NotACacheError
 from .format import (
     FORMAT_VERSION,
-    TEACHER_NAME,
     ZERO_DIGEST,
     CacheIdentity,
     Document,
@@ -32,11 +31,8 @@ from .format import (
     parse_sealed_json,
     root_digest,
     seal_json,
-    source_path,
-    target_path,
-    targets_record_path,
-    views_record_path,
 )
+from .paths import TEACHER_NAME, source_path, target_path, targets_record_path, views_record_path
 from .plan import FrozenModel, blake2b_128
 from .store import Store
 

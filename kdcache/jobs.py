@@ -25,23 +25,9 @@ from .device import fitting_threads
 from .encodings import Encoding
 from .errors import DriftError, TeacherError
 from .fidelity import Fidelity, combine_fidelity
-from .format import (
-    Digest,
-    Document,
-    Group,
-    Skipped,
-    TargetIdentity,
-    TargetsIdentity,
-    ViewRange,
-    ViewsIdentity,
-    digest_of_pixels,
-    name_on_disk,
-    targets_record_path,
-    targets_segment_id,
-    views_record_path,
-    views_segment_id,
-)
+from .format import Digest, Document, Group, Skipped, TargetIdentity, TargetsIdentity, ViewRange, ViewsIdentity, digest_of_pixels
 from .layout import key_bytes_spec, keys_to_arrays, row_spec, target_specs
+from .paths import name_on_disk, targets_record_path, targets_segment_id, views_record_path, views_segment_id
 from .plan import ViewPlan, blake2b_128
 from .rendering import Neighbours, RenderedBlock, RenderTask
 from .shards import Sample, ShardIndex, digest_of_images

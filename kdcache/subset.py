@@ -32,19 +32,10 @@ from .arrays import (
 from .cache import Cache
 from .commit import READ_BYTES, create_document, publish_group, unpublish_group
 from .errors import CorruptError, MismatchError
-from .format import (
-    DigestField,
-    Document,
-    Group,
-    TargetsIdentity,
-    ViewRange,
-    ViewsIdentity,
-    digest_of_pixels,
-    targets_record_path,
-    views_record_path,
-)
+from .format import DigestField, Document, Group, TargetsIdentity, ViewRange, ViewsIdentity, digest_of_pixels
 from .index import MAX_DOCUMENT_BYTES, read_document
 from .layout import STORED_BYTES, STORED_SPAN, grows_with_views, has_views_axis
+from .paths import targets_record_path, views_record_path
 from .plan import require_same
 from .store import Store
 

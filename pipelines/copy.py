@@ -22,19 +22,10 @@ from kdcache.cache import Cache, TeacherLayer
 from kdcache.commit import create_document
 from kdcache.console import human_bytes, human_seconds, say
 from kdcache.errors import StoreError, UsageError
-from kdcache.format import (
-    DigestField,
-    Document,
-    SourceIdentity,
-    calibration_path,
-    source_path,
-    tail_path,
-    tail_weights_path,
-    target_path,
-    teacher_path,
-)
+from kdcache.format import DigestField, Document, SourceIdentity
 from kdcache.index import MAX_DOCUMENT_BYTES, drop_index, is_current, load_documents, read_document
 from kdcache.opening import check_documents, refresh_index
+from kdcache.paths import calibration_path, source_path, tail_path, tail_weights_path, target_path, teacher_path
 from kdcache.plan import require_same
 from kdcache.store import Store, open_store
 from kdcache.subset import Part, Selection, commit_part, copy_file, parts_of

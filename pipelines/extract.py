@@ -25,20 +25,11 @@ from tqdm import tqdm
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.console import human_bytes, human_seconds, say
 from kdcache.errors import CacheError, KDCacheError, ShardError, TeacherError, UsageError
-from kdcache.format import (
-    CacheIdentity,
-    Document,
-    SourceIdentity,
-    TailIdentity,
-    ViewsIdentity,
-    check_teacher_name,
-    source_path,
-    targets_record_path,
-    views_record_path,
-)
+from kdcache.format import CacheIdentity, Document, SourceIdentity, TailIdentity, ViewsIdentity
 from kdcache.index import drop_index, is_current, read_document, write_index
 from kdcache.launch import Launch, read_launch
 from kdcache.opening import open_cache, open_to_write
+from kdcache.paths import check_teacher_name, source_path, targets_record_path, views_record_path
 from kdcache.plan import POLICIES, ViewPlan, require_same
 from kdcache.shards import ShardIndex, ShardSource, check_same_tar, scan_shard
 from kdcache.sources import default_dataset_id

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from kdcache.cache import Cache
 from kdcache.console import human_bytes, say
 from kdcache.errors import CorruptError, StoreError, UsageError
-from kdcache.format import Document, calibration_path, tail_path, tail_weights_path, target_path, teacher_path
+from kdcache.format import Document
 from kdcache.index import drop_index
 from kdcache.opening import document_problems, open_to_write, refresh_index
 from kdcache.ownership import Garbage, find_garbage, group_path
+from kdcache.paths import calibration_path, tail_path, tail_weights_path, target_path, teacher_path
 from kdcache.store import Store, open_store
 from kdcache.subset import Part, Selection, commit_part, parts_of
 
@@ -117,8 +118,8 @@ class _Collection:
         ]
         self.cards = _dropped_cards(self.cache, self.selection)
         if self.changes:
-            for _, text, _ in document_problems(self.cache):
-                raise CorruptError(f"{self.store.url}: {text}; finish the extraction before dropping a part of it")
+            for problem in document_problems(self.cache):
+                raise CorruptError(f"{self.store.url}: {problem.text}; finish the extraction before dropping a part of it")
         self.found.garbage = find_garbage(self.store, self.cache.documents)
         self.found.alive = [spool.path for spool in self.store.spools() if spool.is_alive]
         self.found.removed_records = sum(change.part is None for change in self.changes)

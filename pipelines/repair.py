@@ -23,16 +23,11 @@ import numpy as np
 from kdcache.cache import Cache
 from kdcache.console import say
 from kdcache.errors import CorruptError, DriftError, KDCacheError, MismatchError, ShardError, StoreError, UsageError
-from kdcache.format import (
-    Document,
-    SourceIdentity,
-    calibration_path,
-    source_path,
-    tail_weights_path,
-)
+from kdcache.format import Document, SourceIdentity
 from kdcache.index import document_paths, drop_index, is_current, read_document
 from kdcache.opening import refresh_index
 from kdcache.ownership import group_path
+from kdcache.paths import calibration_path, source_path, tail_weights_path
 from kdcache.shards import ShardIndex, ShardSource, check_same_tar, scan_shard
 from kdcache.sources import locate_shards
 from kdcache.store import LocalStore, Store, open_store

@@ -32,6 +32,7 @@ from kdcache.format import (
 from kdcache.index import MAX_DOCUMENT_BYTES, document_paths, index_paths, read_document, read_index, read_table
 from kdcache.opening import document_problems
 from kdcache.ownership import index_tables, owned_files
+from kdcache.paths import shard_of
 from kdcache.plan import blake2b_128
 from kdcache.sources import locate_shards
 from kdcache.store import Store, open_store
@@ -89,7 +90,7 @@ def verify(
     if cache is None:
         return verdict
     verdict.root, verdict.fingerprint, verdict.shards, verdict.rows = cache.root, cache.fingerprint, len(cache.views), cache.num_rows
-    verdict.problems += [Problem(_problem_kind(kind), shard, "", text) for kind, text, shard in document_problems(cache)]
+    verdict.problems += [Problem(one.kind, one.shard, "", one.text) for one in document_problems(cache)]
     _check_index(store, cache, verdict)
     _check_pixel_columns(cache, verdict)
     _note_completeness(cache, verdict)
@@ -102,10 +103,6 @@ def verify(
 
         recompute_targets(cache, recompute, verdict, progress=progress)
     return verdict
-
-
-def _problem_kind(kind: str) -> Literal["plan", "missing", "teacher"]:
-    return "plan" if kind == "plan" else "missing" if kind == "missing" else "teacher"
 
 
 # --- documents -------------------------------------------------------------------------------------------------------
@@ -121,18 +118,8 @@ def _read_documents(store: Store, verdict: Verdict) -> dict[str, Document[Any]]:
             if isinstance(error, FormatVersionError) and file_digest_holds(store.get(path, max_size=MAX_DOCUMENT_BYTES)):
                 raise  # a sound file of a later version, not a damaged one of ours
             kind: Kind = "missing" if isinstance(error, MissingError) else "plan" if isinstance(error, MisplacedError) else "corrupt"
-            verdict.problems.append(Problem(kind, _shard_in(path), "", str(error), path))
+            verdict.problems.append(Problem(kind, shard_of(path), "", str(error), path))
     return documents
-
-
-def _shard_in(path: str) -> str:
-    """The shard that a record's or group's path speaks of, as far as its name tells."""
-    parts = path.split("/")
-    name = parts[1] if parts[0] == "views" and len(parts) > 1 else parts[2] if parts[0] == "teachers" and len(parts) > 2 else ""
-    if name == "teacher.json" or not name.endswith((".json", ".zarr")):
-        return ""
-    stem = name.removesuffix(".json").removesuffix(".zarr")
-    return stem.rsplit(".", 1)[0] if name.endswith(".json") else stem.rsplit(".", 2)[0]
 
 
 def _build_cache(store: Store, documents: Mapping[str, Document[Any]], data: str | None, verdict: Verdict) -> Cache | None:
@@ -174,7 +161,7 @@ def _check_files(store: Store, documents: Mapping[str, Document[Any]], verdict: 
             verdict.problems.append(
                 Problem(
                     "extra",
-                    _shard_in(path),
+                    shard_of(path),
                     "",
                     f"{path}: no record names this file; run the extraction that was cut off again, or 'kdcache gc' to remove it",
                     path,
