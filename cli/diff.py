@@ -5,14 +5,17 @@ from __future__ import annotations
 import click
 
 from .main import run_command
-from .options import as_rows, json_option, parse_rows, print_json
+from .options import as_rows, json_option, number_or_all, print_json
 
 
 @click.command(no_args_is_help=True)
 @click.argument("a")
 @click.argument("b")
 @click.option(
-    "--rows", callback=parse_rows, metavar="N|all", help="Shared rows whose values are compared; 0: none, all: in every view. Default: 256."
+    "--rows",
+    callback=number_or_all("rows"),
+    metavar="N|all",
+    help="Shared rows whose values are compared; 0: none, all: in every view. Default: 256.",
 )
 @click.option(
     "--teacher",

@@ -7,7 +7,7 @@ import sys
 import click
 
 from .main import run_command
-from .options import as_rows, json_option, parse_rows, print_json
+from .options import as_rows, json_option, number_or_all, print_json
 
 
 @click.command(no_args_is_help=True)
@@ -16,7 +16,10 @@ from .options import as_rows, json_option, parse_rows, print_json
 @click.option("--key", metavar="K", help="Show one sample of the shard.")
 @click.option("--view", type=click.IntRange(0), metavar="V", help="Which view of the sample. Default: what was drawn for all, targets of 0.")
 @click.option(
-    "--rows", callback=parse_rows, metavar="N|all", help="Rows whose logits are read for the entropy; 0: none. Default: 4096, 4 MB at most."
+    "--rows",
+    callback=number_or_all("rows"),
+    metavar="N|all",
+    help="Rows whose logits are read for the entropy; 0: none. Default: 4096, 4 MB at most.",
 )
 @click.option(
     "--class-names", metavar="FILE", help="Names of the classes: a line each, class 0 first; or .json. Default: where they are known for sure."

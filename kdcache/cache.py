@@ -208,7 +208,7 @@ class Cache:
     @property
     def num_views(self) -> int:
         """Views that every shard has, counted from 0."""
-        return min((_contiguous([record.identity.views for record in records]) for records in self.views.values()), default=0)
+        return min((count_contiguous([record.identity.views for record in records]) for records in self.views.values()), default=0)
 
     @property
     def all_shards(self) -> list[str]:
@@ -221,7 +221,7 @@ class Cache:
         layer = self.layer(teacher)
         if target not in layer.targets:
             raise self._missing_target(teacher, target)
-        return min((_contiguous([r.identity.views for r in layer.segments(shard, target)]) for shard in self.views), default=0)
+        return min((count_contiguous([r.identity.views for r in layer.segments(shard, target)]) for shard in self.views), default=0)
 
     def layer(self, teacher: str | None) -> TeacherLayer:
         """The teacher called `teacher`, or the only one. Raises UsageError that lists the names."""
@@ -646,7 +646,7 @@ def _most_stored_bytes(size: int) -> int:
     return 8 * size * size + (1 << 16)
 
 
-def _contiguous(ranges: Sequence[ViewRange]) -> int:
+def count_contiguous(ranges: Sequence[ViewRange]) -> int:
     """How many views from 0 on the ranges cover without a gap."""
     count = 0
     for views in sorted(ranges, key=lambda views: views.start):

@@ -83,6 +83,10 @@ class Group(FrozenModel):
             raise ValueError(f"group name {self.name!r} is not a plain name")
         return self
 
+    def size_of(self, folder: str = "") -> int:
+        """Bytes of its files, or of those below a folder of it."""
+        return sum(field.size for path, field in self.files.items() if not folder or path.startswith(f"{folder}/"))
+
 
 def digest_of_files(files: Mapping[str, DigestField]) -> Digest:
     """The digest of a group: of the canonical JSON of its file table."""

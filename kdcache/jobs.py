@@ -407,7 +407,7 @@ class ShardJob:
                 f"shard {shard}: another run has just recorded other views for it; both must decode and encode alike: {remedy}compare the versions"
                 f" of {', '.join(self.plan.packages)}"
             )
-        return path, document, _group_bytes(document.identity.group) if created else 0
+        return path, document, document.identity.group.size_of() if created else 0
 
     def _commit_targets(
         self, segment: TargetSegment, pixels: Mapping[int, Digest], teacher_name: str, teacher_digest: Digest, provenance: Mapping[str, Any]
@@ -431,7 +431,7 @@ class ShardJob:
         path = targets_record_path(teacher_name, shard, cards, views)
         document, created = create_document(self.store, path, identity, measured=segment.measured(), provenance=provenance)
         self._settle(document.identity.group, group, created, layer=layer)
-        return path, document, _group_bytes(document.identity.group) if created else 0
+        return path, document, document.identity.group.size_of() if created else 0
 
     def _settle(self, recorded: Group, ours: Group, created: bool, *, layer: str) -> None:
         """The loser of a race for a record removes its own group and goes on with the winner's."""
@@ -443,7 +443,3 @@ class ShardJob:
         for writer in [*self._views_writers, *(segment.writer for segment in self.segments)]:
             writer.abandon()
         self.store.drop_spool(self.spool)
-
-
-def _group_bytes(group: Group) -> int:
-    return sum(field.size for field in group.files.values())

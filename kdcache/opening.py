@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from .cache import MAX_CALIBRATION_BYTES, Cache, TeacherLayer
+from .digests import digest_of_file
 from .errors import CacheError, CorruptError, MissingError
 from .format import TailIdentity, TargetsIdentity, digest_of_pixels
 from .index import is_current, load_documents, write_index
@@ -16,7 +16,6 @@ from .plan import blake2b_128
 from .sources import locate_shards
 from .store import Store, open_store
 
-_TAIL_READ_BYTES = 4 << 20
 _TAIL_REMEDY = "run 'kdcache extract' again with the same teacher and --for to write it again; it must come out the same"
 _CALIBRATION_REMEDY = "run 'kdcache extract' again with the same teacher, batch size and device to compute it again; it must come out the same"
 
@@ -47,15 +46,12 @@ def open_cache(path: str | os.PathLike[str], *, data: str | os.PathLike[str] | S
 def check_tail_weights(store: Store, teacher: str, card: TailIdentity) -> None:
     """Raise MissingError or CorruptError if a tail's file is not the one that its card names. Reads all of it, in pieces."""
     path, expected = tail_weights_path(teacher), card.weights
-    size = store.size(path)
-    if size is None:
+    if store.size(path) is None:
         raise MissingError(f"{store.url}/{path} is missing; {_TAIL_REMEDY}")
-    digest = hashlib.blake2b(digest_size=16)
-    for offset in range(0, size, _TAIL_READ_BYTES):
-        digest.update(store.get_range(path, offset, min(_TAIL_READ_BYTES, size - offset)))
-    if (size, digest.hexdigest()) != (expected.size, expected.digest):
+    found = digest_of_file(store, path)
+    if found != expected:
         raise CorruptError(
-            f"{store.url}/{path}: bytes were changed: expected digest {expected.digest}, found {digest.hexdigest()}; delete the file, then {_TAIL_REMEDY}"
+            f"{store.url}/{path}: bytes were changed: expected digest {expected.digest}, found {found.digest}; delete the file, then {_TAIL_REMEDY}"
         )
 
 

@@ -27,6 +27,12 @@ from .stored_views import as_stored
 from .teacher import Teacher, TeacherTarget
 from .views import render
 
+CALIBRATION_VIEWS = 256
+"""Over which channel statistics are taken: a lost calibration is made again of as many."""
+ACCURACY_VIEWS = 64
+"""For the teacher's accuracy alone."""
+TAIL_VIEWS = 8
+"""That a tail is tried on."""
 MAX_BYTES = 512 << 20
 """Views held at once."""
 SPREAD = 8

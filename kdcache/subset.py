@@ -30,7 +30,8 @@ from .arrays import (
     stream_spec,
 )
 from .cache import Cache
-from .commit import READ_BYTES, create_document, publish_group, unpublish_group
+from .commit import create_document, publish_group, unpublish_group
+from .digests import read_pieces
 from .errors import CorruptError, MismatchError
 from .format import DigestField, Document, Group, TargetsIdentity, ViewRange, ViewsIdentity, digest_of_pixels
 from .index import MAX_DOCUMENT_BYTES, read_document
@@ -378,8 +379,7 @@ def _pieces(store: Store, path: str, field: DigestField) -> Iterator[bytes]:
     size = store.size(path)
     if size is not None and size != field.size:
         raise CorruptError(f"{store.url}/{path} has {size} bytes, expected {field.size}; {_REMEDY}")
-    for offset in range(0, field.size, READ_BYTES):
-        yield store.get_range(path, offset, min(READ_BYTES, field.size - offset))
+    yield from read_pieces(store, path, field.size)
 
 
 def _require_digest(store: Store, path: str, field: DigestField, found: str) -> None:

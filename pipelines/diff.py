@@ -18,11 +18,11 @@ from kdcache.cache import Cache, TeacherLayer
 from kdcache.console import one_line
 from kdcache.distance import Distance
 from kdcache.fidelity import combine_fidelity
-from kdcache.format import Document, TargetIdentity
+from kdcache.format import TargetIdentity
 from kdcache.opening import open_cache
 from kdcache.shards import printable
 
-from .facts import decode_rows, fidelity_sums, made_with, spread
+from .facts import decode_rows, fidelity_sums, made_with, spread, views_of
 
 DIFF_ROWS = 256
 """Shared rows that are compared by default, each in one of its views."""
@@ -179,13 +179,9 @@ def _labels(cache: Cache, shard: str) -> np.ndarray[Any, Any]:
     return labels
 
 
-def _views_of(records: Sequence[Document[Any]]) -> set[int]:
-    return {view for record in records for view in range(record.identity.views.start, record.identity.views.stop)}
-
-
 def _compare_views(a: Cache, b: Cache, shared: Sequence[str]) -> dict[str, Any]:
     """How many views both have from 0 on, and the shared shards that have other views in A than in B."""
-    differ = [shard for shard in shared if _views_of(a.views[shard]) != _views_of(b.views[shard])]
+    differ = [shard for shard in shared if views_of(a.views[shard]) != views_of(b.views[shard])]
     return {"a": a.num_views, "b": b.num_views, "shards_differ": differ}
 
 
@@ -253,7 +249,7 @@ def _compare_pixels(a: Cache, b: Cache, shared: Sequence[str], sample: Sequence[
         equal += sum(digests_a[view] == digests_b[view] for view in both)
     found, compared = _Examples(), 0
     for one in sample if equal < columns else []:
-        for view, rows_a, rows_b in one.by_view(_views_of(a.views[one.shard]) & _views_of(b.views[one.shard]), all_views=all_views):
+        for view, rows_a, rows_b in one.by_view({*views_of(a.views[one.shard])} & {*views_of(b.views[one.shard])}, all_views=all_views):
             wrong = np.flatnonzero(a.read_pixel_digests(one.shard, view, rows_a) != b.read_pixel_digests(one.shard, view, rows_b))
             compared += len(rows_a)
             for place in wrong:
@@ -312,7 +308,7 @@ def _compare_target(pair: _Pair, target: str, sample: Sequence[_SampledShard] | 
         "shards_differ": sorted(
             shard
             for shard in pair.a.views.keys() & pair.b.views.keys()
-            if _views_of(pair.one.segments(shard, target)) != _views_of(pair.other.segments(shard, target))
+            if views_of(pair.one.segments(shard, target)) != views_of(pair.other.segments(shard, target))
         ),
         "stored_rel_l2": {"a": _stored_rel_l2(pair.one, target), "b": _stored_rel_l2(pair.other, target)},
         "comparable": _shape(one) == _shape(other),
@@ -323,7 +319,7 @@ def _compare_target(pair: _Pair, target: str, sample: Sequence[_SampledShard] | 
     encodings = pair.a.encoding(pair.one.name, target), pair.b.encoding(pair.other.name, target)
     block = max(1, BLOCK_BYTES // (4 * max(1, int(np.prod([side for side in _shape(one) if side], dtype=np.int64)))))
     for shard in tqdm(sample, unit="shard", desc=f"diff {target}", disable=not progress or not all_views):
-        views = _views_of(pair.one.segments(shard.shard, target)) & _views_of(pair.other.segments(shard.shard, target))
+        views = {*views_of(pair.one.segments(shard.shard, target))} & {*views_of(pair.other.segments(shard.shard, target))}
         keys = pair.a.keys(shard.shard)
         for view, rows_a, rows_b in shard.by_view(views, all_views=all_views):
             for start in range(0, len(rows_a), block):

@@ -57,7 +57,7 @@ class Change:
     @property
     def size(self) -> int:
         """Bytes of groups that it frees; an estimate where views are dropped."""
-        whole: int = sum(field.size for field in self.document.identity.group.files.values())
+        whole: int = self.document.identity.group.size_of()
         return whole - (self.part.size if self.part is not None else 0)
 
 
@@ -260,9 +260,7 @@ def _drops_in_words(config: GcConfig, cache: Cache, selection: Selection, change
             continue
         for target in sorted(set(layer.targets) - selection.targets[name]):
             holding = [change for change in of_teacher if target in change.document.identity.targets]
-            size = sum(
-                field.size for change in holding for path, field in change.document.identity.group.files.items() if path.startswith(f"{target}/")
-            )
+            size = sum(change.document.identity.group.size_of(target) for change in holding)
             yield f"target {target} of teacher {name}: in {len(holding)} segments, {human_bytes(size)}"
     cut = [change for change in changes if config.keep_views is not None and change.document.identity.views.stop > config.keep_views]
     if cut:

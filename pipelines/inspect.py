@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,28 +16,29 @@ import numpy as np
 
 from kdcache.augment import OPS
 from kdcache.cache import Cache, TeacherLayer
-from kdcache.class_names import ClassNames, teacher_class_names
-from kdcache.console import human_bytes, one_line
+from kdcache.class_names import ClassNames
+from kdcache.console import counted, human_bytes, one_line
 from kdcache.distance import log_softmax
 from kdcache.errors import UsageError
-from kdcache.fidelity import combine_fidelity
 from kdcache.layout import STORED_FOLDER
 from kdcache.shards import printable
 from kdcache.view_params import ViewParams
 
 from .facts import (
     SAMPLE_ROWS,
-    fidelity_by_shard,
-    fidelity_sums,
+    accuracy,
+    check_names,
+    class_names_of,
     find_lacks,
-    group_bytes,
     label_histogram,
+    label_names_of,
     made_with,
     owned_bytes,
     sample_logits,
     sizes,
+    stored_target,
+    views_of,
     when_written,
-    worst_shard,
 )
 from .words import params_in_words, policy_in_words, policy_name
 
@@ -49,8 +50,6 @@ MAX_LABEL = 1 << 20
 """From which on labels have no bars: they may be any numbers, such as those of persons."""
 LISTED_SHARDS = 3
 """Unfinished shards that the text names; `--json` names all."""
-MIN_AGREEMENT = 50.0
-"""Top-1 in per cent from which on the labels are taken to be numbered as the teacher's classes, so that its names are theirs too."""
 
 
 def inspect_cache(cache: Cache, *, rows: int | None = SAMPLE_ROWS, names: ClassNames | None = None) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def inspect_cache(cache: Cache, *, rows: int | None = SAMPLE_ROWS, names: ClassN
         "teachers": {name: _teacher(cache, layer, rows, names) for name, layer in sorted(cache.teachers.items())},
         "plan": cache.plan.to_json(),
         "policy": {"name": policy_name(policy), "words": policy_in_words(policy)},
-        "views_bytes": sum(group_bytes(document) for records in cache.views.values() for document in records),
+        "views_bytes": sum(document.identity.group.size_of() for records in cache.views.values() for document in records),
         "stored_views": _stored_views(cache),
         "sizes": [asdict(part) for part in sizes(cache)],
         "skipped": dict(reasons.most_common()),
@@ -86,22 +85,12 @@ def inspect_cache(cache: Cache, *, rows: int | None = SAMPLE_ROWS, names: ClassN
     }
 
 
-def check_names(cache: Cache, names: ClassNames | None) -> None:
-    highest = int(cache.rows.label.max(initial=-1))
-    classes = sorted({layer.document.identity.num_classes for layer in cache.teachers.values()})
-    if names is not None and len(names) <= highest and len(names) not in classes:
-        raise UsageError(
-            f"class names {names.source!r}: it names {len(names)} classes; expected {' or '.join(map(str, classes)) or 'more'} as the teacher has,"
-            f" or at least {highest + 1}, since labels reach {highest}"
-        )
-
-
 def _stored_views(cache: Cache) -> dict[str, Any] | None:
     """How the views are stored and what one weighs, None where they are not stored."""
     if cache.plan.stored_views is None:
         return None
     records = [document for documents in cache.views.values() for document in documents]
-    size = sum(group_bytes(record, f"{STORED_FOLDER}/") for record in records)
+    size = sum(record.identity.group.size_of(STORED_FOLDER) for record in records)
     row_views = sum(record.identity.rows * len(record.identity.views) for record in records)
     return {"codec": cache.plan.stored_views, "bytes": size, "bytes_per_view": size / row_views if row_views else None}
 
@@ -133,30 +122,9 @@ def _named(names: ClassNames | None, number: int) -> dict[str, str]:
     return {"name": name} if name is not None else {}
 
 
-def label_names_of(cache: Cache) -> ClassNames | None:
-    """The labels' names: those of a teacher that knows its own, and mostly agrees with the labels."""
-    for _, layer in sorted(cache.teachers.items()):
-        top1, _labelled = _top1(layer)
-        if top1 is not None and top1 >= MIN_AGREEMENT and (names := teacher_class_names(layer)) is not None:
-            return names
-    return None
-
-
-def class_names_of(layer: TeacherLayer, given: ClassNames | None) -> ClassNames | None:
-    """The names of a teacher's classes: the user's if there are as many, else those that are known for sure."""
-    return given if given is not None and len(given) == layer.document.identity.num_classes else teacher_class_names(layer)
-
-
-def _top1(layer: TeacherLayer) -> tuple[float | None, int]:
-    """(per cent, of how many labelled views) of a teacher's own cached views."""
-    scores = [record.measured.get("accuracy", {}) for records in layer.records.values() for record in records]
-    labelled = sum(score.get("labelled", 0) for score in scores)
-    return 100 * sum(score.get("correct", 0) for score in scores) / labelled if labelled else None, labelled
-
-
 def _teacher(cache: Cache, layer: TeacherLayer, rows: int | None, given: ClassNames | None) -> dict[str, Any]:
     identity, made = layer.document.identity, layer.document.provenance
-    top1, labelled = _top1(layer)
+    top1, labelled = accuracy(layer)
     names = class_names_of(layer, given)
     return {
         "model": identity.model,
@@ -196,21 +164,19 @@ def _tail(layer: TeacherLayer) -> dict[str, Any] | None:
 
 def _target(cache: Cache, layer: TeacherLayer, name: str) -> dict[str, Any]:
     card = layer.targets[name].identity
-    segments = [record for records in layer.records.values() for record in records if name in record.identity.targets]
-    size = sum(group_bytes(record, f"{name}/") for record in segments)
-    row_views = sum(record.identity.rows * len(record.identity.views) for record in segments)
+    stored = stored_target(layer, name)
     shape = [card.num_classes] if card.kind == "logits" else [*(card.grid or ()), card.channels]
     return {
         "encoding": card.encoding,
         "views": cache.target_views(layer.name, name),
-        "shards": len({record.identity.shard for record in segments}),
-        "measured_on_more": any("views" in record.measured for record in segments),
-        "bytes": size,
-        "bytes_per_view": size / row_views if row_views else None,
+        "shards": stored.shards,
+        "measured_on_more": any("views" in record.measured for record in stored.segments),
+        "bytes": stored.bytes,
+        "bytes_per_view": stored.bytes_per_view,
         "shape": shape,
         "prefix_tokens": card.prefix_tokens,
-        "worst": worst_shard(fidelity_by_shard(layer, name)),
-        **combine_fidelity([fidelity_sums(record, name) for record in segments]),
+        "worst": stored.worst,
+        **stored.figures,
     }
 
 
@@ -222,7 +188,7 @@ def inspect_shard(cache: Cache, shard: str) -> dict[str, Any]:
             "teacher": name,
             "targets": sorted(record.identity.targets),
             "views": [record.identity.views.start, record.identity.views.stop],
-            "bytes": group_bytes(record),
+            "bytes": record.identity.group.size_of(),
             "fidelity": {t: {k: v for k, v in f.items() if k != "sums"} for t, f in record.measured.get("fidelity", {}).items()},
             "measured_on": record.measured.get("views", [record.identity.views.start, record.identity.views.stop]),
             "group": record.identity.group.name,
@@ -253,7 +219,7 @@ def inspect_row(cache: Cache, shard: str, key: str, view: int | None = None, *, 
     """
     check_names(cache, names)
     row, shown = cache.row_of(shard, key), view or 0
-    drawn = [_drawn(cache, shard, row, number) for number in ([shown] if view is not None else _views_of(cache, shard))]
+    drawn = [_drawn(cache, shard, row, number) for number in ([shown] if view is not None else views_of(cache.views[shard]))]
     first = next((one for one in drawn if one["view"] == shown), None) or _drawn(cache, shard, row, shown)
     result: dict[str, Any] = {"shard": shard, "key": printable(key), "row": row, "view": shown, "teachers": {}}
     label_names = names or label_names_of(cache)
@@ -268,13 +234,6 @@ def inspect_row(cache: Cache, shard: str, key: str, view: int | None = None, *, 
             result["teachers"][name]["logits"] |= _top5(arrays["logits"], class_names_of(cache.layer(name), names))
     result["label_name"] = label_names.of(result["label"]) if label_names is not None else None
     return {**result, **{name: value for name, value in first.items() if name != "view"}, "views": drawn}
-
-
-def _views_of(cache: Cache, shard: str) -> Iterator[int]:
-    """The numbers of the views that a shard has."""
-    cache.views_record(shard, 0)  # raises MissingError for a shard that is not there
-    for record in cache.views[shard]:
-        yield from range(record.identity.views.start, record.identity.views.stop)
 
 
 def _drawn(cache: Cache, shard: str, row: int, view: int) -> dict[str, Any]:
@@ -372,14 +331,10 @@ def _unfinished_in_words(unfinished: Sequence[Mapping[str, Any]]) -> list[str]:
         what = (
             "not begun"
             if lack["what"] == "shards"
-            else f"with fewer than {_count(lack['views'], 'view')}" + ("" if lack["what"] == "views" else f" of {lack['what']}")
+            else f"with fewer than {counted(lack['views'], 'view')}" + ("" if lack["what"] == "views" else f" of {lack['what']}")
         )
-        lines.append(f"{_count(len(lack['shards']), 'shard')} {what}: {named}{more}")
+        lines.append(f"{counted(len(lack['shards']), 'shard')} {what}: {named}{more}")
     return lines + ["run 'kdcache extract' again with the same arguments to finish it"] * bool(lines)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("s" if number != 1 else "")
 
 
 def _labels_in_words(facts: Mapping[str, Any]) -> list[str]:
@@ -393,7 +348,7 @@ def _labels_in_words(facts: Mapping[str, Any]) -> list[str]:
         f"{some} labelled, {classes}, labels up to {labels['highest']}" + (f" ({unused:,} of them on no row)" if unused else ""),
         f"{spread['min']:,} to {spread['max']:,} rows a class, median {spread['median']:,.0f}"
         if spread["min"] != spread["max"]
-        else f"{_count(spread['min'], 'row')} of each",
+        else f"{counted(spread['min'], 'row')} of each",
     ]
     if labels["classes"] > 1 and labels["bins"]:
         top = max(labels["bins"])
@@ -414,7 +369,7 @@ def _sizes_in_words(facts: Mapping[str, Any]) -> list[str]:
     width = max(len(part["name"]) for part in parts)
     lines = [f"{human_bytes(total)}"]
     for part in parts:
-        views = f"{_count(part['views'], 'view'):>8}" if part["views"] is not None else f"{'':>8}"
+        views = f"{counted(part['views'], 'view'):>8}" if part["views"] is not None else f"{'':>8}"
         share = 100 * part["bytes"] / total if total else 0.0
         lines.append(f"  {part['name']:<{width}} {views} {human_bytes(part['bytes']):>8} {share:5.1f} %")
     return lines
@@ -450,7 +405,7 @@ def _teacher_in_words(name: str, teacher: Mapping[str, Any], *, mixes: bool) -> 
         lines += [
             f"  entropy      mean {e['mean']:.4g} nats of at most {e['most']:.4g}; 5 % below {e['q05']:.4g}, half below {e['q50']:.4g}, 95 % below {e['q95']:.4g}",
             f"  confidence   mean {100 * c['mean']:.1f} % for the likeliest class; 5 % below {100 * c['q05']:.1f}, half below {100 * c['q50']:.1f} %",
-            f"               (softmax of {logits['rows']:,} of {logits['of_rows']:,} rows, view {logits['view']}, from {_count(logits['shards'], 'shard')})",
+            f"               (softmax of {logits['rows']:,} of {logits['of_rows']:,} rows, view {logits['view']}, from {counted(logits['shards'], 'shard')})",
         ]
     if (tail := teacher["tail"]) is not None:
         through = " → ".join([*tail["modules"], *([f"head ({', '.join(tail['head'])})"] if tail["head"] else [])])

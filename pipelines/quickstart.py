@@ -84,14 +84,10 @@ RUNS: Sequence[StudentRun] = (
 
 def quickstart(config: QuickstartConfig, *, progress: bool = True) -> dict[str, Any]:
     """Run everything; the facts that the table shows. Raises UsageError without scikit-learn, StoreError if the folder is in use."""
-    import torch
+    from kdcache.device import torch_threads
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small are fastest on one; two under contention were measured 60 times slower
-    try:
+    with torch_threads(1):  # models this small are fastest on one; two under contention were measured 60 times slower
         return _quickstart(config, progress=progress)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _quickstart(config: QuickstartConfig, *, progress: bool) -> dict[str, Any]:

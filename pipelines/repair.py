@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,11 @@ import numpy as np
 
 from kdcache.cache import Cache
 from kdcache.console import say
+from kdcache.digests import find_changed
 from kdcache.errors import CorruptError, DriftError, KDCacheError, MismatchError, ShardError, StoreError, UsageError
 from kdcache.format import Document, SourceIdentity
 from kdcache.index import document_paths, drop_index, is_current, read_document
+from kdcache.launch import available_cores, default_workers
 from kdcache.opening import refresh_index
 from kdcache.ownership import group_path
 from kdcache.paths import calibration_path, source_path, tail_weights_path
@@ -33,10 +36,8 @@ from kdcache.sources import locate_shards
 from kdcache.store import LocalStore, Store, open_store
 
 from .verification.repair_plan import RepairPlan, Segment, group_prefix
-from .verify import digest_all
 
 if TYPE_CHECKING:
-    from kdcache.commit import ChunkPool
     from kdcache.jobs import Missing, RecordedTarget
     from kdcache.teacher import Teacher
 
@@ -87,6 +88,8 @@ class _Repair:
         """Records that can't be read, till their segment is made again."""
         self._teachers: dict[str, Teacher] = {}
         self._cache: Cache | None = None
+        self._spool: Path | None = None
+        """In which a segment is made; what is made lies in `_made`."""
 
     def run(self) -> list[str]:
         kept = {f"{group_path(s.path, s.document)}/{name}" for s in self.plan.segments if s.document is not None for name in s.bad_files}
@@ -206,7 +209,7 @@ class _Repair:
         views = range(segment.views.start, segment.views.stop)
         digests = {view: self.cache.read_pixel_digests(segment.shard, view, np.arange(records[0].identity.rows)) for view in views}
         missing = Missing(views=(), segments=((segment.targets, segment.views),))
-        with _threads(made.get("threads")):
+        with _threads(made):
             batch_size = self.config.batch_size or int(made.get("batch_size", 64))
             document = self._do(
                 segment, index, missing, records[0], recorded, digests, batch_size=batch_size, stored=frozenset(views if stores else ())
@@ -233,21 +236,21 @@ class _Repair:
         """Make a segment in a spool; the record that is there then, beside its group."""
         import torch
 
+        from kdcache.commit import ChunkPool
         from kdcache.jobs import ShardJob
         from kdcache.rendering import FailedTask, rendered_blocks, samples_per_task
 
-        plan, pool = self.cache.plan, _pool()
+        plan, pool = self.cache.plan, ChunkPool(num_threads=min(4, available_cores()))
         teacher = self._teachers.get(segment.teacher)
         self._drop_spool()
         self._spool = self.store.new_spool(f"repair/{segment.shard}")
-        spool = LocalStore(self._spool / "made")
         job = ShardJob(
-            index=index, missing=missing, targets=targets, plan=plan, store=spool, pool=pool, batch_size=batch_size,
+            index=index, missing=missing, targets=targets, plan=plan, store=LocalStore(self._made), pool=pool, batch_size=batch_size,
             known=known.identity if known is not None else None, known_digests=known_digests, stored=stored,
         )  # fmt: skip
         try:
             tasks = job.tasks(0, samples_per_task(plan, len(job.rendered_views)))
-            workers = self.config.workers if self.config.workers is not None else min(8, os.cpu_count() or 1)
+            workers = self.config.workers if self.config.workers is not None else default_workers(available_cores())
             with contextlib.closing(rendered_blocks(plan, tasks, num_workers=workers, cache=self.cache)) as blocks:
                 for block in blocks:
                     if isinstance(block, FailedTask):
@@ -260,12 +263,13 @@ class _Repair:
         finally:
             pool.close()
             job.abandon()
-        self._made = spool
         (document,) = result.documents.values()
         return document
 
-    _spool: Path | None = None
-    _made: LocalStore
+    @property
+    def _made(self) -> Path:
+        assert self._spool is not None
+        return self._spool / "made"
 
     def _drop_spool(self) -> None:
         if self._spool is not None:
@@ -281,7 +285,7 @@ class _Repair:
         else:
             for name, expected in document.identity.group.files.items():
                 path = f"{group}/{name}"
-                if self.store.size(path) is None or list(digest_all(self.store, [(path, expected)], lambda _size: None)):
+                if self.store.size(path) is None or list(find_changed(self.store, [(path, expected)])):
                     self._replace(path)
             if old is not None:
                 say(
@@ -301,7 +305,7 @@ class _Repair:
 
     def _replace(self, path: str) -> None:
         self.store.delete(path)
-        self.store.put_new(path, self._made.root / path)
+        self.store.put_new(path, self._made / path)
 
     # --- what belongs to a teacher ---
 
@@ -322,9 +326,8 @@ class _Repair:
         import safetensors.torch
 
         from kdcache.plan import blake2b_128
-        from kdcache.preflight import first_views, run_preflight
+        from kdcache.preflight import CALIBRATION_VIEWS, first_views, run_preflight
 
-        from .extract import CALIBRATION_VIEWS
         from .verification.recompute import targets_of_layer
 
         layer = self.cache.layer(teacher_name)
@@ -338,7 +341,7 @@ class _Repair:
         assert expected is not None
         calibrator = _blank_encoding(card).calibrator(target)
         assert calibrator is not None
-        with _threads(made.get("threads")):
+        with _threads(made):
             batch_size = self.config.batch_size or int(made.get("batch_size", 64))
             found = run_preflight(teacher, list(resolved.values()), {target: calibrator}, views, labels, batch_size=batch_size)
         data, path = safetensors.torch.save(dict(found.statistics[target])), calibration_path(teacher_name, target)
@@ -352,9 +355,7 @@ class _Repair:
 
     def _make_tail(self, teacher_name: str) -> None:
         from kdcache.cards import create_tail, plan_tail
-        from kdcache.preflight import first_views
-
-        from .extract import TAIL_VIEWS
+        from kdcache.preflight import TAIL_VIEWS, first_views
 
         layer = self.cache.layer(teacher_name)
         assert layer.tail is not None
@@ -374,14 +375,6 @@ def _blank_encoding(card: Document[Any]) -> Any:
     return build_encoding(identity.kind, identity.encoding, shape)
 
 
-def _pool() -> ChunkPool:
-    from kdcache.commit import ChunkPool
-
-    from .extract import WRITE_QUEUE_BYTES
-
-    return ChunkPool(num_threads=min(4, os.cpu_count() or 1), max_bytes=WRITE_QUEUE_BYTES)
-
-
 def _usable(device: str | None) -> str | None:
     """The device of then if this machine has it; None for the best there is, whose bytes may come out otherwise."""
     from kdcache.device import resolve_device
@@ -392,14 +385,8 @@ def _usable(device: str | None) -> str | None:
         return None
 
 
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def _threads(made: Mapping[str, Any]) -> AbstractContextManager[None]:
     """As many torch threads as then: they decide the order of sums."""
-    import torch
+    from kdcache.device import torch_threads
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(int(count) if count else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return torch_threads(int(made["threads"]) if made.get("threads") else None)

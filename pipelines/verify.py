@@ -7,22 +7,16 @@ changed; the verdict is a list of problems, empty for a sound cache. `pipelines.
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from kdcache.cache import Cache
+from kdcache.digests import find_changed
 from kdcache.errors import CacheError, CorruptError, FormatVersionError, KDCacheError, MisplacedError, MissingError, NotACacheError
 from kdcache.format import (
-    DigestField,
     Document,
     Group,
     ViewsIdentity,
@@ -38,26 +32,10 @@ from kdcache.sources import locate_shards
 from kdcache.store import Store, open_store
 
 from .facts import find_lacks
+from .verification.request import Recompute
 from .verification.verdict import Kind, Problem, Verdict
 
-READ_BYTES = 1 << 20
-"""Of one read: larger ones leave the core's cache before they are hashed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recompute:
-    """How to run teachers again."""
-
-    rows: int
-    """A shard."""
-    teacher: str | None = None
-    """Its name in the cache. Default: every teacher."""
-    model: str | None = None
-    """Where the teacher lies now: timm name, `hf-hub:…` or `local-dir:…`. Default: as it was named when it was recorded."""
-    checkpoint: str | None = None
-    """Its weights file now. Default: as recorded."""
-    device: str | None = None
-    batch_size: int = 64
+__all__ = ["Recompute", "verify"]
 
 
 def verify(
@@ -151,7 +129,7 @@ def _check_files(store: Store, documents: Mapping[str, Document[Any]], verdict: 
             verdict.problems.append(Problem("missing", shard, "", f"{path} is not there; the segment's record names it", path))
     total = sum(field.size for _, field in present)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify bytes", disable=not progress) as bar:
-        for path, detail in digest_all(store, present, bar.update):
+        for path, detail in find_changed(store, present, bar.update):
             verdict.problems.append(Problem("corrupt", expected[path][1], "", detail, path))
     verdict.checked = set(expected)
     known = set(expected) | set(documents) | set(index_paths(store))
@@ -180,40 +158,6 @@ def _belongs_to_damaged(path: str, details: Iterable[str]) -> bool:
     folder = next((part for part in (layer or rest).split("/") if part.endswith(".zarr")), "")
     stem = folder.removesuffix(".zarr").rpartition(".")[0]
     return bool(stem) and any(f"/{stem}.json" in detail for detail in details)
-
-
-def digest_all(store: Store, files: Sequence[tuple[str, DigestField]], advance: Callable[[int], Any]) -> Iterator[tuple[str, str]]:
-    """(path, what is wrong) of each file that is not as recorded; a few threads, since reading and hashing leave the GIL.
-
-    Each thread has a store of its own: one store reads under a lock, and cold files would be read one after another.
-    """
-    own, stores = threading.local(), list[Store]()
-
-    def begin() -> None:
-        own.store = copy.copy(store)
-        stores.append(own.store)
-
-    def check(item: tuple[str, DigestField]) -> tuple[str, str | None, int]:
-        path, expected = item
-        size = own.store.size(path)
-        if size != expected.size:
-            return path, f"{path} has {size} bytes, expected {expected.size}", expected.size
-        digest = hashlib.blake2b(digest_size=16)
-        try:
-            for offset in range(0, expected.size, READ_BYTES):
-                digest.update(own.store.get_range(path, offset, min(READ_BYTES, expected.size - offset)))
-        except KDCacheError as error:
-            return path, str(error), expected.size
-        wrong = digest.hexdigest() != expected.digest
-        return path, f"{path}: bytes were changed: expected digest {expected.digest}, found {digest.hexdigest()}" if wrong else None, expected.size
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), initializer=begin) as pool:
-        for path, detail, size in pool.map(check, files):
-            advance(size)
-            if detail is not None:
-                yield path, detail
-    for one in stores:
-        one.close()
 
 
 # --- index, pixels ---------------------------------------------------------------------------------------------------

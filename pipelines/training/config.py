@@ -9,7 +9,7 @@ from typing import Any
 
 from kdcache.errors import UsageError
 from kdcache.join import DEFAULT_PREFETCH_BYTES
-from kdcache.launch import read_launch
+from kdcache.launch import default_workers, read_launch
 from kdcache.methods import TeacherChoice
 
 SCHEDULES = ("cosine", "tanh", "constant", "none")
@@ -164,4 +164,4 @@ class TrainConfig:
     @property
     def num_workers(self) -> int:
         """Loading processes."""
-        return min(8, read_launch().cores) if self.workers is None else self.workers
+        return default_workers(read_launch().cores) if self.workers is None else self.workers

@@ -27,13 +27,13 @@ from kdcache.plan import require_same
 from kdcache.targets import TargetSpec
 from kdcache.teacher import Teacher, TeacherTarget, load_teacher
 
+from ..facts import views_of
 from .replay import chosen_views
+from .request import Recompute
 from .verdict import Problem, Verdict
 
 if TYPE_CHECKING:
     from kdcache.encodings import Encoding
-
-    from ..verify import Recompute
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 """Relative L2 of a view's target that another batch size, thread count or library version may cost, by the precision of the forward pass."""
@@ -130,7 +130,7 @@ class _Recomputation:
             self.verdict.notes.append(f"teacher {self.layer.name}: outputs as recorded; farthest view, relative L2 of what is allowed: {limits}")
 
     def _shard(self, shard: str) -> None:
-        views = sorted({v for record in self.layer.records[shard] for v in range(record.identity.views.start, record.identity.views.stop)})
+        views = views_of(self.layer.records[shard])
         try:
             keys = self.cache.keys(shard)
         except CacheError:  # damaged or missing views: reported

@@ -11,6 +11,7 @@ from typing import Any
 
 from kdcache.cache import Cache
 from kdcache.console import human_bytes
+from kdcache.digests import find_changed
 from kdcache.errors import CacheError, KDCacheError
 from kdcache.format import (
     CacheIdentity,
@@ -31,7 +32,6 @@ from kdcache.ownership import group_path, index_tables, owned_files
 from kdcache.paths import calibration_path, name_on_disk, shard_of, tail_weights_path, targets_segment_id, teacher_of, teacher_path, views_segment_id
 from kdcache.store import Store, open_store
 
-from ..verify import digest_all
 from .verdict import MAX_LISTED, Verdict
 
 MAX_VIEWS_GUESSED = 256
@@ -251,7 +251,7 @@ class _Planner:
         owned = owned_files(self.documents)
         missing = {path for path in owned if path not in self.sizes}
         unchecked = [(path, field) for path, (field, _) in owned.items() if path not in missing and path not in self.verdict.checked]
-        bad |= missing | {path for path, _ in digest_all(self.store, unchecked, lambda _size: None)}
+        bad |= missing | {path for path, _ in find_changed(self.store, unchecked)}
         for path, document in sorted(self.documents.items()):
             if document.kind not in ("views", "targets"):
                 continue

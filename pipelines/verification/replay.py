@@ -19,6 +19,7 @@ from kdcache import drift
 from kdcache.cache import Cache
 from kdcache.errors import CacheError, KDCacheError
 from kdcache.images import Decoded, decode_image, require_decoder
+from kdcache.launch import available_cores, default_workers
 from kdcache.plan import canonical_json
 from kdcache.shards import Sample, ShardFiles, ShardIndex, ShardSource, scan_shard
 from kdcache.stored_views import as_stored
@@ -38,7 +39,7 @@ def replay(cache: Cache, views: int | Literal["all"], verdict: Verdict, *, worke
 
     plan = _Replay(cache, views, verdict)
     total = sum(plan.count(shard) for shard in cache.shards)
-    num_workers = workers if workers is not None else min(8, os.cpu_count() or 1)
+    num_workers = workers if workers is not None else default_workers(available_cores())
     with tqdm(total=total, unit="view", desc="verify views", disable=not progress) as bar:
         for block in rendered_blocks(cache.plan, plan.tasks(), num_workers=num_workers, cache=cache):
             if isinstance(block, FailedTask):
