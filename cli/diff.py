@@ -44,7 +44,8 @@ def command(a: str, b: str, rows: int | str | None, teachers: tuple[str, ...], a
 
     def action() -> int:
         from kdcache.console import visible
-        from pipelines.diff import DIFF_ROWS, diff, diff_as_text
+        from pipelines.diff import DIFF_ROWS, diff
+        from pipelines.inspection.diff_text import diff_as_text
 
         facts = diff(a, b, rows=as_rows(rows, DIFF_ROWS), teachers=teachers, progress=True)
         if as_json:

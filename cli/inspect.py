@@ -62,6 +62,7 @@ def command(
         from kdcache.opening import open_cache
         from pipelines import inspect
         from pipelines.facts import SAMPLE_ROWS
+        from pipelines.inspection import inspect_text
 
         inspect.check_selection(shard, key, view, sampled=rows is not None)
         if html is None:
@@ -91,13 +92,13 @@ def command(
         opened = open_cache(cache)
         if shard is not None and key is not None:
             facts = inspect.inspect_row(opened, shard, key, view, names=names)
-            text = inspect.row_as_text(facts)
+            text = inspect_text.row_as_text(facts)
         elif shard is not None:
             facts = inspect.inspect_shard(opened, shard)
-            text = inspect.shard_as_text(facts)
+            text = inspect_text.shard_as_text(facts)
         else:
             facts = inspect.inspect_cache(opened, rows=as_rows(rows, SAMPLE_ROWS), names=names)
-            text = inspect.cache_as_text(facts, cache)
+            text = inspect_text.cache_as_text(facts, cache)
         if as_json:
             print_json(facts)
         else:

@@ -26,7 +26,8 @@ from kdcache.paths import views_record_path
 from kdcache.store import open_store
 from pipelines.copy import CopyConfig, CopySummary, copy
 from pipelines.extract import ExtractSummary
-from pipelines.inspect import cache_as_text, inspect_cache, inspect_shard, shard_as_text
+from pipelines.inspect import inspect_cache, inspect_shard
+from pipelines.inspection.inspect_text import cache_as_text, shard_as_text
 from pipelines.verify import verify
 
 BLOCK = "features@blocks.0"

@@ -28,7 +28,8 @@ from kdcache.view_params import CUTMIX, MIXUP, ViewParams
 from kdcache.views import render
 from pipelines import train as train_pipeline
 from pipelines.extract import ExtractConfig, extract
-from pipelines.inspect import cache_as_text, inspect_cache, inspect_row, row_as_text
+from pipelines.inspect import inspect_cache, inspect_row
+from pipelines.inspection.inspect_text import cache_as_text, row_as_text
 from pipelines.verify import verify
 
 MIX = MixedViews(prob=0.7, mixup_alpha=0.8, cutmix_alpha=1.0)
