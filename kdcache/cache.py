@@ -339,7 +339,7 @@ class Cache:
         for record in records:
             if view in record.identity.views:
                 return record.identity
-        have = [f"{r.identity.views.start} to {r.identity.views.stop - 1}" for r in records]
+        have = [r.identity.views.words for r in records]
         raise MissingError(f"shard {shard}: no view {view}; it has views {', '.join(have)}; run 'kdcache extract' with more --views to add it")
 
     # --- arrays ---

@@ -114,6 +114,16 @@ class ViewRange(FrozenModel):
             raise ValueError(f"an empty range of views: start {self.start}, stop {self.stop}")
         return self
 
+    @property
+    def numbers(self) -> range:
+        """The views themselves."""
+        return range(self.start, self.stop)
+
+    @property
+    def words(self) -> str:
+        """'0 to 3': from the first to the last."""
+        return f"{self.start} to {self.stop - 1}"
+
     def __len__(self) -> int:
         return self.stop - self.start
 

@@ -133,7 +133,7 @@ def _targets_problems(cache: Cache, name: str, layer: TeacherLayer, record: Targ
         if card is None or card.identity_digest != digest:
             found.append(f"shard {shard}: teacher {name!r}, target {target!r}: the record names a card that is not there")
     try:
-        views = [cache.views_record(shard, view) for view in range(record.views.start, record.views.stop)]
+        views = [cache.views_record(shard, view) for view in record.views.numbers]
     except CacheError as error:
         text = f"shard {shard}: teacher {name!r} has targets of views that are not there ({error})"
         return [DocumentProblem("missing", text, shard), *(DocumentProblem("teacher", one, shard) for one in found)]

@@ -175,7 +175,7 @@ def _cut_identity(cache: Cache, part: Part, group: Group) -> Any:
         first = views.start - identity.views.start
         changes["pixels_by_view"] = identity.pixels_by_view[first : first + len(views)]
     else:
-        records = {view: cache.views_record(identity.shard, view) for view in range(views.start, views.stop)}
+        records = {view: cache.views_record(identity.shard, view) for view in views.numbers}
         changes["targets"] = dict(part.targets)
         changes["pixels"] = digest_of_pixels({view: record.pixels_by_view[view - record.views.start] for view, record in records.items()})
     return type(identity).model_validate(identity.model_copy(update=changes).to_json())
@@ -263,7 +263,7 @@ def _cut_array(cache: Cache, part: Part, name: str, folder: Path, advance: Advan
     writer = ShardWriter(folder, replace(spec, views=len(part.views)))
     try:
         for block in range(spec.num_blocks(rows)):
-            for view in range(part.views.start, part.views.stop):
+            for view in part.views.numbers:
                 writer.append(reader.read_encoded(view - first, block))
         return writer.close(rows)
     finally:

@@ -501,7 +501,7 @@ class _Run:
         from kdcache.stored_source import index_of_stored
 
         if known is not None and self.plan.stored_views is not None and not os.path.exists(source.path):
-            lacking = [view for views in self._missing(source.name).views for view in range(views.start, views.stop)]
+            lacking = [view for views in self._missing(source.name).views for view in views.numbers]
             if lacking:
                 raise ShardError(
                     f"shard {source.name}: {source.path} is gone, and views {lacking} are not stored; expected the tar, to render them from:"

@@ -45,7 +45,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 def views_of(records: Iterable[Document[Any]]) -> list[int]:
     """The numbers of the views that records hold, ascending, each once."""
-    return sorted({view for record in records for view in range(record.identity.views.start, record.identity.views.stop)})
+    return sorted({view for record in records for view in record.identity.views.numbers})
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------

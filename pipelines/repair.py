@@ -206,7 +206,7 @@ class _Repair:
         stores = self.cache.plan.stored_views is not None
         index = index_of_stored(self.cache, source) if stores and not os.path.exists(source.path) else scan_shard(source)
         check_same_tar(index, records[0].identity)
-        views = range(segment.views.start, segment.views.stop)
+        views = segment.views.numbers
         digests = {view: self.cache.read_pixel_digests(segment.shard, view, np.arange(records[0].identity.rows)) for view in views}
         missing = Missing(views=(), segments=((segment.targets, segment.views),))
         with _threads(made):

@@ -84,7 +84,7 @@ class TrainConfig:
     amp_dtype: str = "float16"
     """One of AMP_DTYPES; float16 scales the loss, so that small gradients are not lost."""
     sync_bn: bool = False
-    """With several processes on GPUs: BatchNorms take the statistics of the batches of all."""
+    """With several processes: BatchNorms take the statistics of the batches of all."""
     torchcompile: str | None = None
     """Backend of torch.compile for the student's pass, such as inductor. Default: not compiled."""
 

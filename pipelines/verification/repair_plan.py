@@ -59,7 +59,7 @@ class Segment:
     @property
     def words(self) -> str:
         what = f"{', '.join(self.targets)} of teacher {self.teacher}, " if self.targets else ""
-        return f"shard {self.shard}: {what}views {self.views.start} to {self.views.stop - 1}"
+        return f"shard {self.shard}: {what}views {self.views.words}"
 
 
 @dataclass

@@ -143,7 +143,7 @@ class _Replay:
         from kdcache.rendering import RenderTask, samples_per_task
 
         records = self.cache.views[source.name]
-        all_views = tuple(view for record in records for view in range(record.identity.views.start, record.identity.views.stop))
+        all_views = tuple(view for record in records for view in record.identity.views.numbers)
         wanted: list[tuple[Sequence[int], tuple[int, ...]]]
         if self.views == "all":
             step = samples_per_task(self.cache.plan, len(all_views))
