@@ -512,12 +512,9 @@ class Cache:
         from .encodings import TargetShape, build_encoding
 
         card = self.layer(teacher).targets[target].identity
-        shape = TargetShape(
-            num_classes=card.num_classes or 0, grid=card.grid or (0, 0), channels=card.channels or 0, prefix_tokens=card.prefix_tokens or 0
-        )
         where = f"{self.store.url}: teacher {teacher!r}, target {target!r}"
         try:
-            encoding = build_encoding(card.kind, card.encoding, shape)
+            encoding = build_encoding(card.kind, card.encoding, TargetShape.of_card(card))
         except UsageError as error:
             raise CorruptError(f"{where}: its card can't be right: {error}") from error
         if encoding.components() != card.components:

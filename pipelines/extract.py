@@ -22,9 +22,11 @@ import numpy as np
 from tqdm import tqdm
 
 from kdcache.cache import Cache, TeacherLayer
+from kdcache.commit import ChunkPool, create_document
 from kdcache.console import human_bytes, human_seconds, say
 from kdcache.errors import CacheError, KDCacheError, ShardError, TeacherError, UsageError
 from kdcache.format import CacheIdentity, Document, SourceIdentity, TailIdentity, ViewsIdentity
+from kdcache.images import require_decoder
 from kdcache.index import drop_index, is_current, read_document, write_index
 from kdcache.launch import Launch, default_workers, read_launch
 from kdcache.opening import open_cache, open_to_write
@@ -33,6 +35,8 @@ from kdcache.plan import POLICIES, ViewPlan, require_same
 from kdcache.shards import ShardIndex, ShardSource, check_same_tar, scan_shard
 from kdcache.sources import default_dataset_id
 from kdcache.store import Store, open_store
+from kdcache.stored_source import index_of_stored
+from kdcache.stored_views import estimated_bytes
 from kdcache.targets import TargetSpec
 from kdcache.teacher_card import ANY_TEACHER
 from kdcache.teacher_source import default_teacher_name, weight_files
@@ -110,7 +114,6 @@ class _Run:
         progress: bool,
     ) -> None:
         from kdcache.device import resolve_device, share_machine
-        from kdcache.images import require_decoder
         from kdcache.teacher import load_teacher
 
         stored = set(cache.shards) if cache is not None and cache.plan.stored_views is not None and (config.views or 0) <= cache.num_views else set()
@@ -162,8 +165,6 @@ class _Run:
 
     def _create_cache(self) -> Cache:
         """cache.json, if it is not there; and the note of which shards this run was asked for, done or not."""
-        from kdcache.commit import create_document
-
         document, _ = create_document(self.store, "cache.json", CacheIdentity(plan=self.plan, label_key=self.label_key))
         require_same("view plan", document.identity.plan, self.plan, remedy="another run has just made this cache; use another folder")
         check_label_key(document.identity, self.label_key)
@@ -334,7 +335,6 @@ class _Run:
 
     def extract(self) -> ExtractSummary:
         """Do every pending shard that no other rank does, write the index, sum up."""
-        from kdcache.commit import ChunkPool
         from kdcache.workers import naming_killed_workers
 
         self.store.sweep_spools()
@@ -370,8 +370,6 @@ class _Run:
 
     def _estimated_stored_bytes(self) -> float:
         """What the views that the pending shards lack will weigh, as they are stored."""
-        from kdcache.stored_views import estimated_bytes
-
         if self.plan.stored_views is None:
             return 0
         views = sum(samples * sum(map(len, self._missing(source.name).views)) for source, samples in self._samples_of(self.pending))
@@ -498,8 +496,6 @@ class _Run:
 
     def _index(self, source: ShardSource, known: ViewsIdentity | None) -> ShardIndex:
         """The shard's samples: from its tar, or from the cache if the tar is gone and all views that are wanted are stored. Raises ShardError."""
-        from kdcache.stored_source import index_of_stored
-
         if known is not None and self.plan.stored_views is not None and not os.path.exists(source.path):
             lacking = [view for views in self._missing(source.name).views for view in views.numbers]
             if lacking:

@@ -16,11 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from kdcache.console import human_bytes, human_seconds, say
+from kdcache.draws import draw
 from kdcache.errors import KDCacheError, StoreError, UsageError
+from kdcache.images import decode_image
 from kdcache.plan import Policy, RandomResizedCrop, ViewPlan
+from kdcache.shards import ShardFiles, scan_shard
+from kdcache.sources import resolve_shards
+from kdcache.views import render
 
 from .extract import ExtractConfig, extract
 from .pack import PackConfig, pack
@@ -165,8 +171,6 @@ def pack_digits(out: Path, *, progress: bool) -> tuple[int, int]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UsageError("quickstart needs scikit-learn for its images; install it with: pip install 'kdcache[quickstart]'") from error
-    from PIL import Image
-
     images, labels = load_digits(return_X_y=True)
     seen = dict.fromkeys(range(NUM_CLASSES), 0)
     num_train = 0
@@ -245,10 +249,6 @@ def train_teacher(
 
 def load_images(folder: Path) -> list[tuple[str, str, Any, int]]:
     """(shard, key, decoded image, label) of every sample: the digits fit in memory."""
-    from kdcache.images import decode_image
-    from kdcache.shards import ShardFiles, scan_shard
-    from kdcache.sources import resolve_shards
-
     files = ShardFiles()
     return [
         (source.name, sample.key, decode_image(files.read(source, sample.key, sample.image_offset, sample.image_size)), sample.label)
@@ -259,9 +259,6 @@ def load_images(folder: Path) -> list[tuple[str, str, Any, int]]:
 
 def render_all(plan: ViewPlan, images: Sequence[tuple[str, str, Any, int]], *, view: int) -> tuple[Any, Any]:
     import torch
-
-    from kdcache.draws import draw
-    from kdcache.views import render
 
     views = np.stack([render(image, draw(plan, shard, key, view, image.size)) for shard, key, image, _ in images])
     return torch.from_numpy(views), torch.tensor([label for *_, label in images])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdcache.cache import Cache
+from kdcache.commit import ChunkPool, create_document
 from kdcache.console import say
 from kdcache.digests import find_changed
 from kdcache.errors import CorruptError, DriftError, KDCacheError, MismatchError, ShardError, StoreError, UsageError
@@ -31,9 +32,11 @@ from kdcache.launch import available_cores, default_workers
 from kdcache.opening import refresh_index
 from kdcache.ownership import group_path
 from kdcache.paths import calibration_path, source_path, tail_weights_path
+from kdcache.plan import blake2b_128
 from kdcache.shards import ShardIndex, ShardSource, check_same_tar, scan_shard
 from kdcache.sources import locate_shards
 from kdcache.store import LocalStore, Store, open_store
+from kdcache.stored_source import index_of_stored
 
 from .verification.repair_plan import RepairPlan, Segment, group_prefix
 
@@ -140,8 +143,6 @@ class _Repair:
             say(f"{'mended':>13}  {'':>8}  {what}")
 
     def _rewrite_sources(self) -> None:
-        from kdcache.commit import create_document
-
         source = SourceIdentity(shards=tuple(self.cache.shards))
         create_document(self.store, source_path(source), source)
 
@@ -187,7 +188,6 @@ class _Repair:
     def _make_targets(self, segment: Segment) -> None:
         """Show a segment's views to the teacher again, in the batches of then."""
         from kdcache.jobs import Missing, RecordedTarget
-        from kdcache.stored_source import index_of_stored
 
         from .verification.recompute import targets_of_layer
 
@@ -236,7 +236,6 @@ class _Repair:
         """Make a segment in a spool; the record that is there then, beside its group."""
         import torch
 
-        from kdcache.commit import ChunkPool
         from kdcache.jobs import ShardJob
         from kdcache.rendering import FailedTask, rendered_blocks, samples_per_task
 
@@ -325,7 +324,7 @@ class _Repair:
         """Channel statistics of the views that they were taken over. Raises MismatchError if they come out otherwise."""
         import safetensors.torch
 
-        from kdcache.plan import blake2b_128
+        from kdcache.encodings import TargetShape, build_encoding
         from kdcache.preflight import CALIBRATION_VIEWS, first_views, run_preflight
 
         from .verification.recompute import targets_of_layer
@@ -339,7 +338,7 @@ class _Repair:
         resolved = targets_of_layer(teacher, layer, [target])
         expected = card.identity.calibration
         assert expected is not None
-        calibrator = _blank_encoding(card).calibrator(target)
+        calibrator = build_encoding(card.identity.kind, card.identity.encoding, TargetShape.of_card(card.identity)).calibrator(target)
         assert calibrator is not None
         with _threads(made):
             batch_size = self.config.batch_size or int(made.get("batch_size", 64))
@@ -364,15 +363,6 @@ class _Repair:
         views, _, _ = first_views(self.cache.plan, sources, scan_shard, TAIL_VIEWS, self.cache)
         plan = plan_tail(self.store, teacher_name, teacher, layer.tail.identity.modules, views)
         create_tail(self.store, teacher_name, plan, teacher, views)
-
-
-def _blank_encoding(card: Document[Any]) -> Any:
-    """The encoding of a card, without its calibration."""
-    from kdcache.encodings import TargetShape, build_encoding
-
-    identity = card.identity
-    shape = TargetShape(grid=identity.grid or (0, 0), channels=identity.channels or 0, prefix_tokens=identity.prefix_tokens or 0)
-    return build_encoding(identity.kind, identity.encoding, shape)
 
 
 def _usable(device: str | None) -> str | None:
