@@ -32,7 +32,7 @@ from .format import (
     ViewsIdentity,
 )
 from .images import Decoded, decode_image, require_decoder
-from .index import Index, read_table, root_of
+from .index import Index, read_table, root_of, rows_of_table
 from .layout import (
     ROW_ARRAYS,
     STORED_BYTES,
@@ -277,7 +277,7 @@ class Cache:
     def rows(self) -> Rows:
         """All rows, shard after shard in name order."""
         shards = tuple(self.shards)
-        tables = [self.tables[shard][self.tables[shard][:, 3] == 0] for shard in shards]
+        tables = [rows_of_table(self.tables[shard]) for shard in shards]
         counts = [len(table) for table in tables]
         stacked = np.concatenate(tables) if tables else np.zeros((0, 4), np.int64)
         return Rows(
@@ -573,7 +573,7 @@ class Cache:
 
     def render_row(self, shard: str, view: int, row: int) -> Pixels:
         """Render a view from its stored params and the image bytes in its tar, unchecked."""
-        kept = self.tables[shard][self.tables[shard][:, 3] == 0]
+        kept = rows_of_table(self.tables[shard])
         keys = self.keys(shard)
 
         def image_of(number: int) -> Decoded:

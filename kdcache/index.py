@@ -43,6 +43,12 @@ TABLE_COLUMNS = ("offset", "size", "label", "skip")
 """Of the int64 table: image bytes in the tar, label (-1: none), 1 for a sample that has no row."""
 
 
+def rows_of_table(table: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """int64 (rows, len(TABLE_COLUMNS)) of a shard's samples that have a row, in row order. table: (samples, len(TABLE_COLUMNS))."""
+    rows: np.ndarray[Any, Any] = table[table[:, TABLE_COLUMNS.index("skip")] == 0]
+    return rows
+
+
 def identity_type_of(path: str) -> type[FrozenModel] | None:
     """What kind of document lies at a path of the cache, or None for a file that is no document."""
     parts = path.split("/")

@@ -18,6 +18,7 @@ from kdcache.cache import Cache, TeacherLayer
 from kdcache.distance import Distance
 from kdcache.fidelity import combine_fidelity
 from kdcache.format import TargetIdentity
+from kdcache.index import rows_of_table
 from kdcache.opening import open_cache
 from kdcache.shards import printable
 
@@ -173,8 +174,7 @@ class _Examples:
 
 def _labels(cache: Cache, shard: str) -> np.ndarray[Any, Any]:
     """(rows,) labels in row order."""
-    table = cache.tables[shard]
-    labels: np.ndarray[Any, Any] = table[table[:, 3] == 0, 2]
+    labels: np.ndarray[Any, Any] = rows_of_table(cache.tables[shard])[:, 2]
     return labels
 
 

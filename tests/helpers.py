@@ -316,7 +316,7 @@ def make_train_folder(folder: Path) -> Path:
     return folder
 
 
-def quick_config(folder: Path, out: Path, **overrides: Any) -> TrainConfig:
+def quick_config(folder: Path, runs: Path, /, **overrides: Any) -> TrainConfig:
     """What is quick to train on a folder of `make_train_folder`."""
     from pipelines.train import TrainConfig
 
@@ -324,7 +324,7 @@ def quick_config(folder: Path, out: Path, **overrides: Any) -> TrainConfig:
         "cache": str(folder / "cache"),
         "students": (TINY_VIT,),
         "model_kwargs": QUICK_STUDENT_ARGS,
-        "out": str(out),
+        "out": str(runs),
         "epochs": 3,
         "batch_size": 4,
         "workers": 0,

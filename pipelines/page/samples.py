@@ -21,6 +21,7 @@ from kdcache.class_names import ClassNames
 from kdcache.distance import log_softmax
 from kdcache.errors import CorruptError, KDCacheError, MissingError, UsageError
 from kdcache.images import Decoded, as_pillow, decode_image, require_decoder, size_of
+from kdcache.index import rows_of_table
 from kdcache.shards import ShardFiles
 from kdcache.view_params import CUTMIX, Box, ViewParams
 from kdcache.views import pixel_digest
@@ -217,7 +218,7 @@ class _Gatherer:
         """int64 (rows, 4) of a shard; read from its own group, so that a damaged one does no harm to others."""
         if shard not in self._tables:
             table = self._cache.table_from_group(self._cache.views[shard][0].identity)
-            self._tables[shard] = table[table[:, 3] == 0]
+            self._tables[shard] = rows_of_table(table)
         return self._tables[shard]
 
     # --- images ---

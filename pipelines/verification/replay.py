@@ -19,6 +19,7 @@ from kdcache import drift
 from kdcache.cache import Cache
 from kdcache.errors import CacheError, KDCacheError
 from kdcache.images import Decoded, decode_image, require_decoder
+from kdcache.index import rows_of_table
 from kdcache.launch import available_cores, default_workers
 from kdcache.plan import canonical_json
 from kdcache.shards import Sample, ShardFiles, ShardIndex, ShardSource, scan_shard
@@ -262,8 +263,7 @@ class _Replay:
     def _how_far(self, source: ShardSource, row: int, view: int, expected: int) -> str:
         shard = source.name
         files = ShardFiles()
-        table = self.cache.table_from_group(self.cache.views[shard][0].identity)
-        places = table[table[:, 3] == 0]
+        places = rows_of_table(self.cache.table_from_group(self.cache.views[shard][0].identity))
 
         def image_of(number: int) -> Decoded:
             return decode_image(files.read(source, "", int(places[number, 0]), int(places[number, 1])), self.cache.plan.decoder)
