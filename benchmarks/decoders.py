@@ -26,9 +26,11 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from kdcache.draws import draw
 from kdcache.images import decode_image
 from kdcache.plan import POLICIES, ViewPlan
-from kdcache.views import Box, draw, resize, resize_torch
+from kdcache.view_params import Box
+from kdcache.views import resize, resize_torch
 
 SIZE = 224
 SHAPES = ((500, 375), (1280, 960))

@@ -100,15 +100,15 @@ def digits_cases(folder: Path) -> list[Case]:
     """Train the quickstart's teacher and take its targets for views 0 and 1 of the training images."""
     from kdcache.plan import ViewPlan
 
-    quickstart._pack_digits(folder, progress=False)
-    top1, _ = quickstart._train_teacher(folder, 0, progress=False)
+    quickstart.pack_digits(folder, progress=False)
+    top1, _ = quickstart.train_teacher(folder, 0, progress=False)
     teacher = load_teacher(f"local-dir:{folder / 'teacher'}")
     targets = teacher.resolve([TargetSpec(kind="logits"), TargetSpec(kind="features", node="norm")])
-    images = quickstart._load(folder / "shards" / "train")
+    images = quickstart.load_images(folder / "shards" / "train")
     plan = ViewPlan(dataset="digits", policy=quickstart.POLICY, size=quickstart.SIZE)
     values, labels = [], torch.tensor([label for *_, label in images])
     for view in range(2):
-        pixels, _ = quickstart._render_all(plan, images, view=view)
+        pixels, _ = quickstart.render_all(plan, images, view=view)
         batches = [teacher(batch, list(targets.values())) for batch in pixels.split(256)]
         values.append({name: {part: torch.cat([b[name][part] for b in batches]) for part in batches[0][name]} for name in batches[0]})
     logits, norm = targets.values()

@@ -85,8 +85,8 @@ def run_kdcache(*words: object) -> dict[str, Any]:
 def prepare(folder: Path) -> None:
     """shards/, teacher/ and cache/ in a new folder."""
     begin = time.perf_counter()
-    quickstart._pack_digits(folder, progress=False)
-    top1, seconds = quickstart._train_teacher(folder, 0, name=TEACHER_MODEL, args=TEACHER_ARGS, epochs=TEACHER_EPOCHS, progress=False)
+    quickstart.pack_digits(folder, progress=False)
+    top1, seconds = quickstart.train_teacher(folder, 0, name=TEACHER_MODEL, args=TEACHER_ARGS, epochs=TEACHER_EPOCHS, progress=False)
     policy = folder / "policy.yaml"
     policy.write_text("crop: {kind: random_resized, scale: [0.8, 1.0]}\nhflip: 0\n")
     words = ["--for", "scalekd", "--views", quickstart.VIEWS, "--augment", policy, "--workers", 0, "--device", "cpu"]

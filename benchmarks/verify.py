@@ -31,8 +31,9 @@ import timm
 from PIL import Image
 from timm.models import save_for_hf
 
+from kdcache.digests import READ_BYTES
 from pipelines.extract import ExtractConfig, extract
-from pipelines.verify import READ_BYTES, verify
+from pipelines.verify import verify
 
 TEACHER_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 

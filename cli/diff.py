@@ -5,14 +5,17 @@ from __future__ import annotations
 import click
 
 from .main import run_command
-from .options import as_rows, json_option, parse_rows, print_json
+from .options import as_rows, json_option, number_or_all, print_json
 
 
 @click.command(no_args_is_help=True)
 @click.argument("a")
 @click.argument("b")
 @click.option(
-    "--rows", callback=parse_rows, metavar="N|all", help="Shared rows whose values are compared; 0: none, all: in every view. Default: 256."
+    "--rows",
+    callback=number_or_all("rows"),
+    metavar="N|all",
+    help="Shared rows whose values are compared; 0: none, all: in every view. Default: 256.",
 )
 @click.option(
     "--teacher",
@@ -41,7 +44,8 @@ def command(a: str, b: str, rows: int | str | None, teachers: tuple[str, ...], a
 
     def action() -> int:
         from kdcache.console import visible
-        from pipelines.diff import DIFF_ROWS, diff, diff_as_text
+        from pipelines.diff import DIFF_ROWS, diff
+        from pipelines.inspection.diff_text import diff_as_text
 
         facts = diff(a, b, rows=as_rows(rows, DIFF_ROWS), teachers=teachers, progress=True)
         if as_json:

@@ -7,7 +7,7 @@ import sys
 import click
 
 from .main import run_command
-from .options import as_rows, json_option, parse_rows, print_json
+from .options import as_rows, json_option, number_or_all, print_json
 
 
 @click.command(no_args_is_help=True)
@@ -16,7 +16,10 @@ from .options import as_rows, json_option, parse_rows, print_json
 @click.option("--key", metavar="K", help="Show one sample of the shard.")
 @click.option("--view", type=click.IntRange(0), metavar="V", help="Which view of the sample. Default: what was drawn for all, targets of 0.")
 @click.option(
-    "--rows", callback=parse_rows, metavar="N|all", help="Rows whose logits are read for the entropy; 0: none. Default: 4096, 4 MB at most."
+    "--rows",
+    callback=number_or_all("rows"),
+    metavar="N|all",
+    help="Rows whose logits are read for the entropy; 0: none. Default: 4096, 4 MB at most.",
 )
 @click.option(
     "--class-names", metavar="FILE", help="Names of the classes: a line each, class 0 first; or .json. Default: where they are known for sure."
@@ -59,6 +62,7 @@ def command(
         from kdcache.opening import open_cache
         from pipelines import inspect
         from pipelines.facts import SAMPLE_ROWS
+        from pipelines.inspection import inspect_text
 
         inspect.check_selection(shard, key, view, sampled=rows is not None)
         if html is None:
@@ -88,13 +92,13 @@ def command(
         opened = open_cache(cache)
         if shard is not None and key is not None:
             facts = inspect.inspect_row(opened, shard, key, view, names=names)
-            text = inspect.row_as_text(facts)
+            text = inspect_text.row_as_text(facts)
         elif shard is not None:
             facts = inspect.inspect_shard(opened, shard)
-            text = inspect.shard_as_text(facts)
+            text = inspect_text.shard_as_text(facts)
         else:
             facts = inspect.inspect_cache(opened, rows=as_rows(rows, SAMPLE_ROWS), names=names)
-            text = inspect.cache_as_text(facts, cache)
+            text = inspect_text.cache_as_text(facts, cache)
         if as_json:
             print_json(facts)
         else:

@@ -36,17 +36,21 @@ def parse_bytes(_ctx: click.Context, _parameter: click.Parameter, text: str) -> 
     return int(float(match[1]) * unit)
 
 
-def parse_rows(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> int | str | None:
-    """A callback of options `N|all`; None where nothing was given."""
-    if text is None or text == "all":
-        return text
-    if not (text.isascii() and text.isdigit()):
-        raise click.BadParameter(f"expected a number of rows or 'all', found {text!r}")
-    return int(text)
+def number_or_all(noun: str, *, least: int = 0) -> Callable[[click.Context, click.Parameter, str | None], int | str | None]:
+    """A callback of options `N|all`, which gives None where nothing was given. noun: what N is a number of, for the error."""
+
+    def parse(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> int | str | None:
+        if text is None or text == "all":
+            return text
+        if not (text.isascii() and text.isdigit()) or int(text) < least:
+            raise click.BadParameter(f"expected a number of {noun} or 'all', found {text!r}")
+        return int(text)
+
+    return parse
 
 
 def as_rows(given: int | str | None, default: int) -> int | None:
-    """What `parse_rows` gave as a number of rows, None for all."""
+    """What `number_or_all` gave as a number of rows, None for all."""
     return None if given == "all" else int(given) if given is not None else default
 
 

@@ -255,9 +255,10 @@ def command(
 
 def _table(runs: Sequence[Mapping[str, Any]]) -> str:
     """For the person at the terminal: one line a run."""
+    from kdcache.console import aligned
+
     rows = [("student", "method", "epochs", "top1 %", "seconds", "status", "path")]
     for run in runs:
         top1 = "-" if run["top1"] is None else f"{run['top1']:.2f}"
         rows.append((run["student"], run["method"], str(run["epochs"]), top1, f"{run['seconds']:.1f}", run["status"], run["path"]))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return aligned(rows)

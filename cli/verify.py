@@ -7,25 +7,20 @@ from typing import TYPE_CHECKING
 import click
 
 from .main import run_command
-from .options import device_option, json_option, print_json, workers_option
+from .options import device_option, json_option, number_or_all, print_json, workers_option
 
 if TYPE_CHECKING:
     from pipelines.repair import RepairConfig
     from pipelines.verification.verdict import Verdict
 
 
-def _parse_views(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> int | str | None:
-    if text is None or text == "all":
-        return text
-    if not text.isdigit() or int(text) == 0:
-        raise click.BadParameter(f"expected a number of views a shard or 'all', found {text!r}")
-    return int(text)
-
-
 @click.command(no_args_is_help=True)
 @click.argument("cache")
 @click.option(
-    "--views", callback=_parse_views, metavar="N|all", help="Also compare the pixels of N views a shard (or all): rendered again, or as stored."
+    "--views",
+    callback=number_or_all("views a shard", least=1),
+    metavar="N|all",
+    help="Also compare the pixels of N views a shard (or all): rendered again, or as stored.",
 )
 @click.option("--recompute", type=click.IntRange(1), metavar="N", help="Also show N views a shard to the teacher again, and compare its targets.")
 @click.option("--repair", is_flag=True, help="Show what is to be deleted and made again to mend what was found.")

@@ -30,11 +30,9 @@ from .format import (
     TeacherIdentity,
     ViewRange,
     ViewsIdentity,
-    calibration_path,
-    views_record_path,
 )
 from .images import Decoded, decode_image, require_decoder
-from .index import Index, read_table, root_of
+from .index import Index, read_table, root_of, rows_of_table
 from .layout import (
     ROW_ARRAYS,
     STORED_BYTES,
@@ -48,11 +46,13 @@ from .layout import (
     stored_specs,
     target_specs,
 )
+from .paths import calibration_path, teacher_of, views_record_path
 from .plan import ViewPlan, blake2b_128
 from .shards import RUN_BYTES, ShardFiles, ShardSource, check_same_tar, runs_of, scan_shard
 from .store import Store
 from .stored_views import decode_view
-from .views import Resizer, ViewParams, pixel_digest, render
+from .view_params import ViewParams
+from .views import Resizer, pixel_digest, render
 
 if TYPE_CHECKING:
     from .encodings import Encoding
@@ -153,15 +153,13 @@ class Cache:
 
     def _sort_documents(self) -> None:
         for path, document in sorted(self.documents.items()):
-            parts = path.split("/")
             if document.kind == "views":
                 self.views.setdefault(document.identity.shard, []).append(document)
             elif document.kind == "teacher":
-                self.teachers[parts[1]] = TeacherLayer(parts[1], document)
+                self.teachers[teacher_of(path)] = TeacherLayer(teacher_of(path), document)
         for path, document in sorted(self.documents.items()):
-            parts = path.split("/")
             if document.kind in ("target", "targets", "tail"):
-                layer = self.teachers.get(parts[1])
+                layer = self.teachers.get(teacher_of(path))
                 if layer is None:
                     raise CorruptError(f"{self.store.url}/{path} belongs to a teacher without a teacher.json; run 'kdcache verify' on the cache")
                 if document.kind == "target":
@@ -180,7 +178,7 @@ class Cache:
         if record.kind == "views":
             self.views[shard] = sorted([*self.views.get(shard, []), record], key=lambda one: one.identity.views.start)
         else:
-            self.teachers[path.split("/")[1]].records.setdefault(shard, []).append(record)
+            self.teachers[teacher_of(path)].records.setdefault(shard, []).append(record)
 
     # --- what it is ---
 
@@ -210,7 +208,7 @@ class Cache:
     @property
     def num_views(self) -> int:
         """Views that every shard has, counted from 0."""
-        return min((_contiguous([record.identity.views for record in records]) for records in self.views.values()), default=0)
+        return min((count_contiguous([record.identity.views for record in records]) for records in self.views.values()), default=0)
 
     @property
     def all_shards(self) -> list[str]:
@@ -223,7 +221,7 @@ class Cache:
         layer = self.layer(teacher)
         if target not in layer.targets:
             raise self._missing_target(teacher, target)
-        return min((_contiguous([r.identity.views for r in layer.segments(shard, target)]) for shard in self.views), default=0)
+        return min((count_contiguous([r.identity.views for r in layer.segments(shard, target)]) for shard in self.views), default=0)
 
     def layer(self, teacher: str | None) -> TeacherLayer:
         """The teacher called `teacher`, or the only one. Raises UsageError that lists the names."""
@@ -279,7 +277,7 @@ class Cache:
     def rows(self) -> Rows:
         """All rows, shard after shard in name order."""
         shards = tuple(self.shards)
-        tables = [self.tables[shard][self.tables[shard][:, 3] == 0] for shard in shards]
+        tables = [rows_of_table(self.tables[shard]) for shard in shards]
         counts = [len(table) for table in tables]
         stacked = np.concatenate(tables) if tables else np.zeros((0, 4), np.int64)
         return Rows(
@@ -341,7 +339,7 @@ class Cache:
         for record in records:
             if view in record.identity.views:
                 return record.identity
-        have = [f"{r.identity.views.start} to {r.identity.views.stop - 1}" for r in records]
+        have = [r.identity.views.words for r in records]
         raise MissingError(f"shard {shard}: no view {view}; it has views {', '.join(have)}; run 'kdcache extract' with more --views to add it")
 
     # --- arrays ---
@@ -514,12 +512,9 @@ class Cache:
         from .encodings import TargetShape, build_encoding
 
         card = self.layer(teacher).targets[target].identity
-        shape = TargetShape(
-            num_classes=card.num_classes or 0, grid=card.grid or (0, 0), channels=card.channels or 0, prefix_tokens=card.prefix_tokens or 0
-        )
         where = f"{self.store.url}: teacher {teacher!r}, target {target!r}"
         try:
-            encoding = build_encoding(card.kind, card.encoding, shape)
+            encoding = build_encoding(card.kind, card.encoding, TargetShape.of_card(card))
         except UsageError as error:
             raise CorruptError(f"{where}: its card can't be right: {error}") from error
         if encoding.components() != card.components:
@@ -578,7 +573,7 @@ class Cache:
 
     def render_row(self, shard: str, view: int, row: int) -> Pixels:
         """Render a view from its stored params and the image bytes in its tar, unchecked."""
-        kept = self.tables[shard][self.tables[shard][:, 3] == 0]
+        kept = rows_of_table(self.tables[shard])
         keys = self.keys(shard)
 
         def image_of(number: int) -> Decoded:
@@ -648,7 +643,7 @@ def _most_stored_bytes(size: int) -> int:
     return 8 * size * size + (1 << 16)
 
 
-def _contiguous(ranges: Sequence[ViewRange]) -> int:
+def count_contiguous(ranges: Sequence[ViewRange]) -> int:
     """How many views from 0 on the ranges cover without a gap."""
     count = 0
     for views in sorted(ranges, key=lambda views: views.start):

@@ -15,25 +15,15 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .cache import TeacherLayer, read_calibration
-from .commit import create_document, digest_of_file
+from .cache import MAX_CALIBRATION_BYTES, TeacherLayer, read_calibration
+from .commit import create_document
+from .digests import digest_of_file
 from .encodings import Encoding, build_encoding, default_encoding
 from .errors import CorruptError, MismatchError, TeacherError
-from .format import (
-    DigestField,
-    Document,
-    TailIdentity,
-    TargetIdentity,
-    TeacherIdentity,
-    calibration_path,
-    digest_of_identity,
-    tail_path,
-    tail_weights_path,
-    target_path,
-    teacher_path,
-)
+from .format import DigestField, Document, TailIdentity, TargetIdentity, TeacherIdentity, digest_of_identity
 from .index import drop_index, read_document
 from .jobs import RecordedTarget
+from .paths import calibration_path, tail_path, tail_weights_path, target_path, teacher_path
 from .plan import blake2b_128, require_same
 from .store import Store
 from .tail import MAX_TAIL_BYTES, build_tail, cut_tail, tail_distance
@@ -41,7 +31,6 @@ from .targets import TargetSpec
 from .teacher import Teacher, TeacherTarget
 from .timm_models import built_size_of
 
-_MAX_CALIBRATION_BYTES = 1 << 30
 _MAX_TAIL_DISTANCE = 1e-3
 """Of a tail with its prefix from the teacher, relative L2 in float32: 0 on a CPU, some 1e-4 where a device multiplies in TF32; wrong wiring gives 0.1 and more."""
 
@@ -140,7 +129,7 @@ def _store_calibration(store: Store, teacher_name: str, plan: TargetPlan, statis
         )
     if store.put_new(path, new):
         return [new]
-    found = store.get(path, max_size=_MAX_CALIBRATION_BYTES)
+    found = store.get(path, max_size=MAX_CALIBRATION_BYTES)
     if card is not None or _is_near(plan.encoding, found, statistics):
         return [found]
     store.delete(path)  # no card vouches for it, and it is not what this run would have made
@@ -153,7 +142,7 @@ def _load_calibration(store: Store, teacher_name: str, card: TargetIdentity, at_
     path = calibration_path(teacher_name, card.name)
     for data in at_hand:
         if card.calibration is not None and blake2b_128(data) == card.calibration.digest:
-            if not store.put_new(path, data) and store.get(path, max_size=_MAX_CALIBRATION_BYTES) != data:
+            if not store.put_new(path, data) and store.get(path, max_size=MAX_CALIBRATION_BYTES) != data:
                 store.delete(path)
                 store.put_new(path, data)
             return safetensors.torch.load(data)

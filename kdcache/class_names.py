@@ -54,7 +54,7 @@ def read_class_names(path: str) -> ClassNames:
         raise UsageError(f"class names {path!r}: expected at most {_MAX_BYTES} bytes")
     if path.endswith(".json"):
         try:
-            names = names_of_json(json.loads(text))
+            names = _names_of_json(json.loads(text))
         except (ValueError, RecursionError) as error:
             raise UsageError(f"class names {path!r}: expected JSON: {error}") from error
     else:
@@ -67,7 +67,7 @@ def read_class_names(path: str) -> ClassNames:
     return ClassNames(names, path)
 
 
-def names_of_json(value: Any) -> tuple[str, ...]:
+def _names_of_json(value: Any) -> tuple[str, ...]:
     """A list of names, or {"0": name, …} without a gap; () for anything else."""
     if isinstance(value, dict):
         value = [value.get(str(number)) for number in range(len(value))]
@@ -100,7 +100,7 @@ def _names_in_folder(folder: Path, digest: str, num_classes: int) -> ClassNames 
         config = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    names = names_of_json(config.get("label_names")) if isinstance(config, dict) else ()
+    names = _names_of_json(config.get("label_names")) if isinstance(config, dict) else ()
     if len(names) != num_classes:
         return None
     descriptions = config.get("label_descriptions")

@@ -1,4 +1,4 @@
-"""Writing a cache: groups are spooled, digested and published, then a record makes them exist. Used by extract only.
+"""Writing a cache: groups are spooled, digested and published, then a record makes them exist. Used by whatever adds to one.
 
 The order that makes a kill harmless: spool under a name unique to this attempt, fsync, publish under a name that holds the
 content's digest, create the record if it is absent. No record, no segment; what no record names is garbage.
@@ -6,7 +6,6 @@ content's digest, create the record if it is absent. No record, no segment; what
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import features
 
 from .arrays import GROUP_METADATA, ArraySpec, DigestingFile, ShardWriter, write_array
+from .digests import digest_of_file
 from .errors import CorruptError
 from .format import (
     DigestField,
@@ -33,7 +33,8 @@ from .layout import group_folders
 from .plan import FrozenModel
 from .store import Store
 
-READ_BYTES = 4 << 20
+WRITE_QUEUE_BYTES = 256 << 20
+"""Of chunks that wait to be written."""
 
 _PROVENANCE_PACKAGES = ("kdcache", "numpy", "pillow", "numcodecs", "torch", "timm")
 _PROVENANCE_LIBRARIES = ("libjpeg_turbo", "zlib", "webp")
@@ -46,7 +47,7 @@ class ChunkPool:
     An error on a thread is raised by a later `submit`, and by `GroupWriter.close`.
     """
 
-    def __init__(self, *, num_threads: int, max_bytes: int) -> None:
+    def __init__(self, *, num_threads: int, max_bytes: int = WRITE_QUEUE_BYTES) -> None:
         self._encoders = ThreadPoolExecutor(num_threads, thread_name_prefix="kdcache-encode")
         self._appender = ThreadPoolExecutor(1, thread_name_prefix="kdcache-append")
         self._pending: deque[tuple[Future[None], int]] = deque()
@@ -174,14 +175,6 @@ def publish_group(store: Store, folder: Path, files: Mapping[str, DigestField], 
             store.delete(target)
             store.put_new(target, folder / path)
     return group
-
-
-def digest_of_file(store: Store, path: str) -> DigestField:
-    """Size and digest of an object as it is now. Raises MissingError."""
-    digest, size = hashlib.blake2b(digest_size=16), store.size(path) or 0
-    for offset in range(0, size, READ_BYTES):
-        digest.update(store.get_range(path, offset, min(READ_BYTES, size - offset)))
-    return DigestField(size=size, digest=digest.hexdigest())
 
 
 def unpublish_group(store: Store, group: Group, *, layer: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -36,6 +36,25 @@ def one_line(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {one_line(name): one_line(part) for name, part in value.items()}
     return [one_line(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def counted(number: int, noun: str) -> str:
+    """1 view, 1,200 views."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int | None = None) -> str:
+    """Lines of a table with a head, the columns as wide as they must be; those that are empty below it left out.
+
+    left: of so many columns the cells stand to the left, of the others to the right. Default: of all.
+    """
+    kept = [(number, column) for number, column in enumerate(zip(*rows, strict=True)) if any(column[1:])]
+    padded = [
+        [cell.ljust(width) if left is None or number < left else cell.rjust(width) for cell in column]
+        for number, column in kept
+        for width in [max(map(len, column))]
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
 
 
 def human_bytes(size: float) -> str:

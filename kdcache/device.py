@@ -44,6 +44,18 @@ def share_machine(device: torch.device, launch: Launch) -> torch.device:
 
 
 @contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Within, torch has so many threads; as many as before for None."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def fitting_threads(model: nn.Module, device: torch.device) -> Iterator[None]:
     """On a CPU a small model runs on one thread; the rule looks at the model only, so that a resumed run repeats it.
 
@@ -54,11 +66,8 @@ def fitting_threads(model: nn.Module, device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or threads == 1 or sum(parameter.numel() for parameter in model.parameters()) >= SMALL_MODEL_PARAMETERS:
         yield
         return
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from .augment import Pixels
 from .cache import Cache, Replay
 from .errors import KDCacheError
 from .images import Decoded, as_pillow
+from .index import rows_of_table
 from .plan import ViewPlan
 from .shards import ShardFiles, ShardIndex, ShardSource, digest_of_images
 from .views import Resizer, pixel_digest, resize_torch
@@ -38,7 +39,7 @@ def member_differences(cache: Cache, index: ShardIndex) -> str:
     """In words, how the tar's samples differ from the rows of the cache: keys, labels, places and sizes. Raises CacheError for damaged groups."""
     shard = index.source.name
     table = cache.table_from_group(cache.views[shard][0].identity)
-    rows = dict(zip(cache.keys(shard), table[table[:, 3] == 0].tolist(), strict=True))
+    rows = dict(zip(cache.keys(shard), rows_of_table(table).tolist(), strict=True))
     skipped = {skip.key for skip in cache.views[shard][0].identity.skipped}
     found = {sample.key: sample for sample in index.samples}
     words: list[str] = []

@@ -22,6 +22,15 @@ A message says what was expected, what was found, in which shard and key, and wh
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """For a message on a name that is not known: '; did you mean …?' where one of `known` is near, else ''."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
 
 class KDCacheError(Exception):
     """Base of all errors that kdcache raises on purpose."""

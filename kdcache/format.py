@@ -1,6 +1,6 @@
-"""Format v1, the JSON half: the documents that make a cache, their digests and names. `FORMAT.md` is the normative text.
+"""Format v1, the JSON half: the documents that make a cache, and their digests. `FORMAT.md` is the normative text.
 
-Flow: extract writes these documents (`kdcache.commit`), every reader parses them (`kdcache.cache`), verify proves them.
+Flow: extract writes these documents (`kdcache.commit`), every reader parses them (`kdcache.index`), verify proves them. Where they lie: `kdcache.paths`.
 Each document carries two digests: `identity_digest` of what it *is* (which its parent holds, up to the root), and
 `file_digest` of every byte of the file. A document is trusted only through `parse_document`, which checks both.
 """
@@ -8,8 +8,6 @@ Each document carries two digests: `identity_digest` of what it *is* (which its 
 from __future__ import annotations
 
 import json
-import re
-import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +16,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import CorruptError, FormatVersionError, UsageError
+from .errors import CorruptError, FormatVersionError
 from .plan import FrozenModel, ViewPlan, blake2b_128, canonical_json, explain_validation_error
 
 FORMAT_VERSION = 1
@@ -85,6 +83,10 @@ class Group(FrozenModel):
             raise ValueError(f"group name {self.name!r} is not a plain name")
         return self
 
+    def size_of(self, folder: str = "") -> int:
+        """Bytes of its files, or of those below a folder of it."""
+        return sum(field.size for path, field in self.files.items() if not folder or path.startswith(f"{folder}/"))
+
 
 def digest_of_files(files: Mapping[str, DigestField]) -> Digest:
     """The digest of a group: of the canonical JSON of its file table."""
@@ -111,6 +113,16 @@ class ViewRange(FrozenModel):
         if self.start >= self.stop:
             raise ValueError(f"an empty range of views: start {self.start}, stop {self.stop}")
         return self
+
+    @property
+    def numbers(self) -> range:
+        """The views themselves."""
+        return range(self.start, self.stop)
+
+    @property
+    def words(self) -> str:
+        """'0 to 3': from the first to the last."""
+        return f"{self.start} to {self.stop - 1}"
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -503,73 +515,6 @@ def document_from_body(body: Mapping[str, Any], identity_type: type[IdentityT], 
     if body.get("identity_digest") != digest:
         raise CorruptError(f"{where}: identity_digest does not match the identity; {REPAIR}")
     return Document(kind=kind, identity=identity, measured=measured, provenance=provenance, file_digest=str(body.get("file_digest")))
-
-
-# --- names -----------------------------------------------------------------------------------------------------------
-
-
-def name_on_disk(shard: str) -> str:
-    """The shard's name as it stands in file names: characters outside [A-Za-z0-9._-] percent-encoded, also a leading dot."""
-    quoted = urllib.parse.quote(shard.encode("utf-8", "surrogateescape"), safe="._-")
-    quoted = quoted.replace("~", "%7E")
-    return "%2E" + quoted[1:] if quoted.startswith(".") else quoted
-
-
-def segment_id(description: Mapping[str, Any]) -> str:
-    """12 hex digits: the digest of what one run adds to one shard of one layer."""
-    return blake2b_128(canonical_json(dict(description)))[:12]
-
-
-def views_segment_id(views: ViewRange) -> str:
-    """Segment id in the views layer."""
-    return segment_id({"views": [views.start, views.stop]})
-
-
-def targets_segment_id(targets: Mapping[str, Digest], views: ViewRange) -> str:
-    """Segment id in a teacher's layer: targets with their cards' digests × views."""
-    return segment_id({"targets": dict(targets), "views": [views.start, views.stop]})
-
-
-TEACHER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def check_teacher_name(name: str) -> str:
-    """`name` if it can be a folder's name. Raises UsageError."""
-    if not TEACHER_NAME.fullmatch(name):
-        raise UsageError(f"teacher name {name!r}: expected letters, digits, '.', '_' and '-', starting with a letter or digit; pass --name")
-    return name
-
-
-def views_record_path(shard: str, views: ViewRange) -> str:
-    return f"views/{name_on_disk(shard)}.{views_segment_id(views)}.json"
-
-
-def targets_record_path(teacher: str, shard: str, targets: Mapping[str, Digest], views: ViewRange) -> str:
-    return f"teachers/{teacher}/{name_on_disk(shard)}.{targets_segment_id(targets, views)}.json"
-
-
-def source_path(source: SourceIdentity) -> str:
-    return f"sources/{digest_of_identity(source)[:12]}.json"
-
-
-def teacher_path(teacher: str) -> str:
-    return f"teachers/{teacher}/teacher.json"
-
-
-def tail_path(teacher: str) -> str:
-    return f"teachers/{teacher}/tail.json"
-
-
-def tail_weights_path(teacher: str) -> str:
-    return f"teachers/{teacher}/tail.safetensors"
-
-
-def target_path(teacher: str, target: str) -> str:
-    return f"teachers/{teacher}/targets/{target}.json"
-
-
-def calibration_path(teacher: str, target: str) -> str:
-    return f"teachers/{teacher}/targets/{target}.calibration.safetensors"
 
 
 def root_digest(*, cache: Digest, views: Mapping[str, Digest], teachers: Mapping[str, Mapping[str, Any]]) -> Digest:

@@ -16,7 +16,6 @@ import numpy as np
 from .errors import CacheError, CorruptError, MisplacedError, MissingError, NotACacheError
 from .format import (
     FORMAT_VERSION,
-    TEACHER_NAME,
     ZERO_DIGEST,
     CacheIdentity,
     Document,
@@ -32,11 +31,8 @@ from .format import (
     parse_sealed_json,
     root_digest,
     seal_json,
-    source_path,
-    target_path,
-    targets_record_path,
-    views_record_path,
 )
+from .paths import TEACHER_NAME, source_path, target_path, targets_record_path, views_record_path
 from .plan import FrozenModel, blake2b_128
 from .store import Store
 
@@ -45,6 +41,12 @@ MAX_DOCUMENT_BYTES = 64 << 20
 
 TABLE_COLUMNS = ("offset", "size", "label", "skip")
 """Of the int64 table: image bytes in the tar, label (-1: none), 1 for a sample that has no row."""
+
+
+def rows_of_table(table: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """int64 (rows, len(TABLE_COLUMNS)) of a shard's samples that have a row, in row order. table: (samples, len(TABLE_COLUMNS))."""
+    rows: np.ndarray[Any, Any] = table[table[:, TABLE_COLUMNS.index("skip")] == 0]
+    return rows
 
 
 def identity_type_of(path: str) -> type[FrozenModel] | None:

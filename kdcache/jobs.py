@@ -25,30 +25,16 @@ from .device import fitting_threads
 from .encodings import Encoding
 from .errors import DriftError, TeacherError
 from .fidelity import Fidelity, combine_fidelity
-from .format import (
-    Digest,
-    Document,
-    Group,
-    Skipped,
-    TargetIdentity,
-    TargetsIdentity,
-    ViewRange,
-    ViewsIdentity,
-    digest_of_pixels,
-    name_on_disk,
-    targets_record_path,
-    targets_segment_id,
-    views_record_path,
-    views_segment_id,
-)
+from .format import Digest, Document, Group, Skipped, TargetIdentity, TargetsIdentity, ViewRange, ViewsIdentity, digest_of_pixels
 from .layout import key_bytes_spec, keys_to_arrays, row_spec, target_specs
+from .paths import name_on_disk, targets_record_path, targets_segment_id, views_record_path, views_segment_id
 from .plan import ViewPlan, blake2b_128
 from .rendering import Neighbours, RenderedBlock, RenderTask
 from .shards import Sample, ShardIndex, digest_of_images
 from .store import Store
 from .storing import ViewsWriter
 from .teacher import Teacher, TeacherTarget
-from .views import PARAM_FIELDS
+from .view_params import PARAM_FIELDS
 
 _MIX_MODE, _MIX_PARTNER, _MIX_LAMBDA = (PARAM_FIELDS.index(name) for name in ("mix_mode", "mix_partner", "mix_lambda"))
 
@@ -78,7 +64,7 @@ class Missing:
     def all_views(self) -> tuple[int, ...]:
         """Every view that must be rendered, in order."""
         ranges = [*self.views, *(views for _, views in self.segments)]
-        return tuple(sorted({view for views in ranges for view in range(views.start, views.stop)}))
+        return tuple(sorted({view for views in ranges for view in views.numbers}))
 
 
 def find_missing(
@@ -142,7 +128,7 @@ class TargetSegment:
         self._pixels.append(pixels.flatten(0, 1))
         self._labels += labels.ravel().tolist()
         self._mixed += mixed.ravel().tolist()
-        self._keys += [(key, view) for key in keys for view in range(self.views.start, self.views.stop)]
+        self._keys += [(key, view) for key in keys for view in self.views.numbers]
         while len(self._labels) >= self._batch_size:
             self._run_batch(teacher, self._batch_size)
 
@@ -200,11 +186,12 @@ class TargetSegment:
 class JobResult:
     """What a finished job added."""
 
-    rows: int
-    skipped: int
     size_bytes: int
+    """Of groups that this job published."""
     documents: dict[str, Document[Any]]
+    """Path → record, made by it or by who was faster."""
     table: np.ndarray[Any, Any]
+    """int64 (samples, 4), as `kdcache.index.TABLE_COLUMNS`."""
 
 
 @dataclass
@@ -286,7 +273,7 @@ class ShardJob:
         columns = {view: column for column, view in enumerate(block.task.views)}
         self._compare_known(block, rows, columns)
         for views, writer in zip(self.missing.views, self._views_writers, strict=True):
-            writer.append_block(block, [columns[view] for view in range(views.start, views.stop)])
+            writer.append_block(block, [columns[view] for view in views.numbers])
         self._digests.append(block.digests)
         self._image_crcs.append(block.image_crcs)
         self._kept += [position for position, _ in rows]
@@ -334,20 +321,17 @@ class ShardJob:
         documents: dict[str, Document[Any]] = {}
         size_bytes = 0
         pixels = self._pixels_by_view()
-        first = self.known
         for views, writer in zip(self.missing.views, self._views_writers, strict=True):
             path, document, size = self._commit_views(views, writer, pixels, provenance)
             documents[path] = document
             size_bytes += size
-            first = first or document.identity
         for segment in self.segments:
             assert teacher_name is not None and teacher_digest is not None
             path, targets_document, size = self._commit_targets(segment, pixels, teacher_name, teacher_digest, provenance)
             documents[path] = targets_document
             size_bytes += size
         self.store.drop_spool(self.spool)
-        assert first is not None
-        return JobResult(self.rows, len(first.skipped), size_bytes, documents, self._table())
+        return JobResult(size_bytes, documents, self._table())
 
     def _pixels_by_view(self) -> dict[int, Digest]:
         digests = np.concatenate(self._digests) if self._digests else np.zeros((0, len(self.rendered_views)), np.uint64)
@@ -365,38 +349,21 @@ class ShardJob:
     def _commit_views(
         self, views: ViewRange, writer: GroupWriter, pixels: Mapping[int, Digest], provenance: Mapping[str, Any]
     ) -> tuple[str, Document[ViewsIdentity], int]:
-        rows = [self.index.samples[position] for position in self._kept]
-        samples = len(self.index.samples)
-        data, ends = keys_to_arrays([sample.key for sample in rows])
-        writer.add_array(key_bytes_spec(len(data)), data)
-        columns = {
-            "keys/ends": ends,
-            "labels": [sample.label for sample in rows],
-            "image/offset": [sample.image_offset for sample in rows],
-            "image/size": [sample.image_size for sample in rows],
-        }
-        for name, values in columns.items():
-            writer.add_array(row_spec(name, samples), np.asarray(values, np.int64))
+        self._add_rows(writer)
         files = writer.close()
         shard = self.index.source.name
         stem = f"{name_on_disk(shard)}.{views_segment_id(views)}"
         group = publish_group(self.store, self.spool / f"views-{views.start}", files, layer="views", stem=stem)
-        problems = [
-            Skipped(key=sample.key, index=position, reason=sample.problem)
-            for position, sample in enumerate(self.index.samples)
-            if sample.problem is not None
-        ]
-        skipped = self.known.skipped if self.known is not None else tuple(sorted([*self._skipped, *problems], key=lambda skip: skip.index))
         identity = ViewsIdentity(
             shard=shard,
             views=views,
             plan=self.plan.fingerprint,
             member_table=self.index.member_table,
-            samples=samples,
+            samples=len(self.index.samples),
             rows=self.rows,
-            skipped=skipped,
+            skipped=self._all_skipped(),
             cut=self.index.cut,
-            pixels_by_view=tuple(pixels[view] for view in range(views.start, views.stop)),
+            pixels_by_view=tuple(pixels[view] for view in views.numbers),
             group=group,
         )
         path = views_record_path(shard, views)
@@ -421,7 +388,32 @@ class ShardJob:
                 f"shard {shard}: another run has just recorded other views for it; both must decode and encode alike: {remedy}compare the versions"
                 f" of {', '.join(self.plan.packages)}"
             )
-        return path, document, _group_bytes(document.identity.group) if created else 0
+        return path, document, document.identity.group.size_of() if created else 0
+
+    def _add_rows(self, writer: GroupWriter) -> None:
+        """The arrays of one number a row, and the keys."""
+        rows = [self.index.samples[position] for position in self._kept]
+        data, ends = keys_to_arrays([sample.key for sample in rows])
+        writer.add_array(key_bytes_spec(len(data)), data)
+        columns = {
+            "keys/ends": ends,
+            "labels": [sample.label for sample in rows],
+            "image/offset": [sample.image_offset for sample in rows],
+            "image/size": [sample.image_size for sample in rows],
+        }
+        for name, values in columns.items():
+            writer.add_array(row_spec(name, len(self.index.samples)), np.asarray(values, np.int64))
+
+    def _all_skipped(self) -> tuple[Skipped, ...]:
+        """Samples without a row, in tar order: those of before if the shard is known, else what headers and decoder refused."""
+        if self.known is not None:
+            return self.known.skipped
+        problems = [
+            Skipped(key=sample.key, index=position, reason=sample.problem)
+            for position, sample in enumerate(self.index.samples)
+            if sample.problem is not None
+        ]
+        return tuple(sorted([*self._skipped, *problems], key=lambda skip: skip.index))
 
     def _commit_targets(
         self, segment: TargetSegment, pixels: Mapping[int, Digest], teacher_name: str, teacher_digest: Digest, provenance: Mapping[str, Any]
@@ -439,13 +431,13 @@ class ShardJob:
             member_table=self.index.member_table,
             samples=len(self.index.samples),
             rows=self.rows,
-            pixels=digest_of_pixels({view: pixels[view] for view in range(views.start, views.stop)}),
+            pixels=digest_of_pixels({view: pixels[view] for view in views.numbers}),
             group=group,
         )
         path = targets_record_path(teacher_name, shard, cards, views)
         document, created = create_document(self.store, path, identity, measured=segment.measured(), provenance=provenance)
         self._settle(document.identity.group, group, created, layer=layer)
-        return path, document, _group_bytes(document.identity.group) if created else 0
+        return path, document, document.identity.group.size_of() if created else 0
 
     def _settle(self, recorded: Group, ours: Group, created: bool, *, layer: str) -> None:
         """The loser of a race for a record removes its own group and goes on with the winner's."""
@@ -457,7 +449,3 @@ class ShardJob:
         for writer in [*self._views_writers, *(segment.writer for segment in self.segments)]:
             writer.abandon()
         self.store.drop_spool(self.spool)
-
-
-def _group_bytes(group: Group) -> int:
-    return sum(field.size for field in group.files.values())

@@ -17,6 +17,9 @@ from .errors import UsageError
 
 ItemT = TypeVar("ItemT")
 
+MOST_WORKERS = 8
+"""By default: more seldom load faster, and each takes memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
@@ -37,6 +40,11 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
+
+
+def default_workers(cores: int) -> int:
+    """Loading or decoding processes where the user names no number: one a core, at most 8."""
+    return min(MOST_WORKERS, cores)
 
 
 def read_launch(environ: Mapping[str, str] | None = None) -> Launch:

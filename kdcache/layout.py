@@ -16,7 +16,7 @@ import numpy as np
 from .arrays import ArraySpec, array_spec
 from .format import TargetIdentity
 from .plan import ViewPlan
-from .views import PARAM_FIELDS
+from .view_params import PARAM_FIELDS
 
 ROW_ARRAYS = {"keys/ends": "int64", "labels": "int64", "image/offset": "int64", "image/size": "int64"}
 """Arrays of the views group with one number a row and no views axis."""

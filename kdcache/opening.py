@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from .cache import MAX_CALIBRATION_BYTES, Cache, TeacherLayer
+from .digests import digest_of_file
 from .errors import CacheError, CorruptError, MissingError
-from .format import TailIdentity, TargetsIdentity, calibration_path, digest_of_pixels, tail_weights_path
+from .format import TailIdentity, TargetsIdentity, digest_of_pixels
 from .index import is_current, load_documents, write_index
+from .paths import calibration_path, tail_weights_path
 from .plan import blake2b_128
 from .sources import locate_shards
 from .store import Store, open_store
 
-_TAIL_READ_BYTES = 4 << 20
 _TAIL_REMEDY = "run 'kdcache extract' again with the same teacher and --for to write it again; it must come out the same"
 _CALIBRATION_REMEDY = "run 'kdcache extract' again with the same teacher, batch size and device to compute it again; it must come out the same"
 
@@ -45,15 +46,12 @@ def open_cache(path: str | os.PathLike[str], *, data: str | os.PathLike[str] | S
 def check_tail_weights(store: Store, teacher: str, card: TailIdentity) -> None:
     """Raise MissingError or CorruptError if a tail's file is not the one that its card names. Reads all of it, in pieces."""
     path, expected = tail_weights_path(teacher), card.weights
-    size = store.size(path)
-    if size is None:
+    if store.size(path) is None:
         raise MissingError(f"{store.url}/{path} is missing; {_TAIL_REMEDY}")
-    digest = hashlib.blake2b(digest_size=16)
-    for offset in range(0, size, _TAIL_READ_BYTES):
-        digest.update(store.get_range(path, offset, min(_TAIL_READ_BYTES, size - offset)))
-    if (size, digest.hexdigest()) != (expected.size, expected.digest):
+    found = digest_of_file(store, path)
+    if found != expected:
         raise CorruptError(
-            f"{store.url}/{path}: bytes were changed: expected digest {expected.digest}, found {digest.hexdigest()}; delete the file, then {_TAIL_REMEDY}"
+            f"{store.url}/{path}: bytes were changed: expected digest {expected.digest}, found {found.digest}; delete the file, then {_TAIL_REMEDY}"
         )
 
 
@@ -65,9 +63,9 @@ def open_to_write(path: str | os.PathLike[str]) -> Cache:
     store = open_store(path)
     documents, _ = load_documents(store, use_index=False)
     cache = Cache(store, documents)
-    for kind, text, _shard in document_problems(cache):
-        if kind != "missing":
-            raise CorruptError(f"{store.url}: {text}; run 'kdcache verify' on the cache")
+    for problem in document_problems(cache):
+        if problem.kind != "missing":
+            raise CorruptError(f"{store.url}: {problem.text}; run 'kdcache verify' on the cache")
     return cache
 
 
@@ -81,41 +79,49 @@ def refresh_index(path: str | os.PathLike[str]) -> Cache:
 
 def check_documents(cache: Cache) -> Cache:
     """The cache. Raises CorruptError where its documents do not agree with each other."""
-    for _kind, text, _shard in document_problems(cache):
-        raise CorruptError(f"{cache.store.url}: {text}; run 'kdcache verify' on the cache")
+    for problem in document_problems(cache):
+        raise CorruptError(f"{cache.store.url}: {problem.text}; run 'kdcache verify' on the cache")
     return cache
 
 
-def document_problems(cache: Cache) -> list[tuple[str, str, str]]:
-    """What documents say of each other and do not agree on: (kind of problem, text, shard). Empty for a sound cache.
+class DocumentProblem(NamedTuple):
+    """Something that two documents do not agree on."""
 
-    kind is 'plan', 'teacher', or 'missing' for targets without their views: that one an extraction mends.
-    """
-    problems: list[tuple[str, str, str]] = []
+    kind: Literal["plan", "teacher", "missing"]
+    """missing: targets without their views, which an extraction mends."""
+    text: str
+    shard: str = ""
+    """'' for what is of no shard."""
+
+
+def document_problems(cache: Cache) -> list[DocumentProblem]:
+    """What documents say of each other and do not agree on. Empty for a sound cache."""
+    problems: list[DocumentProblem] = []
     for shard, records in cache.views.items():
         first = records[0].identity
         for document in records:
             record = document.identity
             if record.plan != cache.fingerprint:
-                problems.append(("plan", f"shard {shard}: its views are of plan {record.plan}, the cache's plan is {cache.fingerprint}", shard))
+                problems.append(
+                    DocumentProblem("plan", f"shard {shard}: its views are of plan {record.plan}, the cache's plan is {cache.fingerprint}", shard)
+                )
             if (record.member_table, record.samples, record.rows, record.skipped) != (first.member_table, first.samples, first.rows, first.skipped):
-                problems.append(("plan", f"shard {shard}: two views records are of different tars or skip different samples", shard))
+                problems.append(DocumentProblem("plan", f"shard {shard}: two views records are of different tars or skip different samples", shard))
     for name, layer in cache.teachers.items():
         if layer.tail is not None and layer.tail.identity.teacher != layer.document.identity_digest:
             problems.append(
-                (
+                DocumentProblem(
                     "teacher",
                     f"teacher {name!r}: its tail is of a teacher with identity {layer.tail.identity.teacher}, expected {layer.document.identity_digest}",
-                    "",
                 )
             )
-        for shard, targets_records in layer.records.items():
+        for targets_records in layer.records.values():
             for targets_document in targets_records:
-                problems += [(kind, text, shard) for kind, text in _targets_problems(cache, name, layer, targets_document.identity)]
+                problems += _targets_problems(cache, name, layer, targets_document.identity)
     return problems
 
 
-def _targets_problems(cache: Cache, name: str, layer: TeacherLayer, record: TargetsIdentity) -> list[tuple[str, str]]:
+def _targets_problems(cache: Cache, name: str, layer: TeacherLayer, record: TargetsIdentity) -> list[DocumentProblem]:
     shard = record.shard
     found: list[str] = []
     if record.teacher != layer.document.identity_digest:
@@ -127,10 +133,10 @@ def _targets_problems(cache: Cache, name: str, layer: TeacherLayer, record: Targ
         if card is None or card.identity_digest != digest:
             found.append(f"shard {shard}: teacher {name!r}, target {target!r}: the record names a card that is not there")
     try:
-        views = [cache.views_record(shard, view) for view in range(record.views.start, record.views.stop)]
+        views = [cache.views_record(shard, view) for view in record.views.numbers]
     except CacheError as error:
         text = f"shard {shard}: teacher {name!r} has targets of views that are not there ({error})"
-        return [("missing", text), *(("teacher", one) for one in found)]
+        return [DocumentProblem("missing", text, shard), *(DocumentProblem("teacher", one, shard) for one in found)]
     pixels = {view: one.pixels_by_view[view - one.views.start] for view, one in enumerate(views, start=record.views.start)}
     if (record.rows, record.samples, record.member_table) != (
         views[0].rows,
@@ -138,4 +144,4 @@ def _targets_problems(cache: Cache, name: str, layer: TeacherLayer, record: Targ
         views[0].member_table,
     ) or record.pixels != digest_of_pixels(pixels):
         found.append(f"shard {shard}: teacher {name!r} saw other rows or pixels than the views record holds")
-    return [("teacher", one) for one in found]
+    return [DocumentProblem("teacher", one, shard) for one in found]

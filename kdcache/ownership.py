@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import CacheError, KDCacheError
-from .format import DigestField, Document, calibration_path, tail_weights_path
+from .format import DigestField, Document
 from .index import index_paths, read_index
+from .paths import calibration_path, tail_weights_path, teacher_of
 from .store import Store
 
 GarbageKind = Literal["group", "index", "spool", "file"]
@@ -27,10 +28,9 @@ def owned_files(documents: Mapping[str, Document[Any]]) -> dict[str, tuple[Diges
         if group is not None:
             owned |= {f"{group_path(path, document)}/{name}": (field, document.identity.shard) for name, field in group.files.items()}
         elif document.kind == "target" and document.identity.calibration is not None:
-            teacher = path.split("/")[1]
-            owned[calibration_path(teacher, document.identity.name)] = (document.identity.calibration, "")
+            owned[calibration_path(teacher_of(path), document.identity.name)] = (document.identity.calibration, "")
         elif document.kind == "tail":
-            owned[tail_weights_path(path.split("/")[1])] = (document.identity.weights, "")
+            owned[tail_weights_path(teacher_of(path))] = (document.identity.weights, "")
     return owned
 
 

@@ -1,7 +1,7 @@
 """The view plan: everything that decides which pixels the teacher sees. Read by both stages, before anything else.
 
 A cache holds exactly one plan. Its fingerprint is the BLAKE2b-128 of its canonical JSON, so that two caches with the
-same fingerprint hold the same views, whoever made them. This file is data only; `kdcache.views` draws and renders from it.
+same fingerprint hold the same views, whoever made them. This file is data only; `kdcache.draws` draws from it, `kdcache.views` renders.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import MismatchError
 
 DRAW_VERSION = 1
-"""Bumped whenever `kdcache.views.draw` maps the same random words to other parameters."""
+"""Bumped whenever `kdcache.draws.draw` maps the same random words to other parameters."""
 
 
 def canonical_json(value: Any) -> bytes:

@@ -6,7 +6,6 @@ The plan keeps the policy's values, not the file's name, so that two files which
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .errors import UsageError
+from .errors import UsageError, did_you_mean
 from .plan import (
     POLICIES,
     CenterCrop,
@@ -47,7 +46,7 @@ def parse_policy(text: str) -> Policy:
     if text.lower().endswith((".yaml", ".yml")):
         return load_policy(text)
     names = ", ".join(POLICIES)
-    raise UsageError(f"augmentation policy {text!r} is not known{_suggest(text, POLICIES)}; expected one of: {names}, or a FILE.yaml")
+    raise UsageError(f"augmentation policy {text!r} is not known{did_you_mean(text, POLICIES)}; expected one of: {names}, or a FILE.yaml")
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:
@@ -62,7 +61,7 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
     if "base" in given:
         name = given.pop("base")
         if not isinstance(name, str) or name not in POLICIES:
-            raise UsageError(f"{where}: base: expected one of: {', '.join(POLICIES)}, found {name!r:.80}{_suggest(str(name), POLICIES)}")
+            raise UsageError(f"{where}: base: expected one of: {', '.join(POLICIES)}, found {name!r:.80}{did_you_mean(str(name), POLICIES)}")
         base = POLICIES[name].to_json()
     _check_keys(given, base, where)
     try:
@@ -96,7 +95,7 @@ def _check_fields(given: Mapping[Any, Any], model: type[FrozenModel], prefix: st
     known = [*more, *model.model_fields]
     for name in given:
         if name not in known:
-            raise UsageError(f"{where}: {prefix}{name}: there is no such key{_suggest(str(name), known)}; the keys here are: {', '.join(known)}")
+            raise UsageError(f"{where}: {prefix}{name}: there is no such key{did_you_mean(str(name), known)}; the keys here are: {', '.join(known)}")
 
 
 def _changed(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,8 +107,3 @@ def _changed(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
             value = {**before, **value}
         result[name] = value
     return result
-
-
-def _suggest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

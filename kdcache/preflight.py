@@ -17,15 +17,23 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
+from .draws import draw
 from .encodings import Calibrator, TargetShape
 from .errors import ShardError
 from .images import UnreadableImageError, decode_image, size_of
+from .index import rows_of_table
 from .plan import ViewPlan
 from .shards import ShardFiles, ShardIndex, ShardSource
 from .stored_views import as_stored
 from .teacher import Teacher, TeacherTarget
-from .views import draw, render
+from .views import render
 
+CALIBRATION_VIEWS = 256
+"""Over which channel statistics are taken: a lost calibration is made again of as many."""
+ACCURACY_VIEWS = 64
+"""For the teacher's accuracy alone."""
+TAIL_VIEWS = 8
+"""That a tail is tried on."""
 MAX_BYTES = 512 << 20
 """Views held at once."""
 SPREAD = 8
@@ -101,7 +109,7 @@ def _stored_views(cache: Cache | None, shard: str, count: int) -> tuple[list[np.
     if cache is None or not any(0 in record.identity.views for record in records):
         return None
     table = cache.table_from_group(records[0].identity)
-    labels = table[table[:, 3] == 0, 2][:count].tolist()
+    labels = rows_of_table(table)[:count, 2].tolist()
     rows = range(len(labels))
     labels = [label if params.mix is None else -1 for label, params in zip(labels, cache.read_params(shard, 0, rows), strict=True)]
     return list(cache.read_stored(shard, 0, rows)), labels

@@ -23,12 +23,14 @@ from torch.utils.data import DataLoader, Dataset
 from .arrays import ByteLRU
 from .augment import Pixels
 from .cache import Cache
+from .draws import draw, draw_mix
 from .errors import KDCacheError
 from .images import Decoded, UnreadableImageError, decode_image, size_of
 from .plan import ViewPlan
 from .shards import Sample, ShardFiles, ShardIndex, ShardSource
 from .stored_views import as_stored
-from .views import PARAM_FIELDS, Mix, draw, draw_mix, pixel_digest, render
+from .view_params import PARAM_FIELDS, Mix
+from .views import pixel_digest, render
 from .workers import hand_over, iterate
 
 BLOCK_BYTES = 8 << 20

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .format import name_on_disk
+from .paths import name_on_disk
 from .shards import ShardSource, printable
 
 Shards = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]

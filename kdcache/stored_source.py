@@ -1,4 +1,4 @@
-"""Growing a cache from the views that it stores, after its tars are gone: which shards are meant, and what they held. Used by extract only.
+"""Growing a cache from the views that it stores, after its tars are gone: which shards are meant, and what they held. Used by extract and repair.
 
 A cache that stores its views remembers of each shard where its tar lay, its keys, labels and skipped samples: all that a further
 target or teacher needs. More views need the tars.

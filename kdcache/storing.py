@@ -1,4 +1,4 @@
-"""The views group of one segment being spooled: params, pixel digests and, if the plan says so, the views themselves. Used by extract only.
+"""The views group of one segment being spooled: params, pixel digests and, if the plan says so, the views themselves. Used by extract and repair.
 
 Stored views pass through in constant memory: `raw` by chunks of a view, images of variable length by a stream whose last,
 partial chunk is kept until more comes.

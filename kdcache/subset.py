@@ -30,21 +30,13 @@ from .arrays import (
     stream_spec,
 )
 from .cache import Cache
-from .commit import READ_BYTES, create_document, publish_group, unpublish_group
+from .commit import create_document, publish_group, unpublish_group
+from .digests import read_pieces
 from .errors import CorruptError, MismatchError
-from .format import (
-    DigestField,
-    Document,
-    Group,
-    TargetsIdentity,
-    ViewRange,
-    ViewsIdentity,
-    digest_of_pixels,
-    targets_record_path,
-    views_record_path,
-)
+from .format import DigestField, Document, Group, TargetsIdentity, ViewRange, ViewsIdentity, digest_of_pixels
 from .index import MAX_DOCUMENT_BYTES, read_document
 from .layout import STORED_BYTES, STORED_SPAN, grows_with_views, has_views_axis
+from .paths import targets_record_path, views_record_path
 from .plan import require_same
 from .store import Store
 
@@ -183,7 +175,7 @@ def _cut_identity(cache: Cache, part: Part, group: Group) -> Any:
         first = views.start - identity.views.start
         changes["pixels_by_view"] = identity.pixels_by_view[first : first + len(views)]
     else:
-        records = {view: cache.views_record(identity.shard, view) for view in range(views.start, views.stop)}
+        records = {view: cache.views_record(identity.shard, view) for view in views.numbers}
         changes["targets"] = dict(part.targets)
         changes["pixels"] = digest_of_pixels({view: record.pixels_by_view[view - record.views.start] for view, record in records.items()})
     return type(identity).model_validate(identity.model_copy(update=changes).to_json())
@@ -271,7 +263,7 @@ def _cut_array(cache: Cache, part: Part, name: str, folder: Path, advance: Advan
     writer = ShardWriter(folder, replace(spec, views=len(part.views)))
     try:
         for block in range(spec.num_blocks(rows)):
-            for view in range(part.views.start, part.views.stop):
+            for view in part.views.numbers:
                 writer.append(reader.read_encoded(view - first, block))
         return writer.close(rows)
     finally:
@@ -387,8 +379,7 @@ def _pieces(store: Store, path: str, field: DigestField) -> Iterator[bytes]:
     size = store.size(path)
     if size is not None and size != field.size:
         raise CorruptError(f"{store.url}/{path} has {size} bytes, expected {field.size}; {_REMEDY}")
-    for offset in range(0, field.size, READ_BYTES):
-        yield store.get_range(path, offset, min(READ_BYTES, field.size - offset))
+    yield from read_pieces(store, path, field.size)
 
 
 def _require_digest(store: Store, path: str, field: DigestField, found: str) -> None:

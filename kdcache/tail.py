@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CorruptError, MissingError, TeacherError
-from .format import TailIdentity, tail_weights_path
+from .format import TailIdentity
 from .nodes import to_tokens
+from .paths import tail_weights_path
 from .plan import blake2b_128
 from .timm_models import SAFETENSORS_ERRORS, bounded_modules, build_model, check_described_model
 

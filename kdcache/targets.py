@@ -73,11 +73,6 @@ def canonical_encoding(text: str | None) -> str | None:
     return f"{name}={plain}"
 
 
-def parse_targets(texts: Iterable[str]) -> list[TargetSpec]:
-    """`merge_targets` of what the texts say."""
-    return merge_targets(parse_target(text) for text in texts)
-
-
 def merge_targets(given: Iterable[TargetSpec]) -> list[TargetSpec]:
     """All specs, one a name: what one leaves open another may say, and the most views win. Raises UsageError when one name is given two encodings."""
     specs: dict[str, TargetSpec] = {}

@@ -8,12 +8,10 @@ so a copy that was killed is continued by the same command.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -22,19 +20,11 @@ from kdcache.cache import Cache, TeacherLayer
 from kdcache.commit import create_document
 from kdcache.console import human_bytes, human_seconds, say
 from kdcache.errors import StoreError, UsageError
-from kdcache.format import (
-    DigestField,
-    Document,
-    SourceIdentity,
-    calibration_path,
-    source_path,
-    tail_path,
-    tail_weights_path,
-    target_path,
-    teacher_path,
-)
+from kdcache.format import DigestField, Document, SourceIdentity
 from kdcache.index import MAX_DOCUMENT_BYTES, drop_index, is_current, load_documents, read_document
+from kdcache.launch import available_cores
 from kdcache.opening import check_documents, refresh_index
+from kdcache.paths import calibration_path, source_path, tail_path, tail_weights_path, target_path, teacher_path
 from kdcache.plan import require_same
 from kdcache.store import Store, open_store
 from kdcache.subset import Part, Selection, commit_part, copy_file, parts_of
@@ -94,7 +84,7 @@ def copy(config: CopyConfig, *, progress: bool = False) -> CopySummary:
     _check_apart(cache.store, dest)
     with dest.hold():
         missing = _check_destination(dest, cache, selection, parts)
-        _check_space(config.dest, missing)
+        _check_space(dest, missing)
         dest.sweep_spools()
         summary = CopySummary(segments=len(parts), cut_segments=sum(not part.is_whole for part in parts), resumed_segments=len(parts) - len(missing))
         _copy_documents(cache, selection, dest)
@@ -184,14 +174,11 @@ def _teacher_documents(cache: Cache, name: str, selection: Selection) -> list[st
     return [teacher_path(name), *tail, *(target_path(name, target) for target in sorted(selection.targets[name]))]
 
 
-def _check_space(dest: str, missing: Sequence[Part]) -> None:
+def _check_space(dest: Store, missing: Sequence[Part]) -> None:
     """Refuse what can't fit before a byte is written."""
-    folder = Path(dest).expanduser().absolute()
-    while not folder.exists():
-        folder = folder.parent
-    needed, free = sum(part.size for part in missing), shutil.disk_usage(folder).free
-    if needed > free:
-        raise StoreError(f"{dest}: the copy needs about {human_bytes(needed)}, {human_bytes(free)} are free; free space, or copy less")
+    needed, free = sum(part.size for part in missing), dest.free_bytes()
+    if free is not None and needed > free:
+        raise StoreError(f"{dest.url}: the copy needs about {human_bytes(needed)}, {human_bytes(free)} are free; free space, or copy less")
 
 
 # --- copying ---------------------------------------------------------------------------------------------------------
@@ -242,12 +229,12 @@ def _copy_segments(cache: Cache, parts: Sequence[Part], dest: Store, *, progress
     added = 0
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="copy", disable=not progress) as bar,
-        ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
+        ThreadPoolExecutor(min(4, available_cores())) as pool,
     ):
 
         def copy_shard(shard: str) -> int:
             committed = [commit_part(cache, part, dest, advance=bar.update) for part in by_shard[shard]]
-            return sum(_size(document) for document, created in committed if created)
+            return sum(document.identity.group.size_of() for document, created in committed if created)
 
         futures = [pool.submit(copy_shard, shard) for shard in sorted(by_shard)]
         try:
@@ -256,10 +243,6 @@ def _copy_segments(cache: Cache, parts: Sequence[Part], dest: Store, *, progress
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return added
-
-
-def _size(document: Document[Any]) -> int:
-    return sum(field.size for field in document.identity.group.files.values())
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

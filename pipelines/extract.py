@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,31 +22,26 @@ import numpy as np
 from tqdm import tqdm
 
 from kdcache.cache import Cache, TeacherLayer
+from kdcache.commit import ChunkPool, create_document
 from kdcache.console import human_bytes, human_seconds, say
 from kdcache.errors import CacheError, KDCacheError, ShardError, TeacherError, UsageError
-from kdcache.format import (
-    CacheIdentity,
-    Document,
-    SourceIdentity,
-    TailIdentity,
-    ViewsIdentity,
-    check_teacher_name,
-    source_path,
-    targets_record_path,
-    views_record_path,
-)
+from kdcache.format import CacheIdentity, Document, SourceIdentity, TailIdentity, ViewsIdentity
+from kdcache.images import require_decoder
 from kdcache.index import drop_index, is_current, read_document, write_index
-from kdcache.launch import Launch, read_launch
+from kdcache.launch import Launch, default_workers, read_launch
 from kdcache.opening import open_cache, open_to_write
+from kdcache.paths import check_teacher_name, source_path, targets_record_path, views_record_path
 from kdcache.plan import POLICIES, ViewPlan, require_same
 from kdcache.shards import ShardIndex, ShardSource, check_same_tar, scan_shard
 from kdcache.sources import default_dataset_id
 from kdcache.store import Store, open_store
+from kdcache.stored_source import index_of_stored
+from kdcache.stored_views import estimated_bytes
 from kdcache.targets import TargetSpec
 from kdcache.teacher_card import ANY_TEACHER
 from kdcache.teacher_source import default_teacher_name, weight_files
 
-from .extraction.finished import count_finished, finished_already, is_unchanged
+from .extraction.finished import count_complete, finished_already, is_unchanged
 from .extraction.request import (
     ExtractConfig,
     ExtractSummary,
@@ -71,11 +65,6 @@ if TYPE_CHECKING:  # these import torch, which a finished run does without
     from kdcache.rendering import RenderTask
     from kdcache.teacher import TeacherTarget
 
-CALIBRATION_VIEWS = 256
-ACCURACY_VIEWS = 64
-TAIL_VIEWS = 8
-"""That a tail is tried on."""
-WRITE_QUEUE_BYTES = 256 << 20
 TYPICAL_EPOCHS = 100
 """Of one student's training online, for the break-even line."""
 INDEX_ATTEMPTS = 20
@@ -125,7 +114,6 @@ class _Run:
         progress: bool,
     ) -> None:
         from kdcache.device import resolve_device, share_machine
-        from kdcache.images import require_decoder
         from kdcache.teacher import load_teacher
 
         stored = set(cache.shards) if cache is not None and cache.plan.stored_views is not None and (config.views or 0) <= cache.num_views else set()
@@ -156,7 +144,7 @@ class _Run:
         self.cache = cache
         self.plan = cache.plan if cache is not None else self._make_plan()
         self.wanted_views = num_views(config, specs, self.plan, cache)
-        self.num_workers = config.workers if config.workers is not None else min(8, launch.cores)
+        self.num_workers = config.workers if config.workers is not None else default_workers(launch.cores)
         self.summary = ExtractSummary()
         self._unreadable: set[str] = set()
         self.calibrated_on: list[str] = []
@@ -177,8 +165,6 @@ class _Run:
 
     def _create_cache(self) -> Cache:
         """cache.json, if it is not there; and the note of which shards this run was asked for, done or not."""
-        from kdcache.commit import create_document
-
         document, _ = create_document(self.store, "cache.json", CacheIdentity(plan=self.plan, label_key=self.label_key))
         require_same("view plan", document.identity.plan, self.plan, remedy="another run has just made this cache; use another folder")
         check_label_key(document.identity, self.label_key)
@@ -233,7 +219,7 @@ class _Run:
         if not modules:
             return lambda: None
         from kdcache.cards import create_tail, plan_tail
-        from kdcache.preflight import first_views
+        from kdcache.preflight import TAIL_VIEWS, first_views
 
         views, _, _ = first_views(self.plan, self.sources, self._scan, TAIL_VIEWS, self.cache)
         plan = plan_tail(self.store, self.teacher_name, self.teacher, modules, views)
@@ -277,7 +263,7 @@ class _Run:
 
         Raises TeacherError for an accuracy below what the user expects.
         """
-        from kdcache.preflight import first_views, run_preflight
+        from kdcache.preflight import ACCURACY_VIEWS, CALIBRATION_VIEWS, first_views, run_preflight
 
         targets = [plan.target for plan in plans]
         names = {plan.target.name: plan.encoding for plan in plans if plan.needs_statistics}
@@ -334,11 +320,11 @@ class _Run:
             + (f" on each of {ranks} ranks" if ranks > 1 else "")
         )
         size = samples * sum(self.wanted[plan.target.name] * plan.encoding.bytes_per_view for plan in plans)
-        free = shutil.disk_usage(_existing(self.config.cache)).free
+        free = self.store.free_bytes()
         stored = ""
         if stored_bytes := self._estimated_stored_bytes():
             stored = f", and about {human_bytes(stored_bytes)} of stored views ({self.plan.stored_views}; by their area, an estimate)"
-        say(f"at most {human_bytes(size)} of targets, before compression{stored}; {human_bytes(free)} are free")
+        say(f"at most {human_bytes(size)} of targets, before compression{stored}" + (f"; {human_bytes(free)} are free" if free is not None else ""))
         students = -(-passes // TYPICAL_EPOCHS)
         say(
             f"break-even: {passes} teacher passes an image once, in place of {TYPICAL_EPOCHS} for each student trained online for {TYPICAL_EPOCHS}"
@@ -349,11 +335,10 @@ class _Run:
 
     def extract(self) -> ExtractSummary:
         """Do every pending shard that no other rank does, write the index, sum up."""
-        from kdcache.commit import ChunkPool
         from kdcache.workers import naming_killed_workers
 
         self.store.sweep_spools()
-        self.pool = ChunkPool(num_threads=min(4, self.launch.cores), max_bytes=WRITE_QUEUE_BYTES)
+        self.pool = ChunkPool(num_threads=min(4, self.launch.cores))
         self.committed: dict[str, np.ndarray[Any, Any]] = {}
         self.jobs: dict[int, ShardJob] = {}
         self.turns = Turns(self.store, self.sources, self.pending, self.launch, teacher_name=self.teacher_name)
@@ -385,8 +370,6 @@ class _Run:
 
     def _estimated_stored_bytes(self) -> float:
         """What the views that the pending shards lack will weigh, as they are stored."""
-        from kdcache.stored_views import estimated_bytes
-
         if self.plan.stored_views is None:
             return 0
         views = sum(samples * sum(map(len, self._missing(source.name).views)) for source, samples in self._samples_of(self.pending))
@@ -513,10 +496,8 @@ class _Run:
 
     def _index(self, source: ShardSource, known: ViewsIdentity | None) -> ShardIndex:
         """The shard's samples: from its tar, or from the cache if the tar is gone and all views that are wanted are stored. Raises ShardError."""
-        from kdcache.stored_source import index_of_stored
-
         if known is not None and self.plan.stored_views is not None and not os.path.exists(source.path):
-            lacking = [view for views in self._missing(source.name).views for view in range(views.start, views.stop)]
+            lacking = [view for views in self._missing(source.name).views for view in views.numbers]
             if lacking:
                 raise ShardError(
                     f"shard {source.name}: {source.path} is gone, and views {lacking} are not stored; expected the tar, to render them from:"
@@ -564,18 +545,8 @@ class _Run:
             records = fresh.views.get(source.name)
             if not records or source.name in failed or self._missing(source.name):
                 continue
-            before = self.summary.resumed_shards
-            count_finished(self.summary, records[0])
-            if source.name in pending:
-                self.summary.resumed_shards = before
-
-
-def _existing(path: str) -> str:
-    """The nearest folder above `path` that is there."""
-    folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return str(folder)
+            count_complete(self.summary, records[0])
+            self.summary.resumed_shards += source.name not in pending
 
 
 def _report(config: ExtractConfig, summary: ExtractSummary, launch: Launch) -> None:

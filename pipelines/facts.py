@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdcache.cache import Cache, TeacherLayer
+from kdcache.cache import Cache, TeacherLayer, count_contiguous
+from kdcache.class_names import ClassNames, teacher_class_names
 from kdcache.distance import log_softmax
+from kdcache.errors import UsageError
 from kdcache.fidelity import combine_fidelity
-from kdcache.format import Document, TargetIdentity
+from kdcache.format import Document, TargetIdentity, TargetsIdentity
 from kdcache.layout import STORED_FOLDER, target_specs
 from kdcache.ownership import owned_files
 from kdcache.store import LocalStore
@@ -36,13 +38,14 @@ SAMPLE_CHUNKS = 64
 """That it reads at most, hence also shards: on an object store each costs two requests."""
 REST_NAME = "array metadata, calibration"
 """Part of a size: what is named by records and cards and belongs to no target."""
+MIN_AGREEMENT = 50.0
+"""Top-1 in per cent from which on the labels are taken to be numbered as the teacher's classes, so that its names are theirs too."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def group_bytes(document: Document[Any], folder: str = "") -> int:
-    """Bytes of a record's group, or of what lies below a folder of it; 0 for a document without one."""
-    group = getattr(document.identity, "group", None)
-    return sum(field.size for path, field in group.files.items() if path.startswith(folder)) if group is not None else 0
+def views_of(records: Iterable[Document[Any]]) -> list[int]:
+    """The numbers of the views that records hold, ascending, each once."""
+    return sorted({view for record in records for view in record.identity.views.numbers})
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
@@ -105,6 +108,75 @@ def worst_shard(by_shard: Mapping[str, Mapping[str, float]]) -> dict[str, Any] |
     return {"shard": shard, "figure": figure, "value": by_shard[shard].get(figure, 0.0)}
 
 
+# --- a teacher, and one of its targets ---------------------------------------------------------------------------------
+
+
+def accuracy(layer: TeacherLayer) -> tuple[float | None, int]:
+    """(top-1 in per cent, of how many labelled views) of a teacher's own cached views; None of none."""
+    scores = [record.measured.get("accuracy", {}) for records in layer.records.values() for record in records]
+    labelled = sum(score.get("labelled", 0) for score in scores)
+    return 100 * sum(score.get("correct", 0) for score in scores) / labelled if labelled else None, labelled
+
+
+@dataclass(frozen=True)
+class StoredTarget:
+    """What a cache holds of a target, by its records."""
+
+    segments: tuple[Document[TargetsIdentity], ...]
+    """The records that have it."""
+    shards: int
+    bytes: int
+    bytes_per_view: float | None
+    """None of no view."""
+    figures: dict[str, float]
+    """Fidelity over all of them; empty where nothing was measured."""
+    worst: dict[str, Any] | None
+    """As `worst_shard`."""
+
+
+def stored_target(layer: TeacherLayer, name: str) -> StoredTarget:
+    """Of one target of a teacher."""
+    segments = tuple(record for records in layer.records.values() for record in records if name in record.identity.targets)
+    size = sum(record.identity.group.size_of(name) for record in segments)
+    row_views = sum(record.identity.rows * len(record.identity.views) for record in segments)
+    return StoredTarget(
+        segments=segments,
+        shards=len({record.identity.shard for record in segments}),
+        bytes=size,
+        bytes_per_view=size / row_views if row_views else None,
+        figures=combine_fidelity([fidelity_sums(record, name) for record in segments]),
+        worst=worst_shard(fidelity_by_shard(layer, name)),
+    )
+
+
+# --- what classes are called -----------------------------------------------------------------------------------------
+
+
+def check_names(cache: Cache, names: ClassNames | None) -> None:
+    """Raise UsageError for names of the user's that fit neither a teacher's classes nor the labels."""
+    highest = int(cache.rows.label.max(initial=-1))
+    classes = sorted({layer.document.identity.num_classes for layer in cache.teachers.values()})
+    if names is not None and len(names) <= highest and len(names) not in classes:
+        raise UsageError(
+            f"class names {names.source!r}: it names {len(names)} classes; expected {' or '.join(map(str, classes)) or 'more'} as the teacher has,"
+            f" or at least {highest + 1}, since labels reach {highest}"
+        )
+
+
+def label_names_of(cache: Cache) -> ClassNames | None:
+    """The labels' names: those of a teacher that knows its own, and mostly agrees with the labels."""
+    for _, layer in sorted(cache.teachers.items()):
+        top1, _labelled = accuracy(layer)
+        if top1 is not None and top1 >= MIN_AGREEMENT and (names := teacher_class_names(layer)) is not None:
+            return names
+    return None
+
+
+def class_names_of(layer: TeacherLayer, given: ClassNames | None) -> ClassNames | None:
+    """The names of a teacher's classes: the user's if there are as many, else those that are known for sure."""
+    return given if given is not None and len(given) == layer.document.identity.num_classes else teacher_class_names(layer)
+
+
 # --- completeness ----------------------------------------------------------------------------------------------------
 
 
@@ -133,11 +205,7 @@ def find_lacks(cache: Cache) -> list[Lack]:
 
 
 def _views_from_zero(records: Iterable[Document[Any]]) -> int:
-    count = 0
-    for views in sorted((record.identity.views for record in records), key=lambda views: views.start):
-        if views.start <= count:
-            count = max(count, views.stop)
-    return count
+    return count_contiguous([record.identity.views for record in records])
 
 
 def _lack(what: str, have: Mapping[str, int]) -> list[Lack]:
@@ -204,14 +272,14 @@ def sizes(cache: Cache) -> list[Part]:
     """Where `owned_bytes` are, the largest part first."""
     records = [document for documents in cache.views.values() for document in documents]
     views = max((_views_from_zero(documents) for documents in cache.views.values()), default=0)
-    stored = sum(group_bytes(record, f"{STORED_FOLDER}/") for record in records)
-    parts = [Part("views", views, sum(group_bytes(record) for record in records) - stored)]
+    stored = sum(record.identity.group.size_of(STORED_FOLDER) for record in records)
+    parts = [Part("views", views, sum(record.identity.group.size_of() for record in records) - stored)]
     if cache.plan.stored_views is not None:
         parts.append(Part("stored views", views, stored))
     for name, layer in cache.teachers.items():
         segments = [record for by_shard in layer.records.values() for record in by_shard]
         for target in layer.targets:
-            size = sum(group_bytes(record, f"{target}/") for record in segments if target in record.identity.targets)
+            size = sum(record.identity.group.size_of(target) for record in segments if target in record.identity.targets)
             parts.append(
                 Part(f"{name}: {target}", max((_views_from_zero(layer.segments(shard, target)) for shard in layer.records), default=0), size)
             )

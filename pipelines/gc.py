@@ -17,10 +17,11 @@ from tqdm import tqdm
 from kdcache.cache import Cache
 from kdcache.console import human_bytes, say
 from kdcache.errors import CorruptError, StoreError, UsageError
-from kdcache.format import Document, calibration_path, tail_path, tail_weights_path, target_path, teacher_path
+from kdcache.format import Document
 from kdcache.index import drop_index
 from kdcache.opening import document_problems, open_to_write, refresh_index
 from kdcache.ownership import Garbage, find_garbage, group_path
+from kdcache.paths import calibration_path, tail_path, tail_weights_path, target_path, teacher_path
 from kdcache.store import Store, open_store
 from kdcache.subset import Part, Selection, commit_part, parts_of
 
@@ -56,7 +57,7 @@ class Change:
     @property
     def size(self) -> int:
         """Bytes of groups that it frees; an estimate where views are dropped."""
-        whole: int = sum(field.size for field in self.document.identity.group.files.values())
+        whole: int = self.document.identity.group.size_of()
         return whole - (self.part.size if self.part is not None else 0)
 
 
@@ -117,8 +118,8 @@ class _Collection:
         ]
         self.cards = _dropped_cards(self.cache, self.selection)
         if self.changes:
-            for _, text, _ in document_problems(self.cache):
-                raise CorruptError(f"{self.store.url}: {text}; finish the extraction before dropping a part of it")
+            for problem in document_problems(self.cache):
+                raise CorruptError(f"{self.store.url}: {problem.text}; finish the extraction before dropping a part of it")
         self.found.garbage = find_garbage(self.store, self.cache.documents)
         self.found.alive = [spool.path for spool in self.store.spools() if spool.is_alive]
         self.found.removed_records = sum(change.part is None for change in self.changes)
@@ -259,9 +260,7 @@ def _drops_in_words(config: GcConfig, cache: Cache, selection: Selection, change
             continue
         for target in sorted(set(layer.targets) - selection.targets[name]):
             holding = [change for change in of_teacher if target in change.document.identity.targets]
-            size = sum(
-                field.size for change in holding for path, field in change.document.identity.group.files.items() if path.startswith(f"{target}/")
-            )
+            size = sum(change.document.identity.group.size_of(target) for change in holding)
             yield f"target {target} of teacher {name}: in {len(holding)} segments, {human_bytes(size)}"
     cut = [change for change in changes if config.keep_views is not None and change.document.identity.views.stop > config.keep_views]
     if cut:

@@ -16,11 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from kdcache.console import human_bytes, human_seconds, say
+from kdcache.draws import draw
 from kdcache.errors import KDCacheError, StoreError, UsageError
+from kdcache.images import decode_image
 from kdcache.plan import Policy, RandomResizedCrop, ViewPlan
+from kdcache.shards import ShardFiles, scan_shard
+from kdcache.sources import resolve_shards
+from kdcache.views import render
 
 from .extract import ExtractConfig, extract
 from .pack import PackConfig, pack
@@ -84,14 +90,10 @@ RUNS: Sequence[StudentRun] = (
 
 def quickstart(config: QuickstartConfig, *, progress: bool = True) -> dict[str, Any]:
     """Run everything; the facts that the table shows. Raises UsageError without scikit-learn, StoreError if the folder is in use."""
-    import torch
+    from kdcache.device import torch_threads
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small are fastest on one; two under contention were measured 60 times slower
-    try:
+    with torch_threads(1):  # models this small are fastest on one; two under contention were measured 60 times slower
         return _quickstart(config, progress=progress)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _quickstart(config: QuickstartConfig, *, progress: bool) -> dict[str, Any]:
@@ -105,10 +107,10 @@ def _quickstart(config: QuickstartConfig, *, progress: bool) -> dict[str, Any]:
     if in_use:
         raise StoreError(f"{out} is not empty; expected a new folder: remove it, or name another with 'kdcache quickstart DIR'")
     _step(1, "pack: handwritten digits → shards")
-    num_train, num_val = _pack_digits(out, progress=progress)
+    num_train, num_val = pack_digits(out, progress=progress)
 
     _step(2, "teacher: a small ViT learns the labels")
-    teacher_top1, teacher_seconds = _train_teacher(out, config.seed, progress=progress)
+    teacher_top1, teacher_seconds = train_teacher(out, config.seed, progress=progress)
     say(f"teacher: {teacher_top1:.1f} % on the validation images after {human_seconds(teacher_seconds)}")
 
     _step(3, f"extract: {VIEWS} views of each image through the teacher, once")
@@ -160,7 +162,7 @@ def _step(number: int, title: str) -> None:
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def _pack_digits(out: Path, *, progress: bool) -> tuple[int, int]:
+def pack_digits(out: Path, *, progress: bool) -> tuple[int, int]:
     """Write the images as an ImageFolder and pack it; the numbers of training and validation images.
 
     The first training shard holds 10 images of each class: 'the first shard alone' is the few-label experiment.
@@ -169,8 +171,6 @@ def _pack_digits(out: Path, *, progress: bool) -> tuple[int, int]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UsageError("quickstart needs scikit-learn for its images; install it with: pip install 'kdcache[quickstart]'") from error
-    from PIL import Image
-
     images, labels = load_digits(return_X_y=True)
     seen = dict.fromkeys(range(NUM_CLASSES), 0)
     num_train = 0
@@ -196,7 +196,7 @@ def _pack_digits(out: Path, *, progress: bool) -> tuple[int, int]:
 # --- teacher ---------------------------------------------------------------------------------------------------------
 
 
-def _train_teacher(
+def train_teacher(
     out: Path, seed: int, *, name: str = TEACHER_MODEL, args: Mapping[str, Any] = TEACHER_ARGS, epochs: int = TEACHER_EPOCHS, progress: bool
 ) -> tuple[float, float]:
     """Train the teacher on all training labels and save it for `local-dir:`; (top-1 in percent, seconds)."""
@@ -215,7 +215,7 @@ def _train_teacher(
     size = args["img_size"]
     normalize = Normalize(*mean_std_of(model), size)
     plan = ViewPlan(dataset="digits-teacher", policy=POLICY, size=size, seed=seed)
-    train_images, val_images = _load(out / "shards" / "train"), _load(out / "shards" / "val")
+    train_images, val_images = load_images(out / "shards" / "train"), load_images(out / "shards" / "val")
     optimizer = create_optimizer_v2(model, opt="adamw", lr=3e-3, weight_decay=0.05, betas=(0.9, 0.98))
     steps = epochs * (len(train_images) // TEACHER_BATCH)
     scheduler = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=steps // 10, warmup_prefix=True, t_in_epochs=False)
@@ -223,7 +223,7 @@ def _train_teacher(
     step = 0
     with tqdm(total=steps, unit="step", desc="teacher", disable=not progress) as bar:
         for epoch in range(epochs):
-            views, labels = _render_all(plan, train_images, view=epoch)
+            views, labels = render_all(plan, train_images, view=epoch)
             model.train()
             order = torch.randperm(len(views))
             for start in range(0, len(order) - TEACHER_BATCH + 1, TEACHER_BATCH):
@@ -239,7 +239,7 @@ def _train_teacher(
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
     model.eval()
     whole = ViewPlan(dataset="digits-teacher", policy=Policy(crop=RandomResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0))), size=size)
-    views, labels = _render_all(whole, val_images, view=0)
+    views, labels = render_all(whole, val_images, view=0)
     with torch.inference_mode():
         correct = int((model(normalize(views)).argmax(dim=1) == labels).sum())
     data_config = {"crop_pct": 1.0}
@@ -247,12 +247,8 @@ def _train_teacher(
     return 100 * correct / len(views), time.perf_counter() - begin
 
 
-def _load(folder: Path) -> list[tuple[str, str, Any, int]]:
+def load_images(folder: Path) -> list[tuple[str, str, Any, int]]:
     """(shard, key, decoded image, label) of every sample: the digits fit in memory."""
-    from kdcache.images import decode_image
-    from kdcache.shards import ShardFiles, scan_shard
-    from kdcache.sources import resolve_shards
-
     files = ShardFiles()
     return [
         (source.name, sample.key, decode_image(files.read(source, sample.key, sample.image_offset, sample.image_size)), sample.label)
@@ -261,10 +257,8 @@ def _load(folder: Path) -> list[tuple[str, str, Any, int]]:
     ]
 
 
-def _render_all(plan: ViewPlan, images: Sequence[tuple[str, str, Any, int]], *, view: int) -> tuple[Any, Any]:
+def render_all(plan: ViewPlan, images: Sequence[tuple[str, str, Any, int]], *, view: int) -> tuple[Any, Any]:
     import torch
-
-    from kdcache.views import draw, render
 
     views = np.stack([render(image, draw(plan, shard, key, view, image.size)) for shard, key, image, _ in images])
     return torch.from_numpy(views), torch.tensor([label for *_, label in images])

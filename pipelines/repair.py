@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,27 +22,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdcache.cache import Cache
+from kdcache.commit import ChunkPool, create_document
 from kdcache.console import say
+from kdcache.digests import find_changed
 from kdcache.errors import CorruptError, DriftError, KDCacheError, MismatchError, ShardError, StoreError, UsageError
-from kdcache.format import (
-    Document,
-    SourceIdentity,
-    calibration_path,
-    source_path,
-    tail_weights_path,
-)
+from kdcache.format import Document, SourceIdentity
 from kdcache.index import document_paths, drop_index, is_current, read_document
+from kdcache.launch import available_cores, default_workers
 from kdcache.opening import refresh_index
 from kdcache.ownership import group_path
+from kdcache.paths import calibration_path, source_path, tail_weights_path
+from kdcache.plan import blake2b_128
 from kdcache.shards import ShardIndex, ShardSource, check_same_tar, scan_shard
 from kdcache.sources import locate_shards
 from kdcache.store import LocalStore, Store, open_store
+from kdcache.stored_source import index_of_stored
 
 from .verification.repair_plan import RepairPlan, Segment, group_prefix
-from .verify import digest_all
 
 if TYPE_CHECKING:
-    from kdcache.commit import ChunkPool
     from kdcache.jobs import Missing, RecordedTarget
     from kdcache.teacher import Teacher
 
@@ -92,6 +91,8 @@ class _Repair:
         """Records that can't be read, till their segment is made again."""
         self._teachers: dict[str, Teacher] = {}
         self._cache: Cache | None = None
+        self._spool: Path | None = None
+        """In which a segment is made; what is made lies in `_made`."""
 
     def run(self) -> list[str]:
         kept = {f"{group_path(s.path, s.document)}/{name}" for s in self.plan.segments if s.document is not None for name in s.bad_files}
@@ -142,8 +143,6 @@ class _Repair:
             say(f"{'mended':>13}  {'':>8}  {what}")
 
     def _rewrite_sources(self) -> None:
-        from kdcache.commit import create_document
-
         source = SourceIdentity(shards=tuple(self.cache.shards))
         create_document(self.store, source_path(source), source)
 
@@ -189,7 +188,6 @@ class _Repair:
     def _make_targets(self, segment: Segment) -> None:
         """Show a segment's views to the teacher again, in the batches of then."""
         from kdcache.jobs import Missing, RecordedTarget
-        from kdcache.stored_source import index_of_stored
 
         from .verification.recompute import targets_of_layer
 
@@ -208,10 +206,10 @@ class _Repair:
         stores = self.cache.plan.stored_views is not None
         index = index_of_stored(self.cache, source) if stores and not os.path.exists(source.path) else scan_shard(source)
         check_same_tar(index, records[0].identity)
-        views = range(segment.views.start, segment.views.stop)
+        views = segment.views.numbers
         digests = {view: self.cache.read_pixel_digests(segment.shard, view, np.arange(records[0].identity.rows)) for view in views}
         missing = Missing(views=(), segments=((segment.targets, segment.views),))
-        with _threads(made.get("threads")):
+        with _threads(made):
             batch_size = self.config.batch_size or int(made.get("batch_size", 64))
             document = self._do(
                 segment, index, missing, records[0], recorded, digests, batch_size=batch_size, stored=frozenset(views if stores else ())
@@ -241,18 +239,17 @@ class _Repair:
         from kdcache.jobs import ShardJob
         from kdcache.rendering import FailedTask, rendered_blocks, samples_per_task
 
-        plan, pool = self.cache.plan, _pool()
+        plan, pool = self.cache.plan, ChunkPool(num_threads=min(4, available_cores()))
         teacher = self._teachers.get(segment.teacher)
         self._drop_spool()
         self._spool = self.store.new_spool(f"repair/{segment.shard}")
-        spool = LocalStore(self._spool / "made")
         job = ShardJob(
-            index=index, missing=missing, targets=targets, plan=plan, store=spool, pool=pool, batch_size=batch_size,
+            index=index, missing=missing, targets=targets, plan=plan, store=LocalStore(self._made), pool=pool, batch_size=batch_size,
             known=known.identity if known is not None else None, known_digests=known_digests, stored=stored,
         )  # fmt: skip
         try:
             tasks = job.tasks(0, samples_per_task(plan, len(job.rendered_views)))
-            workers = self.config.workers if self.config.workers is not None else min(8, os.cpu_count() or 1)
+            workers = self.config.workers if self.config.workers is not None else default_workers(available_cores())
             with contextlib.closing(rendered_blocks(plan, tasks, num_workers=workers, cache=self.cache)) as blocks:
                 for block in blocks:
                     if isinstance(block, FailedTask):
@@ -265,12 +262,13 @@ class _Repair:
         finally:
             pool.close()
             job.abandon()
-        self._made = spool
         (document,) = result.documents.values()
         return document
 
-    _spool: Path | None = None
-    _made: LocalStore
+    @property
+    def _made(self) -> Path:
+        assert self._spool is not None
+        return self._spool / "made"
 
     def _drop_spool(self) -> None:
         if self._spool is not None:
@@ -286,7 +284,7 @@ class _Repair:
         else:
             for name, expected in document.identity.group.files.items():
                 path = f"{group}/{name}"
-                if self.store.size(path) is None or list(digest_all(self.store, [(path, expected)], lambda _size: None)):
+                if self.store.size(path) is None or list(find_changed(self.store, [(path, expected)])):
                     self._replace(path)
             if old is not None:
                 say(
@@ -306,7 +304,7 @@ class _Repair:
 
     def _replace(self, path: str) -> None:
         self.store.delete(path)
-        self.store.put_new(path, self._made.root / path)
+        self.store.put_new(path, self._made / path)
 
     # --- what belongs to a teacher ---
 
@@ -326,10 +324,9 @@ class _Repair:
         """Channel statistics of the views that they were taken over. Raises MismatchError if they come out otherwise."""
         import safetensors.torch
 
-        from kdcache.plan import blake2b_128
-        from kdcache.preflight import first_views, run_preflight
+        from kdcache.encodings import TargetShape, build_encoding
+        from kdcache.preflight import CALIBRATION_VIEWS, first_views, run_preflight
 
-        from .extract import CALIBRATION_VIEWS
         from .verification.recompute import targets_of_layer
 
         layer = self.cache.layer(teacher_name)
@@ -341,9 +338,9 @@ class _Repair:
         resolved = targets_of_layer(teacher, layer, [target])
         expected = card.identity.calibration
         assert expected is not None
-        calibrator = _blank_encoding(card).calibrator(target)
+        calibrator = build_encoding(card.identity.kind, card.identity.encoding, TargetShape.of_card(card.identity)).calibrator(target)
         assert calibrator is not None
-        with _threads(made.get("threads")):
+        with _threads(made):
             batch_size = self.config.batch_size or int(made.get("batch_size", 64))
             found = run_preflight(teacher, list(resolved.values()), {target: calibrator}, views, labels, batch_size=batch_size)
         data, path = safetensors.torch.save(dict(found.statistics[target])), calibration_path(teacher_name, target)
@@ -357,9 +354,7 @@ class _Repair:
 
     def _make_tail(self, teacher_name: str) -> None:
         from kdcache.cards import create_tail, plan_tail
-        from kdcache.preflight import first_views
-
-        from .extract import TAIL_VIEWS
+        from kdcache.preflight import TAIL_VIEWS, first_views
 
         layer = self.cache.layer(teacher_name)
         assert layer.tail is not None
@@ -368,23 +363,6 @@ class _Repair:
         views, _, _ = first_views(self.cache.plan, sources, scan_shard, TAIL_VIEWS, self.cache)
         plan = plan_tail(self.store, teacher_name, teacher, layer.tail.identity.modules, views)
         create_tail(self.store, teacher_name, plan, teacher, views)
-
-
-def _blank_encoding(card: Document[Any]) -> Any:
-    """The encoding of a card, without its calibration."""
-    from kdcache.encodings import TargetShape, build_encoding
-
-    identity = card.identity
-    shape = TargetShape(grid=identity.grid or (0, 0), channels=identity.channels or 0, prefix_tokens=identity.prefix_tokens or 0)
-    return build_encoding(identity.kind, identity.encoding, shape)
-
-
-def _pool() -> ChunkPool:
-    from kdcache.commit import ChunkPool
-
-    from .extract import WRITE_QUEUE_BYTES
-
-    return ChunkPool(num_threads=min(4, os.cpu_count() or 1), max_bytes=WRITE_QUEUE_BYTES)
 
 
 def _usable(device: str | None) -> str | None:
@@ -397,14 +375,8 @@ def _usable(device: str | None) -> str | None:
         return None
 
 
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def _threads(made: Mapping[str, Any]) -> AbstractContextManager[None]:
     """As many torch threads as then: they decide the order of sums."""
-    import torch
+    from kdcache.device import torch_threads
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(int(count) if count else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return torch_threads(int(made["threads"]) if made.get("threads") else None)

@@ -7,22 +7,16 @@ changed; the verdict is a list of problems, empty for a sound cache. `pipelines.
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from kdcache.cache import Cache
+from kdcache.digests import find_changed
 from kdcache.errors import CacheError, CorruptError, FormatVersionError, KDCacheError, MisplacedError, MissingError, NotACacheError
 from kdcache.format import (
-    DigestField,
     Document,
     Group,
     ViewsIdentity,
@@ -32,31 +26,16 @@ from kdcache.format import (
 from kdcache.index import MAX_DOCUMENT_BYTES, document_paths, index_paths, read_document, read_index, read_table
 from kdcache.opening import document_problems
 from kdcache.ownership import index_tables, owned_files
+from kdcache.paths import shard_of
 from kdcache.plan import blake2b_128
 from kdcache.sources import locate_shards
 from kdcache.store import Store, open_store
 
 from .facts import find_lacks
+from .verification.request import Recompute
 from .verification.verdict import Kind, Problem, Verdict
 
-READ_BYTES = 1 << 20
-"""Of one read: larger ones leave the core's cache before they are hashed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recompute:
-    """How to run teachers again."""
-
-    rows: int
-    """A shard."""
-    teacher: str | None = None
-    """Its name in the cache. Default: every teacher."""
-    model: str | None = None
-    """Where the teacher lies now: timm name, `hf-hub:…` or `local-dir:…`. Default: as it was named when it was recorded."""
-    checkpoint: str | None = None
-    """Its weights file now. Default: as recorded."""
-    device: str | None = None
-    batch_size: int = 64
+__all__ = ["Recompute", "verify"]
 
 
 def verify(
@@ -89,7 +68,7 @@ def verify(
     if cache is None:
         return verdict
     verdict.root, verdict.fingerprint, verdict.shards, verdict.rows = cache.root, cache.fingerprint, len(cache.views), cache.num_rows
-    verdict.problems += [Problem(_problem_kind(kind), shard, "", text) for kind, text, shard in document_problems(cache)]
+    verdict.problems += [Problem(one.kind, one.shard, "", one.text) for one in document_problems(cache)]
     _check_index(store, cache, verdict)
     _check_pixel_columns(cache, verdict)
     _note_completeness(cache, verdict)
@@ -102,10 +81,6 @@ def verify(
 
         recompute_targets(cache, recompute, verdict, progress=progress)
     return verdict
-
-
-def _problem_kind(kind: str) -> Literal["plan", "missing", "teacher"]:
-    return "plan" if kind == "plan" else "missing" if kind == "missing" else "teacher"
 
 
 # --- documents -------------------------------------------------------------------------------------------------------
@@ -121,18 +96,8 @@ def _read_documents(store: Store, verdict: Verdict) -> dict[str, Document[Any]]:
             if isinstance(error, FormatVersionError) and file_digest_holds(store.get(path, max_size=MAX_DOCUMENT_BYTES)):
                 raise  # a sound file of a later version, not a damaged one of ours
             kind: Kind = "missing" if isinstance(error, MissingError) else "plan" if isinstance(error, MisplacedError) else "corrupt"
-            verdict.problems.append(Problem(kind, _shard_in(path), "", str(error), path))
+            verdict.problems.append(Problem(kind, shard_of(path), "", str(error), path))
     return documents
-
-
-def _shard_in(path: str) -> str:
-    """The shard that a record's or group's path speaks of, as far as its name tells."""
-    parts = path.split("/")
-    name = parts[1] if parts[0] == "views" and len(parts) > 1 else parts[2] if parts[0] == "teachers" and len(parts) > 2 else ""
-    if name == "teacher.json" or not name.endswith((".json", ".zarr")):
-        return ""
-    stem = name.removesuffix(".json").removesuffix(".zarr")
-    return stem.rsplit(".", 1)[0] if name.endswith(".json") else stem.rsplit(".", 2)[0]
 
 
 def _build_cache(store: Store, documents: Mapping[str, Document[Any]], data: str | None, verdict: Verdict) -> Cache | None:
@@ -164,7 +129,7 @@ def _check_files(store: Store, documents: Mapping[str, Document[Any]], verdict: 
             verdict.problems.append(Problem("missing", shard, "", f"{path} is not there; the segment's record names it", path))
     total = sum(field.size for _, field in present)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify bytes", disable=not progress) as bar:
-        for path, detail in digest_all(store, present, bar.update):
+        for path, detail in find_changed(store, present, bar.update):
             verdict.problems.append(Problem("corrupt", expected[path][1], "", detail, path))
     verdict.checked = set(expected)
     known = set(expected) | set(documents) | set(index_paths(store))
@@ -174,7 +139,7 @@ def _check_files(store: Store, documents: Mapping[str, Document[Any]], verdict: 
             verdict.problems.append(
                 Problem(
                     "extra",
-                    _shard_in(path),
+                    shard_of(path),
                     "",
                     f"{path}: no record names this file; run the extraction that was cut off again, or 'kdcache gc' to remove it",
                     path,
@@ -193,40 +158,6 @@ def _belongs_to_damaged(path: str, details: Iterable[str]) -> bool:
     folder = next((part for part in (layer or rest).split("/") if part.endswith(".zarr")), "")
     stem = folder.removesuffix(".zarr").rpartition(".")[0]
     return bool(stem) and any(f"/{stem}.json" in detail for detail in details)
-
-
-def digest_all(store: Store, files: Sequence[tuple[str, DigestField]], advance: Callable[[int], Any]) -> Iterator[tuple[str, str]]:
-    """(path, what is wrong) of each file that is not as recorded; a few threads, since reading and hashing leave the GIL.
-
-    Each thread has a store of its own: one store reads under a lock, and cold files would be read one after another.
-    """
-    own, stores = threading.local(), list[Store]()
-
-    def begin() -> None:
-        own.store = copy.copy(store)
-        stores.append(own.store)
-
-    def check(item: tuple[str, DigestField]) -> tuple[str, str | None, int]:
-        path, expected = item
-        size = own.store.size(path)
-        if size != expected.size:
-            return path, f"{path} has {size} bytes, expected {expected.size}", expected.size
-        digest = hashlib.blake2b(digest_size=16)
-        try:
-            for offset in range(0, expected.size, READ_BYTES):
-                digest.update(own.store.get_range(path, offset, min(READ_BYTES, expected.size - offset)))
-        except KDCacheError as error:
-            return path, str(error), expected.size
-        wrong = digest.hexdigest() != expected.digest
-        return path, f"{path}: bytes were changed: expected digest {expected.digest}, found {digest.hexdigest()}" if wrong else None, expected.size
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), initializer=begin) as pool:
-        for path, detail, size in pool.map(check, files):
-            advance(size)
-            if detail is not None:
-                yield path, detail
-    for one in stores:
-        one.close()
 
 
 # --- index, pixels ---------------------------------------------------------------------------------------------------

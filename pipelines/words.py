@@ -8,7 +8,7 @@ from __future__ import annotations
 from kdcache import augment
 from kdcache.augment import OPS, Q16
 from kdcache.plan import POLICIES, Policy
-from kdcache.views import CUTMIX, ERASE_NOISE, Box, ViewParams
+from kdcache.view_params import CUTMIX, ERASE_NOISE, Box, ViewParams
 
 _AMOUNTS = {
     augment.ROTATE: "by {:+.1f}°",

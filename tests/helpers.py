@@ -7,15 +7,16 @@ import hashlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import tarfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +24,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from kdcache.errors import StoreError
 from kdcache.plan import CenterCrop, ColorJitter, MixedViews, Policy, RandAugment, RandomErasing, RandomResizedCrop, ThreeAugment
+
+if TYPE_CHECKING:
+    from pipelines.train import TrainConfig
 
 Member = tuple[str, bytes]
 """Name and bytes of one tar member."""
@@ -294,3 +299,77 @@ random_policies = st.builds(
     | st.builds(MixedViews, prob=fractions, switch_prob=fractions, mixup_alpha=st.just(0.0) | st.floats(0.01, 32), cutmix_alpha=st.floats(0.01, 32)),
 )
 """Policies of every kind, with everything on or off."""
+
+
+# --- runs of stage two -----------------------------------------------------------------------------------------------
+
+QUICK_STUDENT_ARGS: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "drop_rate": 0.1, "drop_path_rate": 0.1}
+"""Of TINY_VIT, as a student."""
+CNN = "resnet18"
+CNN_ARGS: dict[str, Any] = {"channels": [4, 4, 8, 8], "stem_width": 4}
+
+
+def make_train_folder(folder: Path) -> Path:
+    """cache/ of 2 shards × 6 images × 3 views, shards/ and val/."""
+    make_cache(folder, num_shards=2, num_samples=6, views=3)
+    make_shard(folder / "val" / "val-00.tar", num_samples=10, seed=7)
+    return folder
+
+
+def quick_config(folder: Path, runs: Path, /, **overrides: Any) -> TrainConfig:
+    """What is quick to train on a folder of `make_train_folder`."""
+    from pipelines.train import TrainConfig
+
+    options = {
+        "cache": str(folder / "cache"),
+        "students": (TINY_VIT,),
+        "model_kwargs": QUICK_STUDENT_ARGS,
+        "out": str(runs),
+        "epochs": 3,
+        "batch_size": 4,
+        "workers": 0,
+        "device": "cpu",
+        "check_views": 1.0,
+    }
+    return TrainConfig(**{**options, **overrides})
+
+
+def where_files_end_at(most_bytes: int, action: Callable[[], object]) -> Callable[[], int]:
+    """For `Forked`: `action` where no file can be larger, as on a disk that is full; 3 and the error's text for a StoreError, else 0."""
+
+    def command() -> int:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes,) * 2)
+        try:
+            action()
+        except StoreError as error:
+            sys.stdout.write(str(error))
+            return 3
+        return 0
+
+    return command
+
+
+def state_of(run: dict[str, Any], name: str = "last") -> dict[str, Any]:
+    return torch.load(Path(run["path"], name, "checkpoint.pt"), weights_only=True)
+
+
+TIMES = {"seconds": 0, "own_seconds": 0, "own_epoch_seconds": 0}
+"""In place of a state's or a line's own."""
+
+
+def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Every tensor, number and row alike to the last bit; times aside."""
+    found_leaves, expected_leaves = (dict(leaves({**state, **TIMES})) for state in (found, expected))
+    assert list(found_leaves) == list(expected_leaves)
+    for path, value in expected_leaves.items():
+        same = torch.equal(found_leaves[path], value) if isinstance(value, torch.Tensor) else found_leaves[path] == value
+        assert same, path
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{path}.{key}")
+    else:
+        yield path, value

@@ -18,11 +18,13 @@ from helpers import reseal
 
 from kdcache import open_cache
 from kdcache.errors import KDCacheError
-from kdcache.format import ViewRange, targets_record_path, views_record_path
+from kdcache.format import ViewRange
 from kdcache.join import CachedViews
+from kdcache.paths import targets_record_path, views_record_path
 from kdcache.plan import blake2b_128, canonical_json
 from kdcache.tail import load_tail
-from pipelines.inspect import cache_as_text, inspect_cache, inspect_row, inspect_shard, row_as_text, shard_as_text
+from pipelines.inspect import inspect_cache, inspect_row, inspect_shard
+from pipelines.inspection.inspect_text import cache_as_text, row_as_text, shard_as_text
 from pipelines.verify import verify
 
 

@@ -21,9 +21,9 @@ from test_repair import flip, one
 from kdcache import open_cache
 from kdcache.cache import Cache
 from kdcache.errors import CorruptError, MismatchError
-from kdcache.format import calibration_path
 from kdcache.join import CachedViews
 from kdcache.losses import soft_labels
+from kdcache.paths import calibration_path
 from kdcache.plan import POLICIES, StoredCodec
 from kdcache.teacher import Teacher
 from pipelines.copy import CopyConfig, copy

@@ -19,13 +19,15 @@ from cli.main import main
 from kdcache import open_cache
 from kdcache.arrays import array_spec, write_array
 from kdcache.errors import CorruptError, KDCacheError, MismatchError, UsageError
-from kdcache.format import Document, Group, ViewRange, ViewsIdentity, digest_of_files, dump_document, views_record_path
+from kdcache.format import Document, Group, ViewRange, ViewsIdentity, digest_of_files, dump_document
 from kdcache.index import drop_index
 from kdcache.opening import refresh_index
+from kdcache.paths import views_record_path
 from kdcache.store import open_store
 from pipelines.copy import CopyConfig, CopySummary, copy
 from pipelines.extract import ExtractSummary
-from pipelines.inspect import cache_as_text, inspect_cache, inspect_shard, shard_as_text
+from pipelines.inspect import inspect_cache, inspect_shard
+from pipelines.inspection.inspect_text import cache_as_text, shard_as_text
 from pipelines.verify import verify
 
 BLOCK = "features@blocks.0"

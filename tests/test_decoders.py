@@ -23,12 +23,14 @@ import kdcache.views
 from cli.main import main
 from kdcache.augment import Pixels
 from kdcache.dataset import CachedDataset
+from kdcache.draws import draw
 from kdcache.errors import KDCacheError, MismatchError, UsageError
 from kdcache.images import MAX_PIXELS, UnreadableImageError, decode_image, is_plain_jpeg, size_of
 from kdcache.join import CachedViews
 from kdcache.opening import open_cache
 from kdcache.plan import POLICIES, MixedViews, Policy, ViewPlan
-from kdcache.views import ViewParams, draw, render, resize_torch
+from kdcache.view_params import ViewParams
+from kdcache.views import render, resize_torch
 from pipelines.extract import ExtractConfig, extract
 from pipelines.train import TrainConfig, train
 from pipelines.verify import Recompute, verify
@@ -182,7 +184,8 @@ import torch
 
 from kdcache.images import decode_image, size_of
 from kdcache.plan import POLICIES, ViewPlan
-from kdcache.views import draw, render
+from kdcache.draws import draw
+from kdcache.views import render
 
 def digest_of_views(folder):
     digest = hashlib.blake2b(digest_size=8)

@@ -18,7 +18,8 @@ from cli.main import main
 from kdcache import open_cache
 from kdcache.cache import Cache
 from kdcache.distance import Distance
-from pipelines.diff import diff, diff_as_text
+from pipelines.diff import diff
+from pipelines.inspection.diff_text import diff_as_text
 
 NORM = "features@norm"
 

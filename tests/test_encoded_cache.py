@@ -16,11 +16,12 @@ from kdcache import open_cache
 from kdcache.cache import Cache
 from kdcache.encodings.dct import BANDS
 from kdcache.errors import CorruptError, MismatchError, UsageError
-from kdcache.format import calibration_path, target_path
 from kdcache.join import CachedViews
+from kdcache.paths import calibration_path, target_path
 from kdcache.plan import blake2b_128
 from kdcache.store import LocalStore
-from pipelines.inspect import cache_as_text, inspect_cache
+from pipelines.inspect import inspect_cache
+from pipelines.inspection.inspect_text import cache_as_text
 from pipelines.verify import verify
 
 KLT = "features@blocks.0:klt=0.99"

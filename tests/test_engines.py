@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import TINY_VIT, Forked, make_cache, make_shard
-from test_train import assert_same_state, state_of
+from helpers import TINY_VIT, Forked, assert_same_state, make_cache, make_shard, state_of
 
 import pipelines.training.lock
 from cli.main import main

@@ -12,11 +12,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import TINY_VIT, TINY_VIT_ARGS, make_cache, perturb, tiny_model
+from helpers import TINY_VIT, TINY_VIT_ARGS, assert_same_state, make_cache, perturb, state_of, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from test_losses import load
-from test_train import assert_same_state, state_of
 from torch import Tensor, nn
 
 import pipelines.training.checkpoints

@@ -24,17 +24,26 @@ from kdcache.format import (
     ViewRange,
     ViewsIdentity,
     body_of,
-    check_teacher_name,
     digest_of_files,
     digest_of_identity,
     digest_of_pixels,
     document_from_body,
     dump_document,
-    name_on_disk,
     parse_document,
     root_digest,
     seal_json,
+)
+from kdcache.paths import (
+    calibration_path,
+    check_teacher_name,
+    name_on_disk,
+    shard_of,
+    tail_path,
+    tail_weights_path,
+    target_path,
     targets_record_path,
+    teacher_of,
+    teacher_path,
     views_record_path,
 )
 from kdcache.plan import POLICIES, FrozenModel, ViewPlan, blake2b_128, canonical_json, require_same
@@ -238,6 +247,25 @@ def test_names_on_disk_are_safe_and_tell_shards_apart(one: str, other: str) -> N
     assert not on_disk.startswith(".")
     assert all(c.isalnum() or c in "._-%" for c in on_disk)
     assert (on_disk == name_on_disk(other)) == (one == other)
+
+
+@given(names)
+def test_a_path_tells_its_shard_and_its_teacher(shard: str) -> None:
+    views = ViewRange(start=0, stop=2)
+    for record, teacher in ((views_record_path(shard, views), ""), (targets_record_path("vit", shard, {"logits": "0" * 32}, views), "vit")):
+        group = record.removesuffix(".json") + ".0123456789ab.zarr"
+        for path in (record, group, f"{group}/params/c/0/0/0"):
+            assert (shard_of(path), teacher_of(path)) == (shard, teacher)
+    for path in (
+        teacher_path("vit"),
+        tail_path("vit"),
+        tail_weights_path("vit"),
+        target_path("vit", "logits"),
+        calibration_path("vit", "features@norm"),
+    ):
+        assert (shard_of(path), teacher_of(path)) == ("", "vit")
+    for path in ("cache.json", "sources/0123456789ab.json", "index/index.0123456789ab.json", "index/table.0123456789ab.bin"):
+        assert (shard_of(path), teacher_of(path)) == ("", "")
 
 
 def test_plain_shard_names_stay_as_they_are() -> None:

@@ -21,9 +21,10 @@ from helpers import TINY_VIT, reseal
 from PIL import Image
 
 from kdcache import open_cache
+from kdcache.draws import draw, draw_mix
 from kdcache.errors import FormatVersionError
 from kdcache.tail import load_tail
-from kdcache.views import draw, draw_mix, pixel_digest
+from kdcache.views import pixel_digest
 from pipelines.train import TrainConfig, train
 from pipelines.verify import verify
 

@@ -22,9 +22,11 @@ from kdcache.errors import UsageError
 from kdcache.format import Document, TeacherIdentity, dump_document
 from kdcache.plan import POLICIES, MixedViews, RandAugment
 from pipelines.copy import CopyConfig, copy
-from pipelines.diff import diff, diff_as_text
+from pipelines.diff import diff
 from pipelines.facts import find_lacks, sample_logits, sample_rows, spread
-from pipelines.inspect import cache_as_text, inspect_cache, inspect_row, row_as_text
+from pipelines.inspect import inspect_cache, inspect_row
+from pipelines.inspection.diff_text import diff_as_text
+from pipelines.inspection.inspect_text import cache_as_text, row_as_text
 from pipelines.page import PageConfig, build_page
 from pipelines.words import policy_in_words, policy_name
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 
 from kdcache.augment import OPS, blend
 from kdcache.cache import Cache
+from kdcache.draws import draw, draw_mix
 from kdcache.errors import CorruptError, DriftError, ShardError
 from kdcache.images import decode_image
 from kdcache.join import CachedViews
@@ -23,10 +24,12 @@ from kdcache.opening import open_cache
 from kdcache.plan import POLICIES, MixedViews, Policy, ViewPlan
 from kdcache.preflight import first_views
 from kdcache.shards import scan_shard
-from kdcache.views import CUTMIX, MIXUP, ViewParams, draw, draw_mix, render
+from kdcache.view_params import CUTMIX, MIXUP, ViewParams
+from kdcache.views import render
 from pipelines import train as train_pipeline
 from pipelines.extract import ExtractConfig, extract
-from pipelines.inspect import cache_as_text, inspect_cache, inspect_row, row_as_text
+from pipelines.inspect import inspect_cache, inspect_row
+from pipelines.inspection.inspect_text import cache_as_text, row_as_text
 from pipelines.verify import verify
 
 MIX = MixedViews(prob=0.7, mixup_alpha=0.8, cutmix_alpha=1.0)

@@ -18,8 +18,9 @@ from PIL import Image
 from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.random_erasing import RandomErasing as TimmErasing
 
-from kdcache import augment, views
+from kdcache import augment, draws, view_params
 from kdcache.augment import FILL, OPS, apply_op, noise
+from kdcache.draws import draw, draw_mix
 from kdcache.errors import CorruptError, UsageError
 from kdcache.plan import (
     POLICIES,
@@ -33,7 +34,8 @@ from kdcache.plan import (
     ViewPlan,
 )
 from kdcache.policy_file import load_policy, parse_policy
-from kdcache.views import Box, ViewParams, draw, draw_mix, pixel_digest, render
+from kdcache.view_params import Box, ViewParams
+from kdcache.views import pixel_digest, render
 
 WHOLE = RandomResizedCrop(scale=(1.0, 1.0), ratio=(1.0, 1.0))
 MIX = MixedViews(mixup_alpha=0.8, cutmix_alpha=1.0)
@@ -43,7 +45,7 @@ def plan_of(policy: Policy, *, size: int = 32, seed: int = 0) -> ViewPlan:
     return ViewPlan(dataset="d", policy=policy, size=size, seed=seed)
 
 
-def draws(policy: Policy, count: int, *, size: int = 32) -> list[ViewParams]:
+def params_of(policy: Policy, count: int, *, size: int = 32) -> list[ViewParams]:
     plan = plan_of(policy, size=size)
     return [draw(plan, "s", f"k{i}", 0, (40, 30)) for i in range(count)]
 
@@ -58,14 +60,14 @@ TIMM_NAMES = {augment.POSTERIZE: "PosterizeIncreasing", augment.SOLARIZE: "Solar
 
 
 def test_the_op_sets_are_timms() -> None:
-    plain = [timm_ops._RAND_TRANSFORMS[op - 1] for op in views._RAND_AUGMENT_OPS]
-    increasing = [TIMM_NAMES.get(op, name) for op, name in zip(views._RAND_AUGMENT_OPS, plain, strict=True)]
+    plain = [timm_ops._RAND_TRANSFORMS[op - 1] for op in draws._RAND_AUGMENT_OPS]
+    increasing = [TIMM_NAMES.get(op, name) for op, name in zip(draws._RAND_AUGMENT_OPS, plain, strict=True)]
     assert plain == timm_ops._RAND_TRANSFORMS
     assert increasing == timm_ops._RAND_INCREASING_TRANSFORMS
 
 
 @pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
-@pytest.mark.parametrize("op", views._RAND_AUGMENT_OPS)
+@pytest.mark.parametrize("op", draws._RAND_AUGMENT_OPS)
 def test_ops_are_timms_byte_for_byte(op: int, resample: Image.Resampling) -> None:
     timm_op = timm_ops.NAME_TO_OP[timm_ops._RAND_TRANSFORMS[op - 1]]
     known = OPS[op]
@@ -92,7 +94,7 @@ def test_magnitudes_are_timms(op: int, increasing: bool, monkeypatch: pytest.Mon
     for level_q16, negate in itertools.product(range(0, 10 * 65536 + 1, 4681), (False, True)):
         monkeypatch.setattr(random, "random", lambda negate=negate: 0.9 if negate else 0.1)
         (expected,) = timm_ops.LEVEL_TO_ARG[names[op - 1]](level_q16 / 65536, {})
-        found = views._magnitude_q16(policy, op, level_q16, negate=negate)
+        found = draws._magnitude_q16(policy, op, level_q16, negate=negate)
         assert OPS[op].allows(found)
         assert abs(found / 65536 - expected) <= 1.01 / 65536, (op, level_q16)
 
@@ -122,7 +124,7 @@ def test_an_op_that_no_draw_gives_is_refused(op: int, magnitude: int) -> None:
 
 def test_rand_augment_is_distributed_as_timms() -> None:
     count = 4000
-    drawn = draws(Policy(crop=CenterCrop(), rand_augment=RandAugment(num_ops=2, magnitude=9, magnitude_std=0.5)), count)
+    drawn = params_of(Policy(crop=CenterCrop(), rand_augment=RandAugment(num_ops=2, magnitude=9, magnitude_std=0.5)), count)
     numbers = Counter(len(params.ops) for params in drawn)
     assert numbers[1] / count == pytest.approx(0.5, abs=0.03)
     assert numbers[0] / count == pytest.approx(0.25, abs=0.03)
@@ -139,14 +141,14 @@ def test_rand_augment_is_distributed_as_timms() -> None:
 
 def test_bell_draws_have_mean_zero_and_deviation_one() -> None:
     words = np.random.Philox(key=3).random_raw(20_000).tolist()
-    values = np.array([views._bell_q16(word) for word in words]) / 65536
+    values = np.array([draws._bell_q16(word) for word in words]) / 65536
     assert (abs(values.mean()), values.std()) == (pytest.approx(0, abs=0.03), pytest.approx(1, abs=0.02))
     assert np.mean(np.abs(values) < 1) == pytest.approx(0.6827, abs=0.02)
 
 
 def test_three_augment_and_colour_jitter_are_distributed_as_meant() -> None:
     count = 3000
-    drawn = draws(POLICIES["3aug"], count)
+    drawn = params_of(POLICIES["3aug"], count)
     first = Counter(params.ops[0][0] for params in drawn)
     assert all(first[op] == pytest.approx(count / 3, rel=0.1) for op in (augment.GREYSCALE, augment.SOLARIZE, augment.GAUSSIAN_BLUR))
     sigmas = [params.ops[0][1] / 65536 for params in drawn if params.ops[0][0] == augment.GAUSSIAN_BLUR]
@@ -163,7 +165,7 @@ def test_three_augment_and_colour_jitter_are_distributed_as_meant() -> None:
 
 def test_erased_boxes_are_distributed_as_timms() -> None:
     count, size = 2000, 64
-    drawn = [params.erase for params in draws(Policy(crop=CenterCrop(), erase=RandomErasing(prob=0.25)), count, size=size)]
+    drawn = [params.erase for params in params_of(Policy(crop=CenterCrop(), erase=RandomErasing(prob=0.25)), count, size=size)]
     boxes = np.array([(e.box.left, e.box.top, e.box.width, e.box.height) for e in drawn if e is not None], float)
     assert len(boxes) / count == pytest.approx(0.25, abs=0.03)
     random.seed(0)
@@ -204,11 +206,11 @@ def test_a_constant_erases_to_its_colour_and_nothing_else() -> None:
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.8, 1.0, 4.0, 32.0])
 def test_mixing_weights_are_beta_distributed(alpha: float) -> None:
     words = np.random.Philox(key=5).random_raw(4000).tolist()
-    values = np.array([views._beta_q16(alpha, word) / 65536 for word in words])
+    values = np.array([draws._beta_q16(alpha, word) / 65536 for word in words])
     expected = np.random.default_rng(1).beta(alpha, alpha, 100_000)
     for x in np.linspace(0.005, 0.995, 34):
         assert np.mean(values <= x) == pytest.approx(np.mean(expected <= x), abs=0.03)
-    assert views._beta_thresholds(alpha)[511] < 2**63 < views._beta_thresholds(alpha)[512]
+    assert draws._beta_thresholds(alpha)[511] < 2**63 < draws._beta_thresholds(alpha)[512]
 
 
 def test_cutmix_boxes_are_timms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,9 +218,9 @@ def test_cutmix_boxes_are_timms(monkeypatch: pytest.MonkeyPatch) -> None:
         centres = iter([int(y * size), int(x * size)])
         monkeypatch.setattr(np.random, "randint", lambda *_, size=None, centres=centres: next(centres))
         (top, bottom, left, right), weight_after = cutmix_bbox_and_lam((3, size, size), weight / 65536)
-        box = views._cutmix_box(weight, size, int(x * 2**64), int(y * 2**64))
+        box = draws._cutmix_box(weight, size, int(x * 2**64), int(y * 2**64))
         assert (box.left, box.top, box.width, box.height) == (left, top, right - left, bottom - top)
-        assert views._weight_outside(box, size) / 65536 == pytest.approx(weight_after, abs=1 / 65536)
+        assert view_params.weight_outside(box, size) / 65536 == pytest.approx(weight_after, abs=1 / 65536)
 
 
 def test_partners_are_others_of_the_tar_and_modes_as_likely_as_asked() -> None:
@@ -230,7 +232,7 @@ def test_partners_are_others_of_the_tar_and_modes_as_likely_as_asked() -> None:
     pairs = Counter((own, mix.partner) for own, mix in mixed)
     assert len(pairs) == 42
     assert max(pairs.values()) < 2 * min(pairs.values())
-    assert np.mean([mix.mode == views.CUTMIX for _, mix in mixed]) == pytest.approx(0.25, abs=0.03)
+    assert np.mean([mix.mode == view_params.CUTMIX for _, mix in mixed]) == pytest.approx(0.25, abs=0.03)
     assert draw_mix(plan, "s", "k", 0, position=0, num_samples=1) is None
 
 
@@ -270,8 +272,8 @@ def test_a_policy_without_randomness_draws_one_view(policy: Policy) -> None:
 
 
 def test_one_feature_does_not_shift_another() -> None:
-    alone = draws(Policy(crop=WHOLE, hflip=0.5, erase=RandomErasing(prob=0.5)), 20)
-    strong = draws(
+    alone = params_of(Policy(crop=WHOLE, hflip=0.5, erase=RandomErasing(prob=0.5)), 20)
+    strong = params_of(
         Policy(crop=WHOLE, hflip=0.5, rand_augment=RandAugment(), color_jitter=ColorJitter(contrast=0.5), erase=RandomErasing(prob=0.5)), 20
     )
     assert [(p.crop, p.flip, p.erase) for p in alone] == [(p.crop, p.flip, p.erase) for p in strong]

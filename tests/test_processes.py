@@ -18,11 +18,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import TINY_VIT, Forked, kdcache_command, make_cache, make_shard
+from helpers import CNN, CNN_ARGS, TINY_VIT, Forked, kdcache_command, leaves, make_cache, make_shard, state_of
 from hypothesis import given
 from hypothesis import strategies as st
 from test_resume import assert_same_run, lines_of
-from test_train import CNN, CNN_ARGS, leaves, state_of
 
 import kdcache.distributed
 import pipelines.training.gang

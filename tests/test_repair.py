@@ -15,6 +15,7 @@ import torch
 from helpers import Forked, make_shard, make_shards, make_teacher_dir, run_python
 from test_extract import FEATURES, groups, run, setup, tree  # noqa: F401 - setup is a fixture
 
+import kdcache.preflight
 import pipelines.extract
 from kdcache import open_cache
 from kdcache.errors import CorruptError, KDCacheError, MismatchError, MissingError, ShardError, TeacherError, UsageError
@@ -201,7 +202,7 @@ def test_tar_that_shrinks_while_it_is_read_is_a_problem_of_its_shard_only(setup:
         return index
 
     run(setup, "other")  # so that the accuracy check is not what meets it
-    monkeypatch.setattr(pipelines.extract, "ACCURACY_VIEWS", 1)
+    monkeypatch.setattr(kdcache.preflight, "ACCURACY_VIEWS", 1)
     monkeypatch.setattr(pipelines.extract, "scan_shard", scan_then_cut)
     summary = run(setup, workers=workers)
     assert [(problem["kind"], problem["shard"]) for problem in summary.problems] == [("source", "train-0000")]

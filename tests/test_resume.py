@@ -8,7 +8,6 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import sys
 import time
@@ -19,16 +18,28 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import TINY_VIT, Forked, die_at, kdcache_command, make_cache, make_shard, run_python
+from helpers import (
+    TIMES,
+    TINY_VIT,
+    Forked,
+    assert_same_state,
+    die_at,
+    kdcache_command,
+    leaves,
+    make_cache,
+    make_shard,
+    run_python,
+    state_of,
+    where_files_end_at,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import TIMES, assert_same_state, leaves, state_of
 
 import pipelines.training.checkpoints
 import pipelines.training.gang
 import pipelines.training.loop
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
-from kdcache.errors import CorruptError, KDCacheError, MismatchError, StoreError, StudentError, UsageError
+from kdcache.errors import CorruptError, KDCacheError, MismatchError, StudentError, UsageError
 from kdcache.evaluate import Evaluator
 from kdcache.join import BatchLoader, CachedViews, EpochBatches
 from kdcache.opening import open_cache
@@ -369,17 +380,8 @@ def test_no_change_of_a_checkpoint_goes_unnoticed_or_changes_nothing(small: Path
 def test_a_full_disk_ends_the_run_and_leaves_both_checkpoints(folder: Path, whole: dict[str, Any], stopped: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in stopped.rglob("checkpoint.pt")}
 
-    def command() -> int:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[stopped / "last" / "checkpoint.pt"]) // 2,) * 2)
-        try:
-            train(TrainConfig(**options_of(folder, stopped.parent, resume=True)))
-        except StoreError as error:
-            sys.stdout.write(str(error))
-            return 3
-        return 0
-
-    child = Forked(command, tmp_path / "log")
+    half = len(before[stopped / "last" / "checkpoint.pt"]) // 2
+    child = Forked(where_files_end_at(half, lambda: train(TrainConfig(**options_of(folder, stopped.parent, resume=True)))), tmp_path / "log")
     assert child.wait() == 3, child.output()
     assert "last/checkpoint.pt: can't be written: File too large; the checkpoint before it is whole, run again with --resume" in child.output()
     assert {path: path.read_bytes() for path in stopped.rglob("checkpoint.pt")} == before

@@ -11,9 +11,8 @@ import timm
 import torch
 import yaml
 from click.testing import CliRunner
-from helpers import TINY_VIT, make_shards, make_teacher_dir, save_local_dir, tiny_model
+from helpers import TINY_VIT, assert_same_state, make_shards, make_teacher_dir, save_local_dir, state_of, tiny_model
 from test_tail import SWIN_ARGS
-from test_train import assert_same_state, state_of
 
 import pipelines.training.checkpoints
 from cli.main import main

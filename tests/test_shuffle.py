@@ -18,10 +18,9 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from helpers import make_cache
+from helpers import CNN, CNN_ARGS, assert_same_state, make_cache, state_of
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import CNN, CNN_ARGS, assert_same_state, state_of
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import kdcache.workers

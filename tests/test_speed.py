@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import make_shard, make_shards, save_local_dir, tiny_model
+from helpers import CNN, CNN_ARGS, assert_same_state, make_shard, make_shards, save_local_dir, state_of, tiny_model
 from safetensors.torch import load_file
 from test_scalekd import STUDENTS
 from test_tail import SWIN_ARGS
-from test_train import CNN, CNN_ARGS, assert_same_state, state_of
 from torch import Tensor
 
 import kdcache.evaluate

@@ -25,6 +25,7 @@ from cli.main import main
 from kdcache import join, open_cache, stored_views
 from kdcache.arrays import STREAM_CHUNK_BYTES, StreamReader, StreamWriter, stream_spec
 from kdcache.commit import ChunkPool
+from kdcache.draws import draw
 from kdcache.errors import CorruptError, DriftError, KDCacheError, MismatchError, UsageError
 from kdcache.format import ViewRange
 from kdcache.images import decode_image
@@ -37,7 +38,7 @@ from kdcache.sources import resolve_shards
 from kdcache.store import LocalStore
 from kdcache.stored_views import as_stored, decode_view, encode_view
 from kdcache.storing import ViewsWriter
-from kdcache.views import draw, render
+from kdcache.views import render
 from pipelines.train import TrainConfig, train
 from pipelines.verify import verify
 

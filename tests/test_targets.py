@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kdcache.errors import UsageError
-from kdcache.targets import TargetSpec, parse_target, parse_targets
+from kdcache.targets import TargetSpec, merge_targets, parse_target
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,9 @@ def test_what_is_no_spec_is_refused_with_the_grammar(text: str) -> None:
 
 
 def test_specs_of_one_name_are_merged() -> None:
-    merged = parse_targets(["logits", "features@norm:int8", "logits:dense,views=2", "features@norm,views=4", "features@norm:int8,views=3"])
+    merged = merge_targets(
+        map(parse_target, ["logits", "features@norm:int8", "logits:dense,views=2", "features@norm,views=4", "features@norm:int8,views=3"])
+    )
     assert merged == [
         TargetSpec(kind="logits", encoding="dense", views=2),
         TargetSpec(kind="features", node="norm", encoding="int8", views=4),
@@ -63,4 +65,4 @@ def test_specs_of_one_name_are_merged() -> None:
 
 def test_one_name_in_two_encodings_is_refused() -> None:
     with pytest.raises(UsageError, match=r"'features@norm' is asked for as 'int8' and as 'fp16'"):
-        parse_targets(["features@norm:int8", "features@norm", "features@norm:fp16"])
+        merge_targets(map(parse_target, ["features@norm:int8", "features@norm", "features@norm:fp16"]))

@@ -5,11 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-import resource
 import shutil
-import signal
-import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,21 @@ import timm
 import torch
 import yaml
 from click.testing import CliRunner
-from helpers import TINY_VIT, Forked, make_cache, make_shard, make_shards, make_teacher_dir, run_python
+from helpers import (
+    CNN,
+    CNN_ARGS,
+    QUICK_STUDENT_ARGS,
+    TINY_VIT,
+    assert_same_state,
+    make_cache,
+    make_shard,
+    make_shards,
+    make_teacher_dir,
+    make_train_folder,
+    quick_config,
+    run_python,
+    state_of,
+)
 
 import pipelines.train
 import pipelines.training.checkpoints
@@ -35,64 +46,17 @@ from kdcache.students import build_student
 from pipelines.extract import ExtractConfig, extract
 from pipelines.train import TrainConfig, train
 
-STUDENT_ARGS: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "drop_rate": 0.1, "drop_path_rate": 0.1}
-CNN = "resnet18"
-CNN_ARGS: dict[str, Any] = {"channels": [4, 4, 8, 8], "stem_width": 4}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """cache/ of 2 shards × 6 images × 3 views, shards/ and val/."""
-    folder = tmp_path_factory.mktemp("train")
-    make_cache(folder, num_shards=2, num_samples=6, views=3)
-    make_shard(folder / "val" / "val-00.tar", num_samples=10, seed=7)
-    return folder
+    return make_train_folder(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture
 def config(folder: Path, tmp_path: Path) -> Any:
     """TrainConfig with defaults that are quick; keywords override."""
-
-    def make(**overrides: Any) -> TrainConfig:
-        options = {
-            "cache": str(folder / "cache"),
-            "students": (TINY_VIT,),
-            "model_kwargs": STUDENT_ARGS,
-            "out": str(tmp_path / "runs"),
-            "epochs": 3,
-            "batch_size": 4,
-            "workers": 0,
-            "device": "cpu",
-            "check_views": 1.0,
-        }
-        return TrainConfig(**{**options, **overrides})
-
-    return make
-
-
-TIMES = {"seconds": 0, "own_seconds": 0, "own_epoch_seconds": 0}
-"""In place of a state's or a line's own."""
-
-
-def state_of(run: dict[str, Any], name: str = "last") -> dict[str, Any]:
-    return torch.load(Path(run["path"], name, "checkpoint.pt"), weights_only=True)
-
-
-def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Every tensor, number and row alike to the last bit; times aside."""
-    found_leaves, expected_leaves = (dict(leaves({**state, **TIMES})) for state in (found, expected))
-    assert list(found_leaves) == list(expected_leaves)
-    for path, value in expected_leaves.items():
-        same = torch.equal(found_leaves[path], value) if isinstance(value, torch.Tensor) else found_leaves[path] == value
-        assert same, path
-
-
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict | list | tuple):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(item, f"{path}.{key}")
-    else:
-        yield path, value
+    return partial(quick_config, folder, tmp_path / "runs")
 
 
 # --- what it trains, and with what ---
@@ -167,7 +131,9 @@ def test_epochs_replay_the_views_in_turn(config: Any, monkeypatch: pytest.Monkey
 
 
 def test_the_student_learns_what_the_teacher_says(config: Any) -> None:
-    (run,) = train(config(epochs=60, batch_size=6, lr=5e-3, task_loss_weight=0.0, model_kwargs={**STUDENT_ARGS, "drop_rate": 0, "drop_path_rate": 0}))
+    (run,) = train(
+        config(epochs=60, batch_size=6, lr=5e-3, task_loss_weight=0.0, model_kwargs={**QUICK_STUDENT_ARGS, "drop_rate": 0, "drop_path_rate": 0})
+    )
     history = state_of(run)["history"]
     assert history[-1]["train_distill"] < 0.2 * history[0]["train_distill"]
 
@@ -241,7 +207,7 @@ def test_what_does_not_change_the_result_does_not_change_the_id(config: Any, tmp
 
 def test_what_changes_the_result_changes_the_id(config: Any, folder: Path) -> None:
     changes: list[dict[str, Any]] = [{}, {"seed": 1}, {"lr": 2e-3}, {"kd_temperature": 2.0}, {"method": "ce"}, {"batch_size": 3}, {"limit_shards": 1}]
-    changes += [{"val": str(folder / "val")}, {"opt": "sgd"}, {"model_kwargs": {**STUDENT_ARGS, "depth": 2}}]
+    changes += [{"val": str(folder / "val")}, {"opt": "sgd"}, {"model_kwargs": {**QUICK_STUDENT_ARGS, "depth": 2}}]
     ids = [train(config(epochs=1, **change))[0]["id"] for change in changes]
     assert len(set(ids)) == len(ids)
 
@@ -371,168 +337,6 @@ def test_resume_with_another_setting_says_which(stopped: tuple[Any, Path], optio
 def test_more_views_than_there_are_is_an_error(config: Any, tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"--views 4: the cache has 3 views of all that is trained on"):
         train(config(views=4))
-
-
-# --- the export ---
-
-
-@pytest.mark.parametrize(("student", "model_args"), [(TINY_VIT, STUDENT_ARGS), (CNN, CNN_ARGS)])
-@pytest.mark.parametrize("with_val", [True, False])
-def test_timm_loads_the_export_and_gives_the_same_logits(config: Any, folder: Path, student: str, model_args: dict[str, Any], with_val: bool) -> None:
-    (run,) = train(config(students=(student,), model_kwargs=model_args, val=str(folder / "val") if with_val else None))
-    export = Path(run["path"], "export")
-    model = timm.create_model(f"local-dir:{export}", pretrained=True).eval()
-    trained = build_student(student, num_classes=10, view_size=32, model_args=model_args).model.eval()
-    state = state_of(run, "best" if with_val else "last")["method"]
-    trained.load_state_dict({name.removeprefix("student."): tensor for name, tensor in state.items()})
-    images = torch.randn(2, 3, 32, 32)
-    with torch.inference_mode():
-        torch.testing.assert_close(model(images), trained(images), rtol=0, atol=0)
-    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 32, 32)
-    body = json.loads((export / "config.json").read_text())["kdcache"]
-    cache = open_cache(folder / "cache")
-    assert (body["fingerprint"], body["root"], body["method"]) == (cache.fingerprint, cache.root, "kd")
-    assert body["teacher"]["weights"] == cache.teachers["teacher"].document.identity.weights
-    card = (export / "README.md").read_text()
-    assert cache.fingerprint in card
-    assert cache.root in card
-    assert not list(Path(run["path"]).glob("*.tmp"))
-
-
-def test_a_torn_best_checkpoint_gives_way_to_the_better_of_the_last_two(config: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"val": str(folder / "val"), "resume": True}
-    (whole,) = train(config(**options))
-    path = Path(whole["path"])
-    shutil.rmtree(path / "export")
-    for name, top1 in (("last", 20.0), ("previous", 30.0)):  # epochs 2 and 1; epoch 0 was the best
-        state = load_checkpoint(path / name / "checkpoint.pt")
-        for row, value in zip(state["history"], (90.0, 30.0, 20.0), strict=False):
-            row["eval_top1"] = value
-        assert state["history"][-1]["eval_top1"] == top1
-        save_checkpoint(path / name / "checkpoint.pt", state, fingerprint=state["fingerprint"], root=state["root"])
-    best = path / "best" / "checkpoint.pt"
-    best.write_bytes(best.read_bytes()[:-30])
-    (found,) = train(config(**options))
-    assert found["top1"] == 30.0
-    said = capsys.readouterr().err
-    assert f"{best}: expected a checkpoint of kdcache" in said
-    assert f"exporting {path / 'previous' / 'checkpoint.pt'} instead, after 2 epochs: top-1 30.00 %, the best was 90.00 %" in said
-    assert "| epoch | 1 |" in (path / "export" / "README.md").read_text()
-    exported = timm.create_model(f"local-dir:{path}/export", pretrained=True).state_dict()
-    assert torch.equal(exported["head.weight"], state_of(found, "previous")["method"]["student.head.weight"])
-
-
-def test_the_figures_of_an_export_are_of_its_weights(config: Any, folder: Path) -> None:
-    """A device that repeats an epoch after a kill may get another top-1: best/ is then of an epoch that the history has otherwise."""
-    (run,) = train(config(val=str(folder / "val")))
-    shutil.rmtree(Path(run["path"], "export"))
-    state = load_checkpoint(Path(run["path"], "best", "checkpoint.pt"))
-    state["history"][-1] |= {"eval_top1": 73.5, "epoch": 0}
-    save_checkpoint(Path(run["path"], "best", "checkpoint.pt"), state, fingerprint=state["fingerprint"], root=state["root"])
-    (again,) = train(config(val=str(folder / "val"), resume=True))
-    assert again["top1"] == 73.5
-    assert "| eval_top1 | 73.5 |" in Path(run["path"], "export", "README.md").read_text()
-
-
-def test_an_export_says_nothing_of_weights_that_it_does_not_hold(config: Any, tmp_path: Path) -> None:
-    (first,) = train(config(epochs=1))
-    path = Path(first["path"], "export", "config.json")
-    body = json.loads(path.read_text())
-    assert not {"tag", "license", "origin_url", "paper_ids"} & set(body["pretrained_cfg"])
-    body["pretrained_cfg"] |= {"license": "mine", "tag": "pets"}
-    body["label_names"] = [f"pet {number}" for number in range(10)]
-    shutil.copytree(path.parent, tmp_path / "student")
-    (tmp_path / "student" / "config.json").write_text(json.dumps(body))
-    for pretrained in (True, False):
-        name = f"local-dir:{tmp_path / 'student'}"
-        (run,) = train(config(epochs=1, students=(name,), pretrained=pretrained, model_kwargs={}))
-        exported = json.loads(Path(run["path"], "export", "config.json").read_text())
-        assert exported["pretrained_cfg"].get("license") == ("mine" if pretrained else None)
-        assert "label_names" not in exported  # of the classes that it had before
-
-
-def test_an_export_that_can_not_be_written_says_so_and_is_made_by_resume(config: Any, tmp_path: Path) -> None:
-    (run,) = train(config(epochs=1))
-    export = Path(run["path"], "export")
-    weights = (export / "model.safetensors").read_bytes()
-    shutil.rmtree(export)
-
-    def command() -> int:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(weights) // 2,) * 2)
-        try:
-            train(config(epochs=1, resume=True))
-        except StoreError as error:
-            sys.stdout.write(str(error))
-            return 3
-        return 0
-
-    child = Forked(command, tmp_path / "log")
-    assert child.wait() == 3, child.output()
-    assert f"{export}: can't be written: " in child.output()
-    assert "run again with --resume" in child.output()
-    assert not list(export.parent.glob("export*"))
-    assert train(config(epochs=1, resume=True))[0]["status"] == "done"
-    assert (export / "model.safetensors").read_bytes() == weights
-
-
-def test_an_export_can_be_a_student(config: Any) -> None:
-    (run,) = train(config(epochs=1))
-    (again,) = train(config(epochs=1, students=(f"local-dir:{run['path']}/export",), pretrained=True, model_kwargs={}))
-    assert again["id"].startswith("export-kd-")
-
-
-# --- students ---
-
-
-def test_students_get_views_at_their_own_size_and_as_many_classes_as_the_teacher() -> None:
-    vit = build_student(TINY_VIT, num_classes=7, view_size=32, model_args={"embed_dim": 16, "depth": 1, "num_heads": 2})
-    assert (vit.input_size, vit.model_args["img_size"], vit.model.num_classes) == (32, 32, 7)
-    own = build_student(TINY_VIT, num_classes=7, view_size=32, model_args={"embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 48})
-    assert own.input_size == 48
-    assert own.normalize()(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 3, 48, 48)
-    assert build_student(CNN, num_classes=7, view_size=32, model_args=CNN_ARGS).input_size == 32
-
-
-def test_a_students_weights_are_a_function_of_its_seed() -> None:
-    states = [build_student(CNN, num_classes=3, view_size=32, model_args=CNN_ARGS, seed=seed).model.state_dict() for seed in (1, 1, 2)]
-    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
-    assert not torch.equal(states[0]["conv1.weight"], states[2]["conv1.weight"])
-
-
-@pytest.mark.parametrize(
-    ("name", "model_args", "error", "text"),
-    [
-        ("vit_tyni_patch16_224", {}, StudentError, "knows no such model; near ones: .*vit_tiny_patch16_224"),
-        (CNN, {"nonsense": 1}, StudentError, "can't be built with"),
-        (CNN, {"num_classes": 3}, UsageError, "pass --num-classes"),
-        ("local-dir:/nowhere", {}, StudentError, "no /nowhere/config.json"),
-    ],
-)
-def test_a_student_that_cannot_be_built_says_why(name: str, model_args: dict[str, Any], error: type[Exception], text: str) -> None:
-    with pytest.raises(error, match=text):
-        build_student(name, num_classes=3, view_size=32, model_args=model_args)
-
-
-def test_pretrained_weights_that_cannot_be_had_suggest_a_local_folder() -> None:
-    with pytest.raises(StudentError, match=r"student 'resnet18': its pretrained weights can't be had.*local-dir:"):
-        build_student("resnet18", num_classes=3, view_size=32, pretrained=True)
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        (
-            {"students": (CNN, "efficientformer_l1")},
-            r"'efficientformer_l1': can't be trained on images of 32 x 32 pixels, 4 a batch: .*choose a student",
-        ),
-        ({"students": (CNN,), "batch_size": 1}, r"'resnet18': can't be trained .*more than 1 value per channel.*or a larger --batch-size"),
-    ],
-)
-def test_a_student_that_can_not_be_fed_fails_before_any_is_trained(config: Any, tmp_path: Path, options: dict[str, Any], text: str) -> None:
-    with pytest.raises(StudentError, match=text):
-        train(config(model_kwargs={}, **options))
-    assert not (tmp_path / "runs").exists()
 
 
 # --- labels and classes ---
@@ -787,7 +591,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatc
 
 def test_the_command_prints_one_json_object_on_stdout(folder: Path, tmp_path: Path) -> None:
     arguments = ["train", str(folder / "cache"), "--student", TINY_VIT, "--out", str(tmp_path), "--epochs", "1", "-b", "4", "-j", "0", "--json"]
-    for key, value in STUDENT_ARGS.items():
+    for key, value in QUICK_STUDENT_ARGS.items():
         arguments += ["--model-kwargs", f"{key}={value}"]
     arguments += ["--set", "temperature=2", "--opt-betas", "0.9", "0.98", "--val", str(folder / "val"), "--lr", "1e-3"]
     result = CliRunner().invoke(main, arguments)

@@ -16,9 +16,23 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop as TorchvisionCrop
 
 from kdcache.augment import OPS
+from kdcache.draws import draw, random_words
 from kdcache.errors import CorruptError, UsageError
-from kdcache.plan import POLICIES, CenterCrop, ColorJitter, MixedViews, Policy, RandAugment, RandomErasing, RandomResizedCrop, ThreeAugment, ViewPlan
-from kdcache.views import MAX_OPS, PARAM_FIELDS, Box, Erase, Mix, ViewParams, draw, pixel_digest, random_words, render
+from kdcache.plan import (
+    MAX_OPS,
+    POLICIES,
+    CenterCrop,
+    ColorJitter,
+    MixedViews,
+    Policy,
+    RandAugment,
+    RandomErasing,
+    RandomResizedCrop,
+    ThreeAugment,
+    ViewPlan,
+)
+from kdcache.view_params import PARAM_FIELDS, Box, Erase, Mix, ViewParams
+from kdcache.views import pixel_digest, render
 
 
 def plan_of(policy: str = "weak", *, size: int = 24, seed: int = 0) -> ViewPlan:
@@ -197,7 +211,7 @@ def test_views_do_not_depend_on_workers_or_order() -> None:
 def test_views_do_not_depend_on_the_process() -> None:
     code = (
         "import json, sys, random, numpy as np; random.seed(7); np.random.seed(7)\n"
-        "from kdcache.plan import POLICIES, ViewPlan\nfrom kdcache.views import draw\n"
+        "from kdcache.plan import POLICIES, ViewPlan\nfrom kdcache.draws import draw\n"
         "plan = ViewPlan(dataset='d', policy=POLICIES['weak'], size=24)\n"
         "print(json.dumps([draw(plan, 's', f'k{i}é', i, (640, 480)).to_row().tolist() for i in range(20)]))"
     )

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..format import Component
+from ..format import Component, TargetIdentity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,11 @@ class TargetShape:
     grid: tuple[int, int] = (0, 0)
     channels: int = 0
     prefix_tokens: int = 0
+
+    @classmethod
+    def of_card(cls, card: TargetIdentity) -> TargetShape:
+        """The shape that a recorded target's card states."""
+        return cls(num_classes=card.num_classes or 0, grid=card.grid or (0, 0), channels=card.channels or 0, prefix_tokens=card.prefix_tokens or 0)
 
     @property
     def num_tokens(self) -> int:

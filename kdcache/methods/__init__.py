@@ -8,7 +8,6 @@ A name is one of METHODS, `package.module:Class` for a method of one's own (docs
 
 from __future__ import annotations
 
-import difflib
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 from torch import nn
 
-from ..errors import MissingError, UsageError
+from ..errors import MissingError, UsageError, did_you_mean
 from ..plan import explain_validation_error
 from ..targets import merge_wishes, parse_target
 from ..teacher_card import ANY_TEACHER, TeacherCard, card_of_layer
@@ -56,7 +55,7 @@ def method_class(name: str) -> type[Method[Any]]:
         return _imported(name)
     if name not in METHODS:
         raise UsageError(
-            f"method {name!r} is not known{_suggest(name, METHODS)}; expected one of: {', '.join(METHODS)}; a sum of them such as nkd+vitkd; or"
+            f"method {name!r} is not known{did_you_mean(name, METHODS)}; expected one of: {', '.join(METHODS)}; a sum of them such as nkd+vitkd; or"
             f" package.module:Class"
         )
     return METHODS[name]
@@ -126,7 +125,7 @@ def _check_fields(name: str, model: type[BaseModel], given: Mapping[str, Any], p
     for field, value in given.items():
         if field not in model.model_fields:
             known = ", ".join(f"{prefix}{one}" for one in own_first(model) if not (prefix and is_task_field(one))) or "none"
-            raise UsageError(f"method {name!r} has no field {prefix + field!r}{_suggest(field, model.model_fields)}; its fields: {known}")
+            raise UsageError(f"method {name!r} has no field {prefix + field!r}{did_you_mean(field, model.model_fields)}; its fields: {known}")
         inner = model.model_fields[field].annotation
         if isinstance(inner, type) and issubclass(inner, MethodSettings) and isinstance(value, Mapping):
             _check_fields(name, inner, value, f"{field}.")
@@ -159,7 +158,7 @@ def share_out(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, di
         owners = {name: field for name in shared if (field := _own_field(name, key)) is not None}
         if not owners:
             known = sorted({field for name in shared for field, _ in _constants(method_class(name).Settings)})
-            near = _suggest(key, known) or f"; their fields: {', '.join(known)}"
+            near = did_you_mean(key, known) or f"; their fields: {', '.join(known)}"
             raise UsageError(f"--set {key}: none of the methods {', '.join(shared) or 'that were asked for'} has this field{near}")
         for name, field in owners.items():
             shared[name][field] = value
@@ -341,11 +340,6 @@ def build(name: str, *, student: nn.Module, cache: Cache, teacher: TeacherChoice
     if isinstance(parsed, SeveralSettings):
         return several_of(method)(student=student, cache=cache, teachers=layers, settings=parsed)
     return method(student=student, cache=cache, teacher=next(iter(layers.values()), None), settings=parsed)
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 __all__ = [

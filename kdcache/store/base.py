@@ -67,6 +67,10 @@ class Store(ABC):
         """Release what is kept open for reading; the store can still be used. Nothing to do by default."""
         return
 
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be put, None where nobody can tell. For who would rather not begin."""
+        return None
+
     @abstractmethod
     def new_spool(self, label: str = "") -> Path:
         """A new empty local folder, unique to this attempt, from which `put_new` is cheap. Remove it with `drop_spool`.

@@ -53,6 +53,13 @@ class LocalStore(Store):
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
 
+    def free_bytes(self) -> int:
+        """Of the disk that the root lies on, or will: of the nearest folder above it that is there."""
+        folder = self.root
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
     def __del__(self) -> None:
         while self._descriptors:  # no lock: nobody else can hold this object now
             os.close(self._descriptors.popitem()[1])

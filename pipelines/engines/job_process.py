@@ -33,7 +33,7 @@ from typing import Any
 from kdcache.console import harmless, say
 from kdcache.errors import KDCacheError, StoreError
 from kdcache.interrupt import Stopped, finishing_first, stopping_cleanly
-from kdcache.launch import without_launch
+from kdcache.launch import default_workers, without_launch
 
 from ..training.watching import Line, telling
 from . import Job, run_job
@@ -207,7 +207,7 @@ def environ_of_child(environ: Mapping[str, str], *, cores: int, gpu: str | None 
 
 def with_share_of(job: Job, cores: int) -> Job:
     """The job with as many loading processes as fit its cores, where its configs leave that open."""
-    configs = [config if config.workers is not None else dataclasses.replace(config, workers=min(8, cores)) for config in job.configs]
+    configs = [config if config.workers is not None else dataclasses.replace(config, workers=default_workers(cores)) for config in job.configs]
     return Job(tuple(configs), job.ids)
 
 

@@ -47,15 +47,16 @@ def finished_already(config: ExtractConfig, sources: Sequence[ShardSource], all_
                 return None
         if not is_unchanged(source, records[0], may_be_gone=cache.plan.stored_views is not None):
             return None
-        count_finished(summary, records[0])
+        count_complete(summary, records[0])
+        summary.resumed_shards += 1
     if not is_current(cache.store, cache.documents) or not {source.name for source in all_sources} <= set(cache.all_shards):
         return None
     return summary
 
 
-def count_finished(summary: ExtractSummary, record: Document[Any]) -> None:
+def count_complete(summary: ExtractSummary, record: Document[Any]) -> None:
+    """Add a shard that has all that was asked for."""
     summary.shards += 1
-    summary.resumed_shards += 1
     summary.rows += record.identity.rows
     summary.skipped += len(record.identity.skipped)
     _note_cut(summary, record.identity.shard, record.identity.cut)

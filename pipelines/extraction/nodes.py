@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdcache.console import human_bytes
+from kdcache.console import aligned, human_bytes
 from kdcache.encodings import TargetShape, build_encoding, default_encoding
 from kdcache.nodes import list_nodes
 from kdcache.teacher import load_teacher
@@ -64,7 +64,6 @@ def nodes_as_text(facts: Mapping[str, Any]) -> str:
         if "reason" not in node:
             grid = f"{node['grid'][0]}x{node['grid'][1]}"
             rows.append((node["node"], grid, str(node["channels"]), str(node["prefix_tokens"]), human_bytes(node["bytes_per_view"])))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+    lines = [aligned(rows, left=1)]
     lines += [f"{node['node']}: can't be recorded: {node['reason']}" for node in facts["nodes"] if "reason" in node]
     return "\n".join([f"{facts['model']}: input {facts['input_size']} px, {head}", *lines, "Sizes are before compression."])

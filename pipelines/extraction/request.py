@@ -18,6 +18,7 @@ from kdcache.plan import DecoderName, Policy, ResizerName, StoredCodec, ViewPlan
 from kdcache.shards import ShardSource
 from kdcache.sources import check_names, default_dataset_id, resolve_shards
 from kdcache.store import Store
+from kdcache.stored_source import resolve_or_remember
 from kdcache.targets import TargetSpec, merge_targets, merge_wishes, parse_target
 from kdcache.teacher_card import TeacherCard
 
@@ -106,8 +107,6 @@ def resolve_sources(config: ExtractConfig, store: Store) -> list[ShardSource]:
     """The shards that SHARDS names; of a cache that stores its views also those that it named when their tars were still there."""
     if store.size("cache.json") is None or read_document(store, "cache.json").identity.plan.stored_views is None:
         return resolve_shards(config.shards, label_key=config.label_key)
-    from kdcache.stored_source import resolve_or_remember
-
     return resolve_or_remember(config.shards, open_to_write(config.cache), label_key=config.label_key)
 
 

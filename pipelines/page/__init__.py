@@ -9,8 +9,8 @@ else load. It is a function of the cache, the tars and the options: no time, no 
     logits     a larger sample of rows: entropy, and confidence against accuracy
     pictures   from pixels to data: addresses, within a budget of bytes
     charts     from numbers to the geometry of small charts
-    render      from a template to a page; what a sweep's report shares
-    page.html, page.css, page.js    what a person sees; Jinja escapes whatever it is given; common.js and charts.html are shared too
+    render     from a template to a page; what a sweep's report shares
+    page.html, page.css, page.js    what a person sees; Jinja escapes whatever it is given; frame.html, charts.html and common.js are shared too
 
 A cache that is damaged or not finished still gives a page: what can't be read says so where it would stand.
 """
@@ -25,12 +25,22 @@ from typing import Any
 
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.class_names import ClassNames
-from kdcache.console import human_bytes, visible
+from kdcache.console import counted, human_bytes, visible
 from kdcache.errors import CacheError, KDCacheError, UsageError
-from kdcache.fidelity import combine_fidelity
 
-from ..facts import REST_NAME, SAMPLE_ROWS, LabelHistogram, fidelity_by_shard, fidelity_sums, label_histogram, made_with, sizes, worst_shard
-from ..inspect import check_names, class_names_of, label_names_of
+from ..facts import (
+    REST_NAME,
+    SAMPLE_ROWS,
+    LabelHistogram,
+    accuracy,
+    check_names,
+    class_names_of,
+    label_histogram,
+    label_names_of,
+    made_with,
+    sizes,
+    stored_target,
+)
 from ..words import policy_in_words, policy_name
 from .charts import Chart, bars, cell_map, curve
 from .features import describe_features
@@ -38,7 +48,7 @@ from .logits import describe_logits
 from .opening import PageCache, open_for_page, series
 from .pictures import encode_pictures
 from .render import render_page, replace_page
-from .samples import Sample, choose_rows, gather_samples
+from .samples import Sample, choose_rows, gather_samples, pictures_of
 
 DEFAULT_SAMPLES = 12
 MAX_SAMPLES = 200
@@ -83,14 +93,10 @@ class PageSummary:
 
     def as_text(self) -> str:
         """A line for people, and one more for a cache that is not sound."""
-        text = f"{self.path}: {human_bytes(self.bytes)}, {_count(self.samples, 'sample')}"
+        text = f"{self.path}: {human_bytes(self.bytes)}, {counted(self.samples, 'sample')}"
         if not self.problems:
             return text
-        return f"{text}\n{_count(len(self.problems), 'problem')}, the first: {visible(self.problems[0])}; run 'kdcache verify'"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+        return f"{text}\n{counted(len(self.problems), 'problem')}, the first: {visible(self.problems[0])}; run 'kdcache verify'"
 
 
 def write_page(path: str, file: str, config: PageConfig) -> PageSummary:
@@ -119,7 +125,7 @@ def build_page(path: str, config: PageConfig) -> tuple[bytes, PageSummary]:
     )
     features = describe_features(opened, samples)
     logits = [facts for name in sorted(cache.teachers) if (facts := describe_logits(opened, name, config.rows)) is not None]
-    encode_pictures(samples, PICTURE_BYTES * max(1.0, len(samples) / DEFAULT_SAMPLES))
+    encode_pictures(pictures_of(samples), PICTURE_BYTES * max(1.0, len(samples) / DEFAULT_SAMPLES))
     problems = tuple(opened.problems)  # by now with what was found in reading
     page = _render(
         name=Path(path).resolve().name,
@@ -164,14 +170,12 @@ def _overview(opened: PageCache) -> dict[str, Any]:
 
 
 def _teacher(cache: Cache, layer: TeacherLayer, names: ClassNames | None) -> dict[str, Any]:
-    records = [record for by_shard in layer.records.values() for record in by_shard]
-    scores = [record.measured.get("accuracy", {}) for record in records]
-    labelled = sum(score.get("labelled", 0) for score in scores)
+    top1, labelled = accuracy(layer)
     return {
         "name": layer.name,
         "identity": layer.document.identity,
         "labelled": labelled,
-        "top1": 100 * sum(score.get("correct", 0) for score in scores) / labelled if labelled else None,
+        "top1": top1,
         "class_names": len(names) if names is not None else 0,
         "tail": layer.tail.identity if layer.tail is not None else None,
         "target_count": len(layer.targets),
@@ -180,18 +184,15 @@ def _teacher(cache: Cache, layer: TeacherLayer, names: ClassNames | None) -> dic
 
 
 def _target(cache: Cache, layer: TeacherLayer, name: str) -> dict[str, Any]:
-    card = layer.targets[name].identity
-    segments = [record for records in layer.records.values() for record in records if name in record.identity.targets]
-    size = sum(field.size for record in segments for path, field in record.identity.group.files.items() if path.startswith(f"{name}/"))
-    row_views = sum(record.identity.rows * len(record.identity.views) for record in segments)
+    stored = stored_target(layer, name)
     return {
-        "card": card,
+        "card": layer.targets[name].identity,
         "views": cache.target_views(layer.name, name),
-        "bytes": size,
-        "bytes_per_view": size / row_views if row_views else None,
-        "figures": combine_fidelity([fidelity_sums(record, name) for record in segments]),
-        "worst": worst_shard(fidelity_by_shard(layer, name)),
-        "shards": len({record.identity.shard for record in segments}),
+        "bytes": stored.bytes,
+        "bytes_per_view": stored.bytes_per_view,
+        "figures": stored.figures,
+        "worst": stored.worst,
+        "shards": stored.shards,
     }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from kdcache.cache import Cache
 from kdcache.distance import log_softmax
 from kdcache.errors import CorruptError, KDCacheError
+from kdcache.index import rows_of_table
 
 from ..facts import SAMPLE_ROWS, decoded_blocks, sample_rows
 from .charts import Chart, histogram, reliability
@@ -108,7 +109,7 @@ def describe_logits(opened: PageCache, teacher: str, max_rows: int | None = SAMP
 def _unmixed_labels(cache: Cache, shard: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """(N,) labels; -1 for a row without one, or whose view is mixed and so has two."""
     table = cache.table_from_group(cache.views[shard][0].identity)
-    labels: np.ndarray[Any, Any] = table[table[:, 3] == 0][rows, 2].copy()
+    labels: np.ndarray[Any, Any] = rows_of_table(table)[rows, 2].copy()
     if cache.plan.policy.mix is not None:
         mixed = [params.mix is not None for params in cache.read_params(shard, _VIEW, rows)]
         labels[np.array(mixed, bool)] = -1

@@ -6,17 +6,17 @@ A sound cache opens as for every reader. One that does not is read document by d
 from __future__ import annotations
 
 import re
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kdcache.cache import Cache
 from kdcache.errors import CacheError, CorruptError, KDCacheError, MissingError, StoreError
-from kdcache.format import Document, teacher_path
+from kdcache.format import Document
 from kdcache.index import document_paths, read_document
 from kdcache.opening import document_problems, open_cache
 from kdcache.ownership import owned_files
+from kdcache.paths import shard_of, teacher_of, teacher_path
 from kdcache.sources import locate_shards
 from kdcache.store import open_store
 
@@ -99,22 +99,12 @@ def _open_damaged(path: str, data: str | None, wrong: list[tuple[str, str]]) -> 
         except CacheError as error:
             if place == "cache.json":
                 raise
-            wrong.append((str(error), _shard_in(place)))
-    parted = {place: document for place, document in documents.items() if place.startswith("teachers/")}
-    for place in parted:
-        if teacher_path(place.split("/")[1]) not in documents:
-            del documents[place]
+            wrong.append((str(error), shard_of(place)))
+    for place in [place for place in documents if teacher_of(place) and teacher_path(teacher_of(place)) not in documents]:
+        del documents[place]
     cache = Cache(store, documents, sources=locate_shards(data) if data is not None else {})
-    wrong += [(text, shard) for _kind, text, shard in document_problems(cache)]
+    wrong += [(problem.text, problem.shard) for problem in document_problems(cache)]
     return cache
-
-
-def _shard_in(place: str) -> str:
-    """The shard that a record's path speaks of; '' for a document of no shard."""
-    folder, _, name = place.rpartition("/")
-    if folder.endswith("/targets") or folder in ("", "sources") or name in ("teacher.json", "tail.json"):
-        return ""
-    return urllib.parse.unquote(name.removesuffix(".json").rpartition(".")[0])
 
 
 def _states(cache: Cache, damaged: Mapping[str, str]) -> list[ShardState]:

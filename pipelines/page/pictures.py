@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
-
-if TYPE_CHECKING:
-    from .samples import Sample
 
 _LADDER = ((88, 512), (82, 448), (75, 384), (68, 320), (60, 256), (50, 224), (40, 192), (30, 160))
 """JPEG quality and longest side in pixels, tried in this order."""
@@ -50,11 +47,11 @@ class Picture:
         return self.width * self.height <= _EXACT_PIXELS
 
 
-def encode_pictures(samples: Iterable[Sample], budget_bytes: float) -> None:
+def encode_pictures(pictures: Iterable[Picture], budget_bytes: float) -> None:
     """Give every picture its address. Maps come first, since they are small; what they leave is for photographs, but at least half."""
     photographs: list[Picture] = []
     exact_bytes = 0
-    for picture in _pictures(samples):
+    for picture in pictures:
         if picture.is_small:
             picture.uri = png_uri(picture.pixels)
             exact_bytes += len(picture.uri)
@@ -73,15 +70,6 @@ def encode_pictures(samples: Iterable[Sample], budget_bytes: float) -> None:
             break
     for picture, uri in zip(photographs, encoded, strict=True):
         picture.uri = uri
-
-
-def _pictures(samples: Iterable[Sample]) -> Iterator[Picture]:
-    for sample in samples:
-        if sample.original is not None:
-            yield sample.original
-        for view in sample.views:
-            yield from (picture for picture in (view.picture, view.partner.original if view.partner else None) if picture is not None)
-            yield from (shown.picture for shown in view.maps)
 
 
 def thumbnail(image: Image.Image, side: int) -> Picture:

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from kdcache.console import human_bytes, human_seconds, visible
+from kdcache.console import counted, human_bytes, human_seconds, visible
 from kdcache.errors import StoreError
 
 
@@ -32,7 +32,14 @@ def render_page(template: str, *, package: str, styles: Sequence[str] = (), scri
         loader=ChoiceLoader([PackageLoader(name, ".") for name in (package, __package__)]),
         autoescape=True, undefined=StrictUndefined, finalize=finalize, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"bytes": human_bytes, "seconds": human_seconds, "number": _number, "figure": _figure, "percent": _percent}
+    environment.filters |= {
+        "counted": counted,
+        "bytes": human_bytes,
+        "seconds": human_seconds,
+        "number": _number,
+        "figure": _figure,
+        "percent": _percent,
+    }
     style, script = _joined("page.css", package, styles), _joined("common.js", package, scripts)
     return (
         environment.get_template(template)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,12 @@ from kdcache.class_names import ClassNames
 from kdcache.distance import log_softmax
 from kdcache.errors import CorruptError, KDCacheError, MissingError, UsageError
 from kdcache.images import Decoded, as_pillow, decode_image, require_decoder, size_of
+from kdcache.index import rows_of_table
 from kdcache.shards import ShardFiles
-from kdcache.views import CUTMIX, Box, ViewParams, pixel_digest
+from kdcache.view_params import CUTMIX, Box, ViewParams
+from kdcache.views import pixel_digest
 
-from ..facts import decode_rows
+from ..facts import decode_rows, views_of
 from ..words import params_in_words
 from .opening import PageCache
 from .pictures import Picture, thumbnail
@@ -161,9 +163,14 @@ def gather_samples(
     return [gatherer.sample(row) for row in rows]
 
 
-def view_ranges(cache: Cache, shard: str) -> list[int]:
-    """The views that a shard has, ascending."""
-    return sorted({view for record in cache.views.get(shard, []) for view in range(record.identity.views.start, record.identity.views.stop)})
+def pictures_of(samples: Iterable[Sample]) -> Iterator[Picture]:
+    """Every picture of them, in the order of the page."""
+    for sample in samples:
+        if sample.original is not None:
+            yield sample.original
+        for view in sample.views:
+            yield from (picture for picture in (view.picture, view.partner.original if view.partner else None) if picture is not None)
+            yield from (shown.picture for shown in view.maps)
 
 
 class _Gatherer:
@@ -191,7 +198,7 @@ class _Gatherer:
         image = self._original(sample)
         if image is not None:
             sample.original, sample.size_wh = thumbnail(as_pillow(image), _ORIGINAL_SIDE), size_of(image)
-        sample.views = [self._view(sample, view) for view in view_ranges(self._cache, row.shard)[: self._max_views]]
+        sample.views = [self._view(sample, view) for view in views_of(self._cache.views.get(row.shard, []))[: self._max_views]]
         if sample.size_wh is None:
             crops = [view.params.crop for view in sample.views if view.params is not None]
             if crops:
@@ -211,7 +218,7 @@ class _Gatherer:
         """int64 (rows, 4) of a shard; read from its own group, so that a damaged one does no harm to others."""
         if shard not in self._tables:
             table = self._cache.table_from_group(self._cache.views[shard][0].identity)
-            self._tables[shard] = table[table[:, 3] == 0]
+            self._tables[shard] = rows_of_table(table)
         return self._tables[shard]
 
     # --- images ---

@@ -16,7 +16,7 @@ import heapq
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-from kdcache.console import human_seconds, say
+from kdcache.console import aligned, counted, human_seconds, say
 from kdcache.errors import StoreError
 
 from ..engines import Engine, Entry, InProcess, Job, plan_jobs
@@ -143,14 +143,14 @@ def plan_as_text(plan: SweepPlan, facts: Mapping[str, Any]) -> str:
         )
     lines = [aligned(rows)]
     count = {status: sum(run["status"] == status for run in facts["runs"]) for status in ("done", "resume", "new")}
-    lines.append(f"\n{len(rows) - 1} run{'' if len(rows) == 2 else 's'}: {count['done']} done, {count['resume']} begun, {count['new']} new")
+    lines.append(f"\n{counted(len(rows) - 1, 'run')}: {count['done']} done, {count['resume']} begun, {count['new']} new")
     if not facts["jobs"]:
         lines.append("nothing is left to train")
     elif facts["left"] is None:
         lines.append("how long is not known: nothing was measured; --time-steps 5 times a few steps of each student and method")
     else:
         at_once = f", {facts['slots']} jobs at a time: about {human_seconds(facts['wall_seconds'])}" if facts["slots"] > 1 else ""
-        gangs = f" in {facts['jobs']} job{'' if facts['jobs'] == 1 else 's'} of up to {facts['gang']} students" if facts["gang"] > 1 else ""
+        gangs = f" in {counted(facts['jobs'], 'job')} of up to {facts['gang']} students" if facts["gang"] > 1 else ""
         lines.append(f"what is left takes about {human_seconds(facts['left'])}{gangs} in all{at_once}")
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
 
@@ -177,14 +177,7 @@ def _differing_in_words(planned: PlannedRun) -> str:
     return " ".join(f"{name}={shown_value(value)}" for name, value in planned.differing.items() if value is not None)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Lines of a table, the columns as wide as they must be; those that are empty left out."""
-    kept = [column for column in zip(*rows, strict=True) if any(cell for cell in column[1:])]
-    widths = [max(map(len, column)) for column in kept]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in zip(*kept, strict=True))
-
-
 __all__ = [
-    "PlannedRun", "Sweep", "SweepPlan", "SweepRun", "aligned", "describe_plan", "leaderboard_as_text", "plan_as_text", "plan_sweep", "predict",
+    "PlannedRun", "Sweep", "SweepPlan", "SweepRun", "describe_plan", "leaderboard_as_text", "plan_as_text", "plan_sweep", "predict",
     "read_sweep", "run_sweep", "settle",
 ]  # fmt: skip

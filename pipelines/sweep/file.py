@@ -19,7 +19,6 @@ A leaf that is given in `base` is overridden by the command line, by `grid` and 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -30,7 +29,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from kdcache.errors import UsageError
+from kdcache.errors import UsageError, did_you_mean
 from kdcache.methods import method_class, parse_settings
 from kdcache.yaml_file import CoreLoader, read_yaml
 
@@ -114,7 +113,7 @@ class _File:
         body = self._mapping(body, "", "base: and grid: or runs:")
         for name in body:
             if name not in _SECTIONS:
-                raise self._error(f"{name}", f"there is no such key{_suggest(name, _SECTIONS)}; the keys here are: {', '.join(_SECTIONS)}")
+                raise self._error(f"{name}", f"there is no such key{did_you_mean(name, _SECTIONS)}; the keys here are: {', '.join(_SECTIONS)}")
         if not {"grid", "runs"} & set(body):
             raise self._error("", "it has neither grid: nor runs:; a single run needs no file, expected lists in grid: or a list of runs:")
         base = self._leaves(body.get("base"), "base")
@@ -217,7 +216,7 @@ class _File:
             raise self._error(path, "all runs of a sweep go into one folder: expected it in base, or --out on the command line")
         if name not in types or (dot and name not in _HOLDING):
             known = [one.replace("_", "-") if "-" in head else one for one in types]
-            why = f"; {name} holds no fields" if name in types else f"{_suggest(head, known)}; expected an option of 'kdcache train'"
+            why = f"; {name} holds no fields" if name in types else f"{did_you_mean(head, known)}; expected an option of 'kdcache train'"
             raise self._error(path, f"there is no such key{why}")
         if dot and not rest:
             raise self._error(path, f"expected a field's name behind '{head}.'")
@@ -368,11 +367,6 @@ def _shown(value: Any) -> str:
     except (TypeError, ValueError, RecursionError):  # keys of other types
         text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 __all__ = ["MAX_RUNS", "Leaf", "Sweep", "SweepRun", "read_sweep"]

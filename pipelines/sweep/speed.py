@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from kdcache.console import say
-from kdcache.device import fitting_threads, resolve_device
+from kdcache.console import counted, say
+from kdcache.device import fitting_threads, resolve_device, torch_threads
 from kdcache.errors import StudentError
 from kdcache.join import Batch, BatchLoader
+from kdcache.launch import default_workers
 from kdcache.plan import canonical_json
 from kdcache.workers import naming_killed_workers
 
@@ -118,7 +119,7 @@ def time_run(run: Run, steps: int, *, cores: int | None = None) -> Pace:
     """
     with tempfile.TemporaryDirectory(prefix="kdcache-timing-") as folder:
         config = run.config
-        workers = config.workers if config.workers is not None or cores is None else min(8, cores)
+        workers = config.workers if config.workers is not None or cores is None else default_workers(cores)
         config = replace(config, out=folder, workers=workers, log_tensorboard=False, log_wandb=False, recovery_interval=0, resume=False)
         twin = Run(config, run.data, run.student_name)
         twin.claim()
@@ -138,7 +139,7 @@ def time_run(run: Run, steps: int, *, cores: int | None = None) -> Pace:
             times.append((loaded, time.perf_counter(), len(batch["labels"])))
 
         try:
-            with _threads(cores), fitting_threads(loop.method, loop.device), naming_killed_workers():
+            with _threads_of_job(cores), fitting_threads(loop.method, loop.device), naming_killed_workers():
                 loop.begin()
                 for batch in itertools.islice(first.epoch(0), per_step):
                     step(batch)
@@ -155,17 +156,10 @@ def time_run(run: Run, steps: int, *, cores: int | None = None) -> Pace:
             twin.release()
     begin, kept = (times[per_step - 1][1], times[per_step:]) if len(times) > per_step else (begin, times)
     images, count = sum(number for *_, number in kept), max(1, len(kept) // per_step)
-    basis = f"{count} step{'' if count == 1 else 's'} on {resolve_device(config.device)} now, without evaluation"
+    basis = f"{counted(count, 'step')} on {resolve_device(config.device)} now, without evaluation"
     return Pace((kept[-1][1] - begin) / images, sum(ended - loaded for loaded, ended, _ in kept) / images, basis)
 
 
-@contextlib.contextmanager
-def _threads(cores: int | None) -> Iterator[None]:
+def _threads_of_job(cores: int | None) -> AbstractContextManager[None]:
     """Within, torch has the threads that a job with so many cores has."""
-    before = torch.get_num_threads()
-    if cores is not None and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(cores)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return torch_threads(cores if "OMP_NUM_THREADS" not in os.environ else None)

@@ -9,7 +9,7 @@ from typing import Any
 
 from kdcache.errors import UsageError
 from kdcache.join import DEFAULT_PREFETCH_BYTES
-from kdcache.launch import read_launch
+from kdcache.launch import default_workers, read_launch
 from kdcache.methods import TeacherChoice
 
 SCHEDULES = ("cosine", "tanh", "constant", "none")
@@ -84,7 +84,7 @@ class TrainConfig:
     amp_dtype: str = "float16"
     """One of AMP_DTYPES; float16 scales the loss, so that small gradients are not lost."""
     sync_bn: bool = False
-    """With several processes on GPUs: BatchNorms take the statistics of the batches of all."""
+    """With several processes: BatchNorms take the statistics of the batches of all."""
     torchcompile: str | None = None
     """Backend of torch.compile for the student's pass, such as inductor. Default: not compiled."""
 
@@ -164,4 +164,4 @@ class TrainConfig:
     @property
     def num_workers(self) -> int:
         """Loading processes."""
-        return min(8, read_launch().cores) if self.workers is None else self.workers
+        return default_workers(read_launch().cores) if self.workers is None else self.workers

@@ -23,17 +23,18 @@ from kdcache.augment import Q16
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.device import resolve_device
 from kdcache.errors import CacheError, DriftError, KDCacheError, MismatchError, ShardError
+from kdcache.index import rows_of_table
 from kdcache.plan import require_same
 from kdcache.targets import TargetSpec
 from kdcache.teacher import Teacher, TeacherTarget, load_teacher
 
+from ..facts import views_of
 from .replay import chosen_views
+from .request import Recompute
 from .verdict import Problem, Verdict
 
 if TYPE_CHECKING:
     from kdcache.encodings import Encoding
-
-    from ..verify import Recompute
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 """Relative L2 of a view's target that another batch size, thread count or library version may cost, by the precision of the forward pass."""
@@ -130,7 +131,7 @@ class _Recomputation:
             self.verdict.notes.append(f"teacher {self.layer.name}: outputs as recorded; farthest view, relative L2 of what is allowed: {limits}")
 
     def _shard(self, shard: str) -> None:
-        views = sorted({v for record in self.layer.records[shard] for v in range(record.identity.views.start, record.identity.views.stop)})
+        views = views_of(self.layer.records[shard])
         try:
             keys = self.cache.keys(shard)
         except CacheError:  # damaged or missing views: reported
@@ -169,7 +170,8 @@ class _Recomputation:
     def _compare(self, shard: str, batch: Sequence[tuple[int, int, str, np.ndarray[Any, Any]]], found: dict[str, _Found]) -> None:
         values = self.teacher(torch.from_numpy(np.stack([pixels for *_, pixels in batch])), list(self.targets.values()))
         self.verdict.rows_recomputed += len(batch)
-        labels_B = torch.tensor([self._label(shard, row, view) for row, view, _, _ in batch], dtype=torch.int64, device=self.teacher.device)
+        labels = rows_of_table(self.cache.table_from_group(self.cache.views[shard][0].identity))[:, 2]
+        labels_B = torch.tensor([self._label(shard, labels, row, view) for row, view, _, _ in batch], dtype=torch.int64, device=self.teacher.device)
         for name, encoding in self.encodings.items():
             now = values[name]
             with torch.inference_mode():
@@ -202,13 +204,12 @@ class _Recomputation:
         with torch.inference_mode():
             return {part: tensor.float().cpu() for part, tensor in encoding.decode(tensors).items()}
 
-    def _label(self, shard: str, row: int, view: int) -> int:
-        """The label that encodings were given: of a mixed view that with the greater weight."""
+    def _label(self, shard: str, labels: np.ndarray[Any, Any], row: int, view: int) -> int:
+        """The label that encodings were given: of a mixed view that with the greater weight. labels: of the shard's rows."""
         (params,) = self.cache.read_params(shard, view, [row])
         if params.mix is not None and 2 * params.mix.lambda_q16 < Q16:
             row = self.cache.row_at(shard, params.mix.partner)
-        table = self.cache.table_from_group(self.cache.views[shard][0].identity)
-        return int(table[table[:, 3] == 0, 2][row])
+        return int(labels[row])
 
     def _tolerance(self, shard: str, view: int, name: str) -> float:
         tolerance = TOLERANCE[self.teacher.identity.precision]

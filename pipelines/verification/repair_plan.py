@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import json
-import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kdcache.cache import Cache
 from kdcache.console import human_bytes
+from kdcache.digests import find_changed
 from kdcache.errors import CacheError, KDCacheError
 from kdcache.format import (
+    CacheIdentity,
     Document,
+    SourceIdentity,
+    TailIdentity,
+    TargetIdentity,
+    TargetsIdentity,
+    TeacherIdentity,
     ViewRange,
+    ViewsIdentity,
     body_of,
-    calibration_path,
     file_digest_holds,
-    name_on_disk,
-    tail_weights_path,
-    targets_segment_id,
-    views_segment_id,
 )
-from kdcache.index import Index, document_paths, index_paths, read_document, read_index
+from kdcache.index import Index, document_paths, identity_type_of, index_paths, read_document, read_index
 from kdcache.opening import document_problems
 from kdcache.ownership import group_path, index_tables, owned_files
+from kdcache.paths import calibration_path, name_on_disk, shard_of, tail_weights_path, targets_segment_id, teacher_of, teacher_path, views_segment_id
 from kdcache.store import Store, open_store
 
-from ..verify import digest_all
 from .verdict import MAX_LISTED, Verdict
-
-if TYPE_CHECKING:
-    pass
 
 MAX_VIEWS_GUESSED = 256
 """Of a record that is damaged beyond reading, whose range of views its name tells only as a digest."""
@@ -60,7 +59,7 @@ class Segment:
     @property
     def words(self) -> str:
         what = f"{', '.join(self.targets)} of teacher {self.teacher}, " if self.targets else ""
-        return f"shard {self.shard}: {what}views {self.views.start} to {self.views.stop - 1}"
+        return f"shard {self.shard}: {what}views {self.views.words}"
 
 
 @dataclass
@@ -206,7 +205,7 @@ class _Planner:
                 continue
             if document.kind == "views" and document.identity.plan != cache.identity.plan.fingerprint:
                 found.append(path)
-            teacher = self.documents.get(f"teachers/{path.split('/')[1]}/teacher.json") if path.startswith("teachers/") else None
+            teacher = self.documents.get(teacher_path(teacher_of(path))) if teacher_of(path) else None
             if teacher is not None and document.kind in ("targets", "tail") and document.identity.teacher != teacher.identity_digest:
                 found.append(path)
         return found
@@ -223,22 +222,22 @@ class _Planner:
     def _lost_parents(self) -> bool:
         """Whether something is lost on which all else rests; says so."""
         for path in self.lost:
-            kind = path.split("/")
-            if path == "cache.json":
+            kind = identity_type_of(path)
+            if kind is CacheIdentity:
                 self.plan.impossible.append(
                     "cache.json is lost, and no sound index holds a copy: the plan can't be made from what is left. Restore the file, or move it away and run"
                     " 'kdcache extract' with the options that made the cache (dataset, augment, size, seed, decoder, resizer, store-views): a plan that differs is refused"
                 )
                 self.plan.delete.pop(path, None)
-            elif kind[0] == "teachers" and (kind[2] in ("teacher.json", "tail.json") or kind[2] == "targets"):
+            elif kind in (TeacherIdentity, TailIdentity, TargetIdentity):
                 self.plan.impossible.append(
                     f"{path} is lost, and no sound index holds a copy: delete it and run 'kdcache extract' with the same teacher and targets to write it"
                     f" again"
                 )
                 self.plan.delete.pop(path, None)
-            elif kind[0] == "sources":
+            elif kind is SourceIdentity:
                 self.plan.rewrite_sources = True
-        for path in sorted({f"teachers/{path.split('/')[1]}/teacher.json" for path in self.documents if path.startswith("teachers/")}):
+        for path in sorted({teacher_path(teacher_of(path)) for path in self.documents if teacher_of(path)}):
             if path not in self.documents and path not in self.lost:
                 self.plan.impossible.append(
                     f"{path} is gone, and no sound index holds a copy: run 'kdcache extract' with the same teacher and --name into a new cache, and copy the file"
@@ -252,7 +251,7 @@ class _Planner:
         owned = owned_files(self.documents)
         missing = {path for path in owned if path not in self.sizes}
         unchecked = [(path, field) for path, (field, _) in owned.items() if path not in missing and path not in self.verdict.checked]
-        bad |= missing | {path for path, _ in digest_all(self.store, unchecked, lambda _size: None)}
+        bad |= missing | {path for path, _ in find_changed(self.store, unchecked)}
         for path, document in sorted(self.documents.items()):
             if document.kind not in ("views", "targets"):
                 continue
@@ -264,11 +263,11 @@ class _Planner:
                 targets = tuple(sorted(identity.targets)) if document.kind == "targets" else ()
                 segment = Segment(
                     path=path, shard=identity.shard, views=identity.views, targets=targets, document=document, bad_files=files,
-                    teacher=path.split("/")[1] if targets else "",
+                    teacher=teacher_of(path),
                 )  # fmt: skip
                 (self.plan.targets if targets else self.plan.views).append(segment)
         for path, document in sorted(self.documents.items()):
-            teacher = path.split("/")[1] if path.startswith("teachers/") else ""
+            teacher = teacher_of(path)
             if document.kind == "target" and document.identity.calibration is not None:
                 file = calibration_path(teacher, document.identity.name)
                 if file in bad:
@@ -286,21 +285,19 @@ class _Planner:
 
     def _plan_lost_record(self, path: str) -> None:
         """A record that nobody can read: its name says which segment it was of."""
-        parts = path.split("/")
-        is_views = parts[0] == "views"
-        if not is_views and (parts[0] != "teachers" or parts[2] in ("teacher.json", "tail.json", "targets")):
+        if identity_type_of(path) not in (ViewsIdentity, TargetsIdentity):
             return
-        stem, _, segment = parts[-1].removesuffix(".json").rpartition(".")
-        shard = urllib.parse.unquote(stem, errors="surrogateescape")
+        shard, teacher = shard_of(path), teacher_of(path)
+        stem, _, segment = path.rpartition("/")[2].removesuffix(".json").rpartition(".")
         if name_on_disk(shard) != stem:
             return  # no name that kdcache gives: it goes, and nothing comes in its place
-        found = self._views_of(segment) if is_views else self._targets_of(parts[1], segment)
+        found = self._targets_of(teacher, segment) if teacher else self._views_of(segment)
         if found is None:
             self.plan.notes.append(f"{path}: which views and targets it was of can't be told; run 'kdcache extract' again to finish the cache")
             return
         targets, views = found
-        one = Segment(path=path, shard=shard, views=views, targets=targets, teacher="" if is_views else parts[1], document=None, bad_files=())
-        (self.plan.views if is_views else self.plan.targets).append(one)
+        one = Segment(path=path, shard=shard, views=views, targets=targets, teacher=teacher, document=None, bad_files=())
+        (self.plan.targets if teacher else self.plan.views).append(one)
 
     def _views_of(self, segment: str) -> tuple[tuple[str, ...], ViewRange] | None:
         ranges = (ViewRange(start=start, stop=stop) for stop in range(1, MAX_VIEWS_GUESSED + 1) for start in range(stop))
@@ -310,7 +307,7 @@ class _Planner:
         cards = {
             document.identity.name: document.identity_digest
             for path, document in self.documents.items()
-            if document.kind == "target" and path.split("/")[1] == teacher
+            if document.kind == "target" and teacher_of(path) == teacher
         }
         last = max((d.identity.views.stop for d in self.documents.values() if d.kind == "views"), default=0)
         names = sorted(cards)[:MAX_TARGETS_GUESSED]

@@ -19,6 +19,8 @@ from kdcache import drift
 from kdcache.cache import Cache
 from kdcache.errors import CacheError, KDCacheError
 from kdcache.images import Decoded, decode_image, require_decoder
+from kdcache.index import rows_of_table
+from kdcache.launch import available_cores, default_workers
 from kdcache.plan import canonical_json
 from kdcache.shards import Sample, ShardFiles, ShardIndex, ShardSource, scan_shard
 from kdcache.stored_views import as_stored
@@ -38,7 +40,7 @@ def replay(cache: Cache, views: int | Literal["all"], verdict: Verdict, *, worke
 
     plan = _Replay(cache, views, verdict)
     total = sum(plan.count(shard) for shard in cache.shards)
-    num_workers = workers if workers is not None else min(8, os.cpu_count() or 1)
+    num_workers = workers if workers is not None else default_workers(available_cores())
     with tqdm(total=total, unit="view", desc="verify views", disable=not progress) as bar:
         for block in rendered_blocks(cache.plan, plan.tasks(), num_workers=num_workers, cache=cache):
             if isinstance(block, FailedTask):
@@ -142,7 +144,7 @@ class _Replay:
         from kdcache.rendering import RenderTask, samples_per_task
 
         records = self.cache.views[source.name]
-        all_views = tuple(view for record in records for view in range(record.identity.views.start, record.identity.views.stop))
+        all_views = tuple(view for record in records for view in record.identity.views.numbers)
         wanted: list[tuple[Sequence[int], tuple[int, ...]]]
         if self.views == "all":
             step = samples_per_task(self.cache.plan, len(all_views))
@@ -261,8 +263,7 @@ class _Replay:
     def _how_far(self, source: ShardSource, row: int, view: int, expected: int) -> str:
         shard = source.name
         files = ShardFiles()
-        table = self.cache.table_from_group(self.cache.views[shard][0].identity)
-        places = table[table[:, 3] == 0]
+        places = rows_of_table(self.cache.table_from_group(self.cache.views[shard][0].identity))
 
         def image_of(number: int) -> Decoded:
             return decode_image(files.read(source, "", int(places[number, 0]), int(places[number, 1])), self.cache.plan.decoder)

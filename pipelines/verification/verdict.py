@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kdcache.console import human_bytes
+from kdcache.console import counted, human_bytes
 
 Kind = Literal["missing", "corrupt", "plan", "index", "pixels", "source", "teacher", "quarantined", "extra"]
 
@@ -83,7 +83,7 @@ class Verdict:
     def words(self) -> str:
         """The verdict: sound, sound but unfinished, or not sound."""
         if self.problems:
-            return f"NOT SOUND, {len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
+            return f"NOT SOUND, {counted(len(self.problems), 'problem')}"
         return "sound" if self.finished else "sound, but unfinished"
 
     @property
