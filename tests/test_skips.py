@@ -19,7 +19,7 @@ GPU = "import pytest\n@pytest.mark.gpu\ndef test_on_gpu():\n    pytest.skip('no 
         (GPU + "def test_skips():\n    pytest.skip('tired')\n", 1, "test_it.py::test_skips"),
         ("import pytest\n@pytest.mark.skip\ndef test_marked():\n    pass\ndef test_runs():\n    pass\n", 1, "test_it.py::test_marked"),
         ("import pytest\n@pytest.mark.xfail\ndef test_fails():\n    assert False\n", 1, "test_it.py::test_fails"),
-        ("import pytest\npytest.importorskip('no_such_module')\n", 1, "test_it.py"),
+        ("import pytest\npytest.importorskip('no_such_module')\n", 2, "test_it.py"),
     ],
 )
 def test_a_skip_without_the_gpu_mark_fails_the_session(tmp_path: Path, code: str, exit_status: int, named: str | None) -> None:
