@@ -220,6 +220,12 @@ class Forked:
         os.waitpid(self.pid, 0)
         raise AssertionError(f"still running after {timeout_s} s: {self.output()}")
 
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Until the condition holds; fails if the process ends before that."""
+        while not condition():
+            assert os.waitpid(self.pid, os.WNOHANG) == (0, 0), self.output()
+            time.sleep(0.002)
+
     def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
