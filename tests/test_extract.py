@@ -23,7 +23,7 @@ from kdcache import open_cache
 from kdcache.errors import DriftError, KDCacheError, MismatchError, NotACacheError, TeacherError, UsageError
 from kdcache.format import ViewRange
 from kdcache.jobs import find_missing
-from kdcache.plan import Policy, RandomResizedCrop
+from kdcache.plan import POLICIES, MixedViews, Policy, RandomResizedCrop
 from kdcache.teacher import load_teacher
 from pipelines.extract import ExtractConfig, ExtractSummary, extract
 from pipelines.verify import verify
@@ -157,6 +157,21 @@ def test_views_of_a_grown_cache_equal_those_extracted_at_once(setup: Path) -> No
     for view in range(4):
         np.testing.assert_array_equal(grown.read_pixel_digests("train-0001", view, range(6)), whole.read_pixel_digests("train-0001", view, range(6)))
         np.testing.assert_allclose(grown.read("train-0001", "s0003", view)["logits"], whole.read("train-0001", "s0003", view)["logits"], atol=2e-2)
+
+
+@pytest.mark.parametrize("store_views", [None, "png"])
+def test_blocks_of_a_sample_give_the_bytes_of_one_block_a_shard(setup: Path, monkeypatch: pytest.MonkeyPatch, store_views: str | None) -> None:
+    """Shards of photographs have dozens of blocks, those of tests one. Here with a sample that can't be decoded, mixed views, and views added."""
+    make_shards(setup / "shards", num_shards=2, num_samples=6, corrupt=[2])
+    mixed = POLICIES["strong"].model_copy(update={"mix": MixedViews(prob=0.5, mixup_alpha=0.8, cutmix_alpha=1.0)})
+    for name, block_bytes in (("one", 8 << 20), ("many", 1)):
+        monkeypatch.setattr("kdcache.rendering.BLOCK_BYTES", block_bytes)
+        for views in (2, 3):
+            run(setup, name, views=views, augment=mixed, store_views=store_views, targets=("logits", FEATURES))
+    assert groups(setup / "many") == groups(setup / "one")
+    assert open_cache(setup / "many").root == open_cache(setup / "one").root
+    verdict = verify(str(setup / "many"), views="all", workers=0)
+    assert (verdict.problems, verdict.views_replayed) == ([], 2 * 5 * 3)
 
 
 def test_fewer_views_for_one_target(setup: Path) -> None:

@@ -246,6 +246,7 @@ def test_a_loader_never_has_more_under_way_than_its_bytes(cache: Cache, monkeypa
         asked.clear()
         for taken, _ in enumerate(loader.epoch(0), start=1):
             assert len(asked) - taken <= workers * each
+        assert taken == 18
         loader.close()
 
 
