@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -250,6 +251,17 @@ def kdcache_command(*arguments: object) -> Callable[[], int]:
 
         main([str(argument) for argument in arguments])
         return 0
+
+    return run
+
+
+def python_script(path: Path, *arguments: object) -> Callable[[], None]:
+    """A script as `python PATH ARGUMENTS` runs it, for `Forked`."""
+
+    def run() -> None:
+        sys.argv = [str(path), *map(str, arguments)]
+        sys.path.insert(0, str(path.parent))
+        runpy.run_path(str(path), run_name="__main__")
 
     return run
 
