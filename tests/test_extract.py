@@ -18,13 +18,15 @@ import zarr
 from click.testing import CliRunner
 from helpers import make_shard, make_shards, make_teacher_dir, save_local_dir, tiny_model
 
+import kdcache.jobs
+import pipelines.extraction.turns
 from cli.main import main
 from kdcache import open_cache
 from kdcache.errors import DriftError, KDCacheError, MismatchError, NotACacheError, TeacherError, UsageError
 from kdcache.format import ViewRange
 from kdcache.jobs import find_missing
 from kdcache.plan import POLICIES, MixedViews, Policy, RandomResizedCrop
-from kdcache.teacher import load_teacher
+from kdcache.teacher import Teacher, load_teacher
 from pipelines.extract import ExtractConfig, ExtractSummary, extract
 from pipelines.verify import verify
 
@@ -203,6 +205,31 @@ def test_missing_segments_are_exactly_what_is_wanted_and_not_there(
 
 
 # --- kill (also test_faults) -----------------------------------------------------------------------------------------
+
+
+def test_who_comes_second_to_a_record_keeps_the_firsts_values_and_leaves_none_of_its_own(setup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run, on a device that rounds otherwise, does all shards while this one is about to record its first."""
+    create, forward = kdcache.jobs.create_document, Teacher.__call__
+    monkeypatch.setattr(pipelines.extraction.turns, "MIN_PATIENCE_S", 0.0)
+
+    def rounding(self: Teacher, *given: Any) -> dict[str, dict[str, torch.Tensor]]:
+        return {name: {part: tensor * 1.01 for part, tensor in value.items()} for name, value in forward(self, *given).items()}
+
+    def create_second(*given: Any, **options: Any) -> Any:
+        monkeypatch.setattr(kdcache.jobs, "create_document", create)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Teacher, "__call__", rounding)
+            run(setup)
+        return create(*given, **options)
+
+    monkeypatch.setattr(kdcache.jobs, "create_document", create_second)
+    assert run(setup).rows == 12
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teacher, "__call__", rounding)
+        run(setup, "first")
+    run(setup, "other")
+    assert groups(setup / "cache") == groups(setup / "first") != groups(setup / "other")
+    assert verify(str(setup / "cache")).ok
 
 
 def test_group_published_without_its_record_is_adopted(setup: Path) -> None:
