@@ -1,11 +1,13 @@
 """Set before anything imports torch or the hub: no network, one thread, so that tests are alike on every machine.
 
-A skipped test is a promise that nobody checked: any that lacks the `gpu` mark fails the session.
+A skipped test is a promise that nobody checked: any that lacks the `gpu` mark fails.
+The whole suite runs in a process a core (pytest-xdist); what names files or keywords, in this one.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,32 +20,43 @@ from hypothesis import settings
 torch.set_num_threads(1)
 for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "JOB_COMPLETION_INDEX", "KDCACHE_RANK", "KDCACHE_WORLD_SIZE"):
     os.environ.pop(name, None)  # of what launched the tests
+os.fsync = lambda _descriptor: None  # half of the suite's time; a killed process loses nothing that the kernel has
 settings.register_profile("kdcache", deadline=None, derandomize=True, max_examples=30, print_blob=False)
 settings.load_profile("kdcache")
 
+MAX_PROCESSES = 8
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """0, which is this process alone, for a run of chosen files or tests: starting others takes seconds."""
+    if config.option.keyword or config.option.markexpr or any(".py" in argument for argument in config.args):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_PROCESSES) if cores > 1 else 0
+
 
 class NoSkips:
-    """Collects skipped tests and modules (expected failures count as skipped) and turns the session's exit status into 1."""
+    """A skip without the `gpu` mark is a failure."""
 
-    def __init__(self) -> None:
-        self.skipped: list[str] = []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
         if report.skipped and "gpu" not in report.keywords:
-            self.skipped.append(report.nodeid)
+            _fail(report)
+            vars(report).pop("wasxfail", None)  # or the session passes
+        return report
 
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_make_collect_report(self) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        report = yield
         if report.skipped:
-            self.skipped.append(report.nodeid)
+            _fail(report)
+        return report
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.skipped and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        for nodeid in self.skipped:
-            terminalreporter.write_line(f"SKIPPED WITHOUT THE gpu MARK, which fails the session: {nodeid}", red=True)
+def _fail(report: pytest.TestReport | pytest.CollectReport) -> None:
+    report.outcome = "failed"
+    report.longrepr = f"SKIPPED WITHOUT THE gpu MARK, which fails the session: {report.nodeid}"
 
 
 class Browsers:
@@ -65,6 +78,15 @@ class Browsers:
         self.left_out = len(wanting)
         config.hook.pytest_deselected(items=wanting)
         items[:] = [item for item in items if item not in wanting]
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["left_out"] = self.left_out
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """In the process that started the others: each has collected the same tests."""
+        self.left_out = max(self.left_out, getattr(node, "workeroutput", {}).get("left_out", 0))
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if self.left_out:

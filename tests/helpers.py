@@ -8,6 +8,7 @@ import io
 import json
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -225,6 +226,12 @@ class Forked:
         os.waitpid(self.pid, 0)
         raise AssertionError(f"still running after {timeout_s} s: {self.output()}")
 
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Until the condition holds; fails if the process ends before that."""
+        while not condition():
+            assert os.waitpid(self.pid, os.WNOHANG) == (0, 0), self.output()
+            time.sleep(0.002)
+
     def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
@@ -249,6 +256,17 @@ def kdcache_command(*arguments: object) -> Callable[[], int]:
 
         main([str(argument) for argument in arguments])
         return 0
+
+    return run
+
+
+def python_script(path: Path, *arguments: object) -> Callable[[], None]:
+    """A script as `python PATH ARGUMENTS` runs it, for `Forked`."""
+
+    def run() -> None:
+        sys.argv = [str(path), *map(str, arguments)]
+        sys.path.insert(0, str(path.parent))
+        runpy.run_path(str(path), run_name="__main__")
 
     return run
 

@@ -18,13 +18,15 @@ import zarr
 from click.testing import CliRunner
 from helpers import make_shard, make_shards, make_teacher_dir, save_local_dir, tiny_model
 
+import kdcache.jobs
+import pipelines.extraction.turns
 from cli.main import main
 from kdcache import open_cache
 from kdcache.errors import DriftError, KDCacheError, MismatchError, NotACacheError, TeacherError, UsageError
 from kdcache.format import ViewRange
 from kdcache.jobs import find_missing
-from kdcache.plan import Policy, RandomResizedCrop
-from kdcache.teacher import load_teacher
+from kdcache.plan import POLICIES, MixedViews, Policy, RandomResizedCrop
+from kdcache.teacher import Teacher, load_teacher
 from pipelines.extract import ExtractConfig, ExtractSummary, extract
 from pipelines.verify import verify
 
@@ -159,6 +161,21 @@ def test_views_of_a_grown_cache_equal_those_extracted_at_once(setup: Path) -> No
         np.testing.assert_allclose(grown.read("train-0001", "s0003", view)["logits"], whole.read("train-0001", "s0003", view)["logits"], atol=2e-2)
 
 
+@pytest.mark.parametrize("store_views", [None, "png"])
+def test_blocks_of_a_sample_give_the_bytes_of_one_block_a_shard(setup: Path, monkeypatch: pytest.MonkeyPatch, store_views: str | None) -> None:
+    """Shards of photographs have dozens of blocks, those of tests one. Here with a sample that can't be decoded, mixed views, and views added."""
+    make_shards(setup / "shards", num_shards=2, num_samples=6, corrupt=[2])
+    mixed = POLICIES["strong"].model_copy(update={"mix": MixedViews(prob=0.5, mixup_alpha=0.8, cutmix_alpha=1.0)})
+    for name, block_bytes in (("one", 8 << 20), ("many", 1)):
+        monkeypatch.setattr("kdcache.rendering.BLOCK_BYTES", block_bytes)
+        for views in (2, 3):
+            run(setup, name, views=views, augment=mixed, store_views=store_views, targets=("logits", FEATURES))
+    assert groups(setup / "many") == groups(setup / "one")
+    assert open_cache(setup / "many").root == open_cache(setup / "one").root
+    verdict = verify(str(setup / "many"), views="all", workers=0)
+    assert (verdict.problems, verdict.views_replayed) == ([], 2 * 5 * 3)
+
+
 def test_fewer_views_for_one_target(setup: Path) -> None:
     run(setup, targets=("logits", FEATURES + ",views=1"), views=3)
     cache = open_cache(setup / "cache")
@@ -188,6 +205,31 @@ def test_missing_segments_are_exactly_what_is_wanted_and_not_there(
 
 
 # --- kill (also test_faults) -----------------------------------------------------------------------------------------
+
+
+def test_who_comes_second_to_a_record_keeps_the_firsts_values_and_leaves_none_of_its_own(setup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run, on a device that rounds otherwise, does all shards while this one is about to record its first."""
+    create, forward = kdcache.jobs.create_document, Teacher.__call__
+    monkeypatch.setattr(pipelines.extraction.turns, "MIN_PATIENCE_S", 0.0)
+
+    def rounding(self: Teacher, *given: Any) -> dict[str, dict[str, torch.Tensor]]:
+        return {name: {part: tensor * 1.01 for part, tensor in value.items()} for name, value in forward(self, *given).items()}
+
+    def create_second(*given: Any, **options: Any) -> Any:
+        monkeypatch.setattr(kdcache.jobs, "create_document", create)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Teacher, "__call__", rounding)
+            run(setup)
+        return create(*given, **options)
+
+    monkeypatch.setattr(kdcache.jobs, "create_document", create_second)
+    assert run(setup).rows == 12
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teacher, "__call__", rounding)
+        run(setup, "first")
+    run(setup, "other")
+    assert groups(setup / "cache") == groups(setup / "first") != groups(setup / "other")
+    assert verify(str(setup / "cache")).ok
 
 
 def test_group_published_without_its_record_is_adopted(setup: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,7 +13,7 @@ import struct
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -149,12 +150,6 @@ def slow_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kdcache.rendering, "decode_image", lambda *given: (time.sleep(0.01), decode(*given))[1])
 
 
-def wait_for(condition: Callable[[], object], child: Forked) -> None:
-    while not condition():
-        assert os.waitpid(child.pid, os.WNOHANG) == (0, 0), child.output()
-        time.sleep(0.002)
-
-
 @pytest.mark.parametrize(
     ("number", "workers", "group", "times"),
     [
@@ -169,7 +164,7 @@ def test_a_signal_ends_an_extraction_soon_and_cleanly(
 ) -> None:
     cache = tmp_path / "cache"
     child = Forked(kdcache_command(*arguments(setup, cache, "-j", workers)), tmp_path / "log")
-    wait_for(lambda: records(cache) > 0, child)
+    child.wait_for(lambda: records(cache) > 0)
     for _ in range(times):
         child.kill(number, group=group)
     assert child.wait(60) == 1, child.output()
@@ -199,10 +194,10 @@ def test_a_second_signal_or_ten_seconds_end_what_does_not_end(
     monkeypatch.setattr(kdcache.interrupt, "GRACE_S", 300.0 if second else 0.2)
     cache = tmp_path / "cache"
     child = Forked(kdcache_command(*arguments(setup, cache, "-j", 1)), tmp_path / "log")
-    wait_for(lambda: records(cache) > 0, child)
+    child.wait_for(lambda: records(cache) > 0)
     child.kill(signal.SIGTERM)
     if second:
-        wait_for(lambda: "hanging" in child.output(), child)
+        child.wait_for(lambda: "hanging" in child.output())
         child.kill(signal.SIGINT)
         assert child.wait(30) == -signal.SIGINT
     else:
@@ -217,7 +212,7 @@ def test_a_second_signal_or_ten_seconds_end_what_does_not_end(
 def test_a_killed_worker_is_an_error_that_says_so_and_loses_nothing(setup: Path, tmp_path: Path, slow_images: None) -> None:
     cache = tmp_path / "cache"
     child = Forked(kdcache_command(*arguments(setup, cache, "-j", 2)), tmp_path / "log")
-    wait_for(lambda: records(cache) > 0, child)
+    child.wait_for(lambda: records(cache) > 0)
     psutil.Process(child.pid).children()[0].kill()
     assert child.wait(60) == 1, child.output()
     assert "a worker process was killed" in child.output()
@@ -236,17 +231,19 @@ def test_full_shared_memory_is_an_error_that_says_so_and_no_wait_for_ever(setup:
     command = [*train, "-j", 1] if stage == "train" else arguments(setup, cache, "-j", 1, "--size", 64)
 
     def action() -> int:
+        os.register_at_fork(after_in_child=lambda: os.write(2, f"worker {os.getpid()}\n".encode()))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return kdcache_command(*command)()
 
-    before = set(Path("/dev/shm").glob("torch_*"))
     child = Forked(action, tmp_path / "log")
     assert child.wait(60) == 1, child.output()
     assert "has no shared memory left for its batch" in child.output()
     assert "--workers 0 needs none" in child.output()
     assert "Traceback" not in child.output()
-    assert not set(Path("/dev/shm").glob("torch_*")) - before
+    workers = re.findall(r"worker (\d+)\n", child.output())
+    assert workers
+    assert not [path for worker in workers for path in Path("/dev/shm").glob(f"torch_{worker}_*")]
     if stage == "extract":
         assert run(setup, str(cache), targets=TARGETS, size=64).rows == SHARDS * SAMPLES
 
@@ -271,7 +268,7 @@ def test_a_signal_before_the_work_leaves_no_cache(setup: Path, tmp_path: Path, m
 
     monkeypatch.setattr(kdcache.teacher, "load_teacher", load)
     child = Forked(kdcache_command(*arguments(setup, tmp_path / "cache")), tmp_path / "log")
-    wait_for(lambda: "loading" in child.output(), child)
+    child.wait_for(lambda: "loading" in child.output())
     child.kill(signal.SIGTERM)
     assert child.wait(30) == 1
     assert "run the same command again" in child.output()
@@ -331,7 +328,7 @@ def test_a_signal_during_training_keeps_the_last_epoch_and_says_how_to_resume(tm
     decode = kdcache.join.decode_image
     monkeypatch.setattr(kdcache.join, "decode_image", lambda *given: (time.sleep(0.03), decode(*given))[1])
     child = Forked(kdcache_command(*command), tmp_path / "log")
-    wait_for(lambda: list(tmp_path.glob("runs/*/last/checkpoint.pt")), child)
+    child.wait_for(lambda: list(tmp_path.glob("runs/*/last/checkpoint.pt")))
     child.kill(signal.SIGTERM, group=True)
     assert child.wait(60) == 1, child.output()
     assert "stopped by SIGTERM; the last checkpoint is kept: run the same command again with --resume" in child.output()

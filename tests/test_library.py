@@ -105,6 +105,7 @@ def test_running_workers_hear_of_a_new_epoch(cache: Cache, start: str) -> None:
         dataset.set_epoch(epoch)
         for number, batch in enumerate(loader):
             assert_rows(cache, sampler[8 * number : 8 * number + 8], epoch, batch, dataset)
+        assert number == 1
 
 
 def test_an_epoch_that_is_left_early_does_not_reach_into_the_next(cache: Cache) -> None:
@@ -115,6 +116,7 @@ def test_an_epoch_that_is_left_early_does_not_reach_into_the_next(cache: Cache) 
     dataset.set_epoch(1)
     for number, batch in enumerate(loader):
         assert_rows(cache, [2 * number, 2 * number + 1], 1, batch, dataset)
+    assert number == 7
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -339,7 +341,9 @@ def test_streamed_tars_are_not_read_again(cache: Cache, folder: Path, tmp_path: 
 
 def test_mixed_views_are_joined_with_their_soft_labels(mixed: Cache, folder: Path) -> None:
     dataset = CachedDataset(mixed, "a/logits", check_views=1.0)
-    for sample in joined(dataset, urls_of(folder)):
+    samples = list(joined(dataset, urls_of(folder)))
+    assert len(samples) == 16
+    for sample in samples:
         shard = Path(sample["__url__"]).stem
         index = mixed.rows.shards.index(shard) * 8 + mixed.row_of(shard, sample["__key__"])
         view, label, _ = dataset[index]
@@ -355,6 +359,7 @@ def test_stored_views_are_joined_and_what_is_not_of_the_cache_is_refused(cache: 
     decoded = [{**sample, "jpg": "decoded already"} for sample in wds.DataPipeline(wds.SimpleShardList([url]), wds.tarfile_to_samples())]
     for index, sample in enumerate(stored.join(decoded)):
         assert torch.equal(sample["jpg"], stored[index][0])
+    assert index == 2
     dataset = CachedDataset(cache, "logits")
     (first, *_) = wds.DataPipeline(wds.SimpleShardList(urls_of(folder)), wds.tarfile_to_samples())
     for change, error, text in (

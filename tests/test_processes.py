@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -485,12 +485,22 @@ def test_slurm_tasks_meet_on_the_first_node_of_their_step(environ: dict[str, str
     assert slurm_meeting_place(environ) == (dict(zip(("MASTER_ADDR", "MASTER_PORT"), place, strict=True)) if place else {})
 
 
-def test_a_process_that_waits_for_others_who_do_not_come_hears_a_signal(folder: Path, tmp_path: Path) -> None:
-    for rank in ("0", "1"):
-        environ = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        child = Forked(kdcache_command(*arguments_of(options_of(folder, tmp_path))), tmp_path / rank, environ)
-        time.sleep(1)
+def test_a_process_that_waits_for_others_who_do_not_come_hears_a_signal(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    join, hearing = threading.Thread.join, kdcache.distributed._hearing_signals
+
+    def telling(wait: Callable[[], Any]) -> Any:
+        """The process is in the wait, and says so, once it asks whether that has ended."""
+        threading.Thread.join = lambda *given: (os.write(2, b"waiting\n"), join(*given))[1]  # type: ignore[method-assign]
+        return hearing(wait)
+
+    monkeypatch.setattr(kdcache.distributed, "_hearing_signals", telling)
+    command = kdcache_command(*arguments_of(options_of(folder, tmp_path)))
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    children = [Forked(command, tmp_path / rank, {**meeting, "RANK": rank, "MASTER_PORT": str(free_port())}) for rank in ("0", "1")]
+    for child in children:
+        child.wait_for(lambda child=child: "waiting" in child.output())
         child.kill(signal.SIGTERM)
+    for child in children:
         assert child.wait(20) == 1
         assert "Error: stopped by SIGTERM" in child.output()
 

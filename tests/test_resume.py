@@ -407,8 +407,11 @@ def test_the_moving_average_is_measured_beside_the_weights_and_exported(folder: 
     assert "The weights are a moving average" in Path(whole["path"], "export", "README.md").read_text()
 
 
-def test_the_moving_average_is_timms_formula(folder: Path, tmp_path: Path) -> None:
-    options = options_of(folder, tmp_path, method="kd", val=None, epochs=1, recovery_interval=1, model_ema_decay=0.75)
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_moving_average_is_timms_formula(folder: Path, tmp_path: Path, warmup: bool) -> None:
+    """Update n, counted over all epochs, keeps a share of .75, with the warm-up at most 1 - n^-2/3; the first one keeps nothing."""
+    average_of = {"model_ema_decay": 0.75, "model_ema_warmup": warmup}
+    options = options_of(folder, tmp_path, method="kd", val=None, epochs=2, recovery_interval=1, **average_of)
     seen: list[dict[str, torch.Tensor]] = []
     save = save_checkpoint
 
@@ -420,9 +423,10 @@ def test_the_moving_average_is_timms_formula(folder: Path, tmp_path: Path) -> No
         patch.setattr(pipelines.training.checkpoints, "save_checkpoint", note)
         train(TrainConfig(**options))
     average = seen[0]["student.head.weight"]
-    for state in seen[1:]:
-        average = 0.75 * average + 0.25 * state["student.head.weight"]
-    assert len(seen) == STEPS
+    for number, state in enumerate(seen[1:], start=2):
+        kept = min(0.75, 1 - number ** (-2 / 3)) if warmup else 0.75
+        average = kept * average + (1 - kept) * state["student.head.weight"]
+    assert len(seen) == 2 * STEPS
     torch.testing.assert_close(seen[-1]["ema.head.weight"], average)
 
 

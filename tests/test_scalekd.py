@@ -235,7 +235,8 @@ def test_the_whole_loss_is_its_formula_written_out(folder: Path, cache: Cache) -
 
     expected: dict[str, Tensor] = {}
     for i, view in enumerate(("spatial", "frequency")):
-        assert method.projectors[f"s3_{view}"].scale == 16**-0.5 * (2.0, 3.0)[i]
+        scales = [method.projectors[f"{stage}_{view}"].scale for stage in ("s3", "s4")]
+        assert scales == [16**-0.5 * (2.0, 3.0)[i], 64**-0.5 * (2.0, 3.0)[i]]
         queries = method.projectors[f"s3_{view}"](s3)
         assert queries.shape == (3, 64, 64)
         passed = teacher.norm(teacher.layers[3](queries.view(3, 8, 8, 64))).flatten(1, 2)

@@ -153,6 +153,14 @@ def test_every_module_of_every_teacher_learns_and_nothing_else_is_there(cache: C
     assert "student.pos_embed" in method.no_weight_decay()
 
 
+def test_what_each_teachers_method_keeps_from_decay_is_kept_from_it(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods.METHODS["mimic"], "no_weight_decay", lambda self: Method.no_weight_decay(self) | {"adapter.weight"})
+    method = build("mimic", cache, WEIGHTS)
+    own = {f"terms.{number}.adapter.weight" for number in range(len(WEIGHTS))}
+    assert own <= {*dict(method.named_parameters())} and len(own) > 1
+    assert method.no_weight_decay() == {*Method.no_weight_decay(method), *own}
+
+
 def test_one_teacher_in_any_spelling_is_what_it_was(cache: Cache, config: Any) -> None:
     for teacher in ("vit.tiny", ["vit.tiny"], {"vit.tiny": 1}):
         method = build("kd", cache, teacher, **{"temperature": 1.0, "vit.tiny/temperature": 2.0})

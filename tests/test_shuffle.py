@@ -7,8 +7,6 @@ import gc
 import os
 import re
 import resource
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from helpers import CNN, CNN_ARGS, assert_same_state, make_cache, state_of
+from helpers import CNN, CNN_ARGS, Forked, assert_same_state, make_cache, python_script, state_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -245,6 +243,7 @@ def test_a_loader_never_has_more_under_way_than_its_bytes(cache: Cache, monkeypa
         asked.clear()
         for taken, _ in enumerate(loader.epoch(0), start=1):
             assert len(asked) - taken <= workers * each
+        assert taken == 18
         loader.close()
 
 
@@ -399,9 +398,8 @@ def test_options_are_checked(folder: Path, tmp_path: Path) -> None:
         assert ("expected a number of bytes" in result.output) == bad, result.output
 
 
-def test_the_benchmark_of_steps_runs() -> None:
-    script = Path(__file__).parent.parent / "benchmarks" / "train_step.py"
+def test_the_benchmark_of_steps_runs(tmp_path: Path) -> None:
     options = ["--parts", "step", "--small", "--samples", "8", "--batch-size", "2", "--rounds", "1"]
-    result = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"tiny → tiny +\d+ ms +\d+ ms, \d\.\d{3} × +\d+ ms, \d\.\d{3} × \(vitkd\) +\d+ ms, \d\.\d{3} ×", result.stdout)
+    child = Forked(python_script(Path(__file__).parent.parent / "benchmarks" / "train_step.py", *options), tmp_path / "log")
+    assert child.wait(240) == 0, child.output()
+    assert re.search(r"tiny → tiny +\d+ ms +\d+ ms, \d\.\d{3} × +\d+ ms, \d\.\d{3} × \(vitkd\) +\d+ ms, \d\.\d{3} ×", child.output())

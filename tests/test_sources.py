@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import TINY_VIT, image_bytes, make_cache, make_image, make_shard, make_shards, make_teacher_dir, run_python, sample_members, write_tar
+from helpers import TINY_VIT, Forked, image_bytes, make_cache, make_image, make_shard, make_shards, make_teacher_dir, sample_members, write_tar
 
 from cli.main import main
 from kdcache.errors import DriftError, MismatchError, ShardError, UsageError
@@ -134,13 +134,16 @@ def test_timm_reads_the_same_samples_from_the_same_splits(tmp_path: Path) -> Non
     training = make_shards(tmp_path, num_shards=3, num_samples=4)
     validation = [make_shard(tmp_path / "validation-00.tar", num_samples=3, seed=5)]
     write_info(tmp_path, {"train": split_of("train", training[::-1], 4), "validation": split_of("validation", validation, 3)})
-    code = """if True:
-        import json, sys
+
+    def read() -> None:
         from timm.data import create_dataset
-        sets = [create_dataset("wds/x", root=sys.argv[1], split=split, is_training=False, batch_size=1) for split in ("train", "validation")]
-        print(json.dumps([[len(dataset), [int(target) for _, target in dataset]] for dataset in sets]))
-    """
-    theirs = json.loads(run_python(code, tmp_path).stdout.splitlines()[-1])  # in a process of its own: it leaves its files open
+
+        sets = [create_dataset("wds/x", root=str(tmp_path), split=split, is_training=False, batch_size=1) for split in ("train", "validation")]
+        (tmp_path / "theirs.json").write_text(json.dumps([[len(dataset), [int(target) for _, target in dataset]] for dataset in sets]))
+
+    child = Forked(read, tmp_path / "log")  # it leaves its files open
+    assert child.wait() == 0, child.output()
+    theirs = json.loads((tmp_path / "theirs.json").read_text())
     for (length, labels), split in zip(theirs, ("train", "validation"), strict=True):
         sources = resolve_shards(f"{tmp_path}:{split}")
         assert [sample.label for source in sources for sample in scan_shard(source).samples] == labels

@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import run_python
+from helpers import Forked, run_python
 
 from kdcache.errors import MissingError, StoreError, UsageError
 from kdcache.store import LocalStore, open_store
@@ -25,24 +25,27 @@ def test_local_store_keeps_the_contract(tmp_path: Path) -> None:
 
 
 def test_of_eight_processes_exactly_one_creates_an_object(tmp_path: Path) -> None:
-    code = (
-        "import json, sys, time\nfrom kdcache.store import LocalStore\n"
-        "store, me, start = LocalStore(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])\n"
-        "time.sleep(max(0, start - time.time()))\n"
-        "print(json.dumps([store.put_new(f'f/{i}', bytes([me]) * 100_000) for i in range(20)]))"
-    )
-    start = time.time() + 3
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i), str(start)], stdout=subprocess.PIPE, text=True) for i in range(8)
-    ]
-    won = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
-    store = LocalStore(tmp_path)
+    """They wait at a pipe for one another, so that they race."""
+    opened, closed = os.pipe()
+
+    def race(me: int) -> None:
+        os.close(closed)
+        store = LocalStore(tmp_path / "store")
+        os.read(opened, 1)  # ends when the last who could write has closed
+        (tmp_path / f"{me}.json").write_text(json.dumps([store.put_new(f"f/{i}", bytes([me]) * 100_000) for i in range(20)]))
+
+    processes = [Forked(partial(race, me), tmp_path / f"{me}.log") for me in range(8)]
+    os.close(closed)
+    assert [process.wait(60) for process in processes] == [0] * 8
+    os.close(opened)
+    won = [json.loads((tmp_path / f"{me}.json").read_text()) for me in range(8)]
+    store = LocalStore(tmp_path / "store")
     for i in range(20):
         winners = [process for process in range(8) if won[process][i]]
         assert len(winners) == 1
         assert store.get(f"f/{i}", max_size=100_000) == bytes([winners[0]]) * 100_000
     assert len(list(store.list())) == 20
-    assert not (tmp_path / "tmp").exists()
+    assert not (tmp_path / "store" / "tmp").exists()
 
 
 def test_what_a_killed_process_spooled_is_swept_and_a_live_attempt_is_not(tmp_path: Path) -> None:

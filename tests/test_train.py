@@ -177,21 +177,19 @@ def test_a_run_killed_in_any_epoch_and_resumed_equals_the_uninterrupted_one(
 
 
 def test_a_process_killed_by_the_system_resumes_to_the_same_bits(config: Any, folder: Path, tmp_path: Path) -> None:
-    code = """
-import os, signal, sys
-import pipelines.training.checkpoints
-import pipelines.train
-from pipelines.train import TrainConfig, train
-save = pipelines.training.checkpoints.save_checkpoint
-def save_then_die(path, state, **kwargs):
-    save(path, state, **kwargs)
-    if state["epoch"] == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-pipelines.training.checkpoints.save_checkpoint = save_then_die
-train(eval(sys.argv[1]))
-"""
-    killed = run_python(code, repr(config()), check=False)
-    assert killed.returncode == -9, killed.stderr
+    def killed() -> None:
+        save = pipelines.training.checkpoints.save_checkpoint
+
+        def save_then_die(path: Path, state: dict[str, Any], **options: Any) -> None:
+            save(path, state, **options)
+            if state["epoch"] == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        pipelines.training.checkpoints.save_checkpoint = save_then_die
+        train(config())
+
+    child = Forked(killed, tmp_path / "log")
+    assert child.wait() == -signal.SIGKILL, child.output()
     (found,) = train(config(resume=True))
     (expected,) = train(config(out=str(tmp_path / "whole")))
     assert_same_state(state_of(found), state_of(expected))
