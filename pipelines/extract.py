@@ -47,7 +47,7 @@ from kdcache.targets import TargetSpec
 from kdcache.teacher_card import ANY_TEACHER
 from kdcache.teacher_source import default_teacher_name, weight_files
 
-from .extraction.finished import count_finished, finished_already, is_unchanged
+from .extraction.finished import count_finished, decodes_images, finished_already, is_unchanged
 from .extraction.request import (
     ExtractConfig,
     ExtractSummary,
@@ -128,8 +128,7 @@ class _Run:
         from kdcache.images import require_decoder
         from kdcache.teacher import load_teacher
 
-        stored = set(cache.shards) if cache is not None and cache.plan.stored_views is not None and (config.views or 0) <= cache.num_views else set()
-        if not {source.name for source in sources} <= stored:
+        if decodes_images(config, cache, sources):
             require_decoder(cache.plan.decoder if cache is not None else config.decoder or "pillow")
         self.config, self.store, self.sources, self.launch, self.progress = config, store, sources, launch, progress
         self.all_sources = all_sources
