@@ -218,7 +218,8 @@ class _Run:
         self.cache.teachers.setdefault(self.teacher_name, TeacherLayer(self.teacher_name, self.teacher_document))  # to take records of others
         record_tail()
         making = {"shards": self.calibrated_on, **self._making()}
-        self.recorded = create_cards(self.store, self.teacher_name, plans, statistics, making=making)
+        self.recorded, added = create_cards(self.store, self.teacher_name, plans, statistics, making=making)
+        self.summary.bytes += added
 
     def _making(self) -> dict[str, Any]:
         """Provenance: with these the same bytes come out again, as `verify --repair` wants them."""
@@ -238,7 +239,8 @@ class _Run:
         plan = plan_tail(self.store, self.teacher_name, self.teacher, modules, views)
 
         def record() -> None:
-            tail = create_tail(self.store, self.teacher_name, plan, self.teacher, views)
+            tail, added = create_tail(self.store, self.teacher_name, plan, self.teacher, views)
+            self.summary.bytes += added
             if self.progress:
                 self._say_tail(tail)
 

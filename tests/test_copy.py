@@ -25,6 +25,7 @@ from kdcache.opening import refresh_index
 from kdcache.store import open_store
 from pipelines.copy import CopyConfig, CopySummary, copy
 from pipelines.extract import ExtractSummary
+from pipelines.facts import owned_bytes
 from pipelines.inspect import cache_as_text, inspect_cache, inspect_shard, shard_as_text
 from pipelines.verify import verify
 
@@ -63,6 +64,7 @@ def test_a_copy_of_the_whole_is_the_cache_to_the_byte(made: Path, tmp_path: Path
     summary = take(made, str(tmp_path / "copy"))
     assert tree(tmp_path / "copy") == tree(made / "cache")
     assert (summary.root, summary.rows, summary.cut_segments) == (open_cache(made / "cache").root, 8, 0)
+    assert summary.bytes == owned_bytes(open_cache(made / "cache"))
     again = take(made, str(tmp_path / "copy"))
     assert (again.bytes, again.resumed_segments) == (0, again.segments)
 

@@ -32,6 +32,7 @@ from kdcache.teacher import load_teacher
 from kdcache.teacher_card import TeacherCard
 from pipelines.copy import CopyConfig, copy
 from pipelines.extract import ExtractConfig, extract
+from pipelines.facts import owned_bytes
 from pipelines.gc import GcConfig, gc
 from pipelines.verify import verify
 
@@ -487,6 +488,13 @@ def test_copy_takes_the_tail_along_and_gc_drops_it_with_its_teacher(folder: Path
     report = gc(GcConfig(cache=str(folder / "copy"), drop_teachers=("teacher",), delete=True))
     assert report.bytes > tail_files(folder / "cache")[1].stat().st_size and "and its tail, 1.73 MB" in report.dropped[0]
     assert not tail_files(folder / "copy") and verify(str(folder / "copy")).ok
+
+
+def test_what_is_added_is_counted_with_tail_and_calibration_as_inspect_counts_it(vit: Path) -> None:
+    added = [
+        run_extract(vit, "counted", settings={"logits": "head"}, **more).bytes for more in ({}, {}, {"views": 2}, {"methods": ("vitkd", "scalekd")})
+    ]
+    assert added[1] == 0 and sum(added) == owned_bytes(open_cache(vit / "counted")) > tail_files(vit / "counted")[1].stat().st_size
 
 
 def test_a_teacher_that_is_refused_for_its_tail_leaves_nothing_in_the_cache(vit: Path, tmp_path: Path) -> None:
