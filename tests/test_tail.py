@@ -363,8 +363,19 @@ def test_settings_decide_what_is_recorded_and_train_names_those_that_matter(vit:
     line = r"--for scalekd --set logits=head --set s4_blocks=1' to add it"
     with pytest.raises(MissingError, match=rf"runs blocks\.1, blocks\.2, blocks\.3, norm .* whose tail has modules blocks\.2, .*{line}"):
         methods.build("scalekd", student=student, cache=cache, settings=asked)
-    with pytest.raises(MissingError, match="no target 'logits'"):
+    with pytest.raises(MissingError, match=r"no target 'logits'.* serves with --set logits=head, or with --set kd_alpha=0\.0$"):
         methods.build("scalekd", student=student, cache=cache)
+    with pytest.raises(
+        MissingError, match=r"whose tail has .* serves with --set s3_blocks=2 --set s4_blocks=0, or with --set s3_blocks=1 --set s4_blocks=1$"
+    ):
+        methods.build("scalekd", student=student, cache=cache, settings=asked)
+    needs_both = {"s4_blocks": 1, "alpha_s4": (0.1, 0.1)}
+    with pytest.raises(
+        MissingError, match=r"serves with --set logits=head --set s3_blocks=2 --set s4_blocks=0, or with --set logits=head --set s3_b"
+    ) as error:
+        methods.build("scalekd", student=student, cache=cache, settings=needs_both)
+    methods.build("scalekd", student=student, cache=cache, settings=needs_both | {"logits": "head", "s3_blocks": 1, "s4_blocks": 1})
+    assert "kd_alpha=0.0 --set s3_blocks=1" in str(error.value)
     repeating = asked | {"s4_repeats": True}  # the last block serves both stages: the tail that is there is enough
     method = methods.build("scalekd", student=student, cache=cache, settings=repeating)
     assert (method.s3_modules, method.s4_modules) == (["blocks.2", "blocks.3"], ["blocks.3", "norm"])
