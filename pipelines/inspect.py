@@ -200,6 +200,7 @@ def _target(cache: Cache, layer: TeacherLayer, name: str) -> dict[str, Any]:
     size = sum(group_bytes(record, f"{name}/") for record in segments)
     row_views = sum(record.identity.rows * len(record.identity.views) for record in segments)
     shape = [card.num_classes] if card.kind == "logits" else [*(card.grid or ()), card.channels]
+    by_shard = fidelity_by_shard(layer, name)
     return {
         "encoding": card.encoding,
         "views": cache.target_views(layer.name, name),
@@ -209,7 +210,8 @@ def _target(cache: Cache, layer: TeacherLayer, name: str) -> dict[str, Any]:
         "bytes_per_view": size / row_views if row_views else None,
         "shape": shape,
         "prefix_tokens": card.prefix_tokens,
-        "worst": worst_shard(fidelity_by_shard(layer, name)),
+        "worst": worst_shard(by_shard),
+        "by_shard": {shard: {figure: found[figure] for figure in _FIGURES if figure in found} for shard, found in by_shard.items()},
         **combine_fidelity([fidelity_sums(record, name) for record in segments]),
     }
 
