@@ -31,7 +31,7 @@ import psutil
 from PIL import Image
 
 MODEL_ARGS = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 2, "num_classes": 10}
-PREFETCH_VIEW_SIZE, PREFETCH_BATCH_SIZE, PREFETCH_BATCHES = 128, 256, (2, 8)
+PREFETCH_VIEW_SIZE, PREFETCH_BATCH_SIZE, PREFETCH_BATCHES, PREFETCH_STEPS = 128, 256, (2, 8), 12
 NOISE = 1.05
 """A ratio that counts as the same."""
 
@@ -79,19 +79,19 @@ def peak_bytes(command: Sequence[str]) -> int:
     return peak
 
 
-def measure_prefetch(
-    extract: Sequence[str], train: Sequence[str], root: Path, common: Sequence[str], stages: dict[str, list[str]], *, rounds: int
-) -> None:
+def measure_prefetch(extract: Sequence[str], train: Sequence[str], root: Path, common: Sequence[str], *, rounds: int) -> None:
     """Print the peaks of a run by the room for batches that are under way, and what they differ by."""
     size, batch_size = PREFETCH_VIEW_SIZE, PREFETCH_BATCH_SIZE
     cache = str(root / "cache-prefetch")
-    subprocess.run([*extract, str(root / "size"), cache, *stages["extract"], "--size", str(size), *common], check=True, capture_output=True)
+    make_shards(root / "prefetch", shards=2, samples=PREFETCH_STEPS * batch_size // 2)
+    options = ["--teacher", f"local-dir:{root / 'teacher'}", "--views", "1", "--size", str(size)]
+    subprocess.run([*extract, str(root / "prefetch"), cache, *options, *common], check=True, capture_output=True)
     batch_bytes = batch_size * (3 * size * size + 64)  # a row's logits and labels take less than that
     peaks: dict[int, list[float]] = {batches: [] for batches in PREFETCH_BATCHES}
     for number in range(rounds):
         for batches, found in peaks.items():
-            options = ["--prefetch-bytes", str(batches * batch_bytes), "--out", str(root / f"runs-prefetch-{batches}-{number}")]
-            found.append(peak_bytes([*train, cache, *stages["train"], "--batch-size", str(batch_size), *options, *common]))
+            options = ["--student", "test_vit", "--epochs", "1", "--batch-size", str(batch_size), "--prefetch-bytes", str(batches * batch_bytes)]
+            found.append(peak_bytes([*train, cache, *options, "--out", str(root / f"runs-prefetch-{batches}-{number}"), *common]))
     medians = {batches: statistics.median(values) for batches, values in peaks.items()}
     few, many = medians
     differ = (many - few) * batch_bytes
@@ -120,17 +120,17 @@ def main() -> None:
         root = Path(folder)
         save_for_hf(timm.create_model("vit_tiny_patch16_224", **MODEL_ARGS), str(root / "teacher"), model_args=MODEL_ARGS, safe_serialization=True)
         print(f"{args.shards} shards of {args.samples} samples; {args.workers} workers; peak PSS of all processes")
+        wanted = args.stages.split(",")
         sizes = {"1": (args.shards, args.samples), "shards": (10 * args.shards, args.samples), "size": (args.shards, 10 * args.samples)}
-        for name, (shards, samples) in sizes.items():
+        for name, (shards, samples) in sizes.items() if {"extract", "train"} & {*wanted} else ():
             make_shards(root / name, shards=shards, samples=samples)
         common = ["-j", str(args.workers), "--device", "cpu"]
         stages = {
             "extract": ["--teacher", f"local-dir:{root / 'teacher'}", "--target", "logits", "--target", "features@norm", "--views", "2"],
             "train": ["--student", "test_vit", "--method", "kd", "--epochs", "1", "--batch-size", "256"],
         }
-        wanted = args.stages.split(",")
         if "prefetch" in wanted:
-            measure_prefetch([*kdcache, "extract"], [*kdcache, "train"], root, common, stages, rounds=args.rounds)
+            measure_prefetch([*kdcache, "extract"], [*kdcache, "train"], root, common, rounds=args.rounds)
         if "extract" in wanted:
             print("| stage | 1 x | 10 x the shards | 10 x the shard size |")
             print("|---|---|---|---|")
