@@ -61,7 +61,8 @@ INDEX_CACHE_BYTES = 128 << 20
 """Shard indexes kept in memory, per process."""
 WHOLE_FILE_BYTES = 1 << 20
 """An array's file of at most this size is compared with its record's digest when it is first read, in 1 ms: two such files may well have the same size,
-and each would pass for the other. The chunks of larger ones compress to sizes of their own, so that their index is not found where the record says."""
+and each would pass for the other. The chunks of larger ones compress to sizes of their own, so that their index is not found where the record says; of those of raw views the first
+pixels that are read are compared."""
 KEY_CACHE_BYTES = 64 << 20
 """Sample keys kept in memory, per process, counted at 150 bytes each."""
 MAX_CALIBRATION_BYTES = 1 << 30
@@ -135,6 +136,8 @@ class Cache:
         self._readers: ByteLRU[tuple[str, str], ArrayReader] = ByteLRU(INDEX_CACHE_BYTES)
         self._files = ShardFiles()
         self._keys: ByteLRU[str, dict[str, int]] = ByteLRU(KEY_CACHE_BYTES)
+        self._known_pixels: set[str] = set()
+        """Groups whose raw views were found to be those of the record, by the first that was read."""
         self.document: Document[CacheIdentity] = documents["cache.json"]
         self.views: dict[str, list[Document[ViewsIdentity]]] = {}
         self.teachers: dict[str, TeacherLayer] = {}
@@ -435,7 +438,10 @@ class Cache:
 
     def _read_raw(self, record: ViewsIdentity, view: int, rows: RowNumbers) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
         def read(some: RowNumbers) -> np.ndarray[Any, np.dtype[np.uint8]]:
-            return self._views_reader(record, STORED_PIXELS).read(view - record.views.start, some)
+            found = self._views_reader(record, STORED_PIXELS).read(view - record.views.start, some)
+            if record.group.name not in self._known_pixels and len(found):
+                self._check_first_pixels(record, view, int(some[0]), found[0])
+            return found
 
         together = max(1, RUN_BYTES // (3 * self.plan.size**2))
         for first in range(0, len(rows), together):
@@ -450,6 +456,16 @@ class Cache:
                     yield read([row])[0]
                 except CorruptError as error:
                     raise CorruptError(f"shard {record.shard}: key {self.keys(record.shard)[row]!r}, view {view}: {error}") from error
+
+    def _check_first_pixels(self, record: ViewsIdentity, view: int, row: int, found: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Raise CorruptError for a file that is sound in itself and another's: of a plan's raw views all have one size."""
+        (expected,) = self.read_pixel_digests(record.shard, view, [row]).tolist()
+        if pixel_digest(found) != expected:
+            raise CorruptError(
+                f"{self.store.url}/views/{record.group.name}/{STORED_PIXELS}: not the pixels that its record names: expected digest {expected:016x},"
+                f" found {pixel_digest(found):016x}: another file's; run 'kdcache verify CACHE --repair'"
+            )
+        self._known_pixels.add(record.group.name)
 
     def touch_stored(self, shard: str, view: int, rows: RowNumbers) -> None:
         """Read what `read_stored` of any of these rows will, in runs as long as it lies, and drop it: it is in the page cache then."""

@@ -76,23 +76,25 @@ def create_teacher(store: Store, name: str, identity: TeacherIdentity, *, proven
 
 def create_cards(
     store: Store, teacher_name: str, plans: Sequence[TargetPlan], statistics: Mapping[str, Mapping[str, Tensor]], *, making: Mapping[str, Any]
-) -> dict[str, RecordedTarget]:
-    """Target name → target with its card and calibrated encoding.
+) -> tuple[dict[str, RecordedTarget], int]:
+    """Target name → target with its card and calibrated encoding; and the bytes of the calibration files that this call has made.
 
     statistics: of every target that `needs_statistics`. making: what they were made of, kept as provenance to make them again.
     """
     recorded: dict[str, RecordedTarget] = {}
+    added = 0
     for plan in plans:
         name = plan.target.name
-        card, at_hand = plan.card, list[bytes]()
-        if card is not None or store.size(target_path(teacher_name, name)) is None:  # else another run has made it since
-            at_hand = _store_calibration(store, teacher_name, plan, statistics[name]) if name in statistics else []
+        card, at_hand, is_made = plan.card, list[bytes](), False
+        if name in statistics and (card is not None or store.size(target_path(teacher_name, name)) is None):  # else another run has made it since
+            at_hand, is_made = _store_calibration(store, teacher_name, plan, statistics[name])
         card = card or _create_card(store, teacher_name, plan, at_hand[0] if at_hand else None, making)
         tensors = _load_calibration(store, teacher_name, card.identity, at_hand) if card.identity.calibration is not None else None
         if tensors is not None:
             plan.encoding.load_calibration(tensors)
         recorded[name] = RecordedTarget(target=plan.target, card=card, encoding=plan.encoding, calibration=tensors)
-    return recorded
+        added += len(at_hand[0]) if is_made else 0
+    return recorded, added
 
 
 def _create_card(store: Store, teacher_name: str, plan: TargetPlan, calibration: bytes | None, making: Mapping[str, Any]) -> Document[TargetIdentity]:
@@ -118,8 +120,11 @@ def _create_card(store: Store, teacher_name: str, plan: TargetPlan, calibration:
     return card
 
 
-def _store_calibration(store: Store, teacher_name: str, plan: TargetPlan, statistics: Mapping[str, Tensor]) -> list[bytes]:
-    """Create the calibration file if absent; the one that is there now, and others that were. Raises CorruptError if a card wants another."""
+def _store_calibration(store: Store, teacher_name: str, plan: TargetPlan, statistics: Mapping[str, Tensor]) -> tuple[list[bytes], bool]:
+    """Create the calibration file if absent; the one that is there now, and others that were; and whether this call made it.
+
+    Raises CorruptError if a card wants another.
+    """
     path, card = calibration_path(teacher_name, plan.target.name), plan.card
     new = safetensors.torch.save(dict(statistics))
     if card is not None and card.identity.calibration is not None and blake2b_128(new) != card.identity.calibration.digest:
@@ -128,13 +133,12 @@ def _store_calibration(store: Store, teacher_name: str, plan: TargetPlan, statis
             f" {blake2b_128(new)}); it was made with {card.provenance.get('calibration')}: use the same, or record under another --name"
         )
     if store.put_new(path, new):
-        return [new]
+        return [new], True
     found = store.get(path, max_size=MAX_CALIBRATION_BYTES)
     if card is not None or _is_near(plan.encoding, found, statistics):
-        return [found]
+        return [found], False
     store.delete(path)  # no card vouches for it, and it is not what this run would have made
-    store.put_new(path, new)
-    return [new, found]
+    return [new, found], store.put_new(path, new)
 
 
 def _load_calibration(store: Store, teacher_name: str, card: TargetIdentity, at_hand: Sequence[bytes]) -> dict[str, Tensor]:
@@ -191,8 +195,10 @@ def plan_tail(store: Store, teacher_name: str, teacher: Teacher, modules: Sequen
     return TailPlan(known=known, identity=identity, data=data, measured=measured)
 
 
-def create_tail(store: Store, teacher_name: str, plan: TailPlan, teacher: Teacher, views_BHWC: Tensor) -> Document[TailIdentity]:
-    """The card of the teacher's tail as it is now, its file made before it; a shorter tail gives way to a longer one.
+def create_tail(store: Store, teacher_name: str, plan: TailPlan, teacher: Teacher, views_BHWC: Tensor) -> tuple[Document[TailIdentity], int]:
+    """The card of the teacher's tail as it is now, its file made before it; and the bytes of the file, if this call has made it.
+
+    A shorter tail gives way to a longer one.
 
     One that is there serves if it is the teacher's too: another device may give other last bits of what a pass computes beside the tokens.
     Raises MismatchError if another one is recorded.
@@ -205,19 +211,20 @@ def create_tail(store: Store, teacher_name: str, plan: TailPlan, teacher: Teache
         _drop_tail(store, teacher_name)
         known = None
     at_hand = [data]
-    if known is None and not store.put_new(weights, data):
+    is_made = known is None and store.put_new(weights, data)
+    if known is None and not is_made:
         found = store.get(weights, max_size=MAX_TAIL_BYTES)
         if found != data:
             store.delete(weights)  # no card vouches for it
-            store.put_new(weights, data)
+            is_made = store.put_new(weights, data)
             at_hand.append(found)
     card, _ = create_document(store, path, identity, measured=plan.measured)
     for one in at_hand:
         if blake2b_128(one) == card.identity.weights.digest:
-            _put_right(store, weights, one)
+            is_made |= _put_right(store, weights, one)
     if card.identity != identity:
         _require_as_good(store, teacher_name, card.identity, identity, teacher, views_BHWC)
-    return card
+    return card, card.identity.weights.size if is_made else 0
 
 
 def _known_tail(store: Store, teacher_name: str) -> TailIdentity | None:
@@ -252,11 +259,14 @@ def _drop_tail(store: Store, teacher_name: str) -> None:
     store.delete(tail_weights_path(teacher_name))
 
 
-def _put_right(store: Store, path: str, data: bytes) -> None:
-    """The file that a card names, whatever another run has put in its place before the card was there."""
-    if not store.put_new(path, data) and digest_of_file(store, path).digest != blake2b_128(data):
-        store.delete(path)
-        store.put_new(path, data)
+def _put_right(store: Store, path: str, data: bytes) -> bool:
+    """The file that a card names, whatever another run has put in its place before the card was there; whether this call made it."""
+    if store.put_new(path, data):
+        return True
+    if digest_of_file(store, path).digest == blake2b_128(data):
+        return False
+    store.delete(path)
+    return store.put_new(path, data)
 
 
 def _cut(teacher: Teacher, modules: Sequence[str], views_BHWC: Tensor) -> tuple[TailIdentity, bytes, dict[str, float]]:

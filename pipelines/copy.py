@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,7 +24,8 @@ from kdcache.format import DigestField, Document, SourceIdentity
 from kdcache.index import MAX_DOCUMENT_BYTES, drop_index, is_current, load_documents, read_document
 from kdcache.launch import available_cores
 from kdcache.opening import check_documents, refresh_index
-from kdcache.paths import calibration_path, source_path, tail_path, tail_weights_path, target_path, teacher_path
+from kdcache.ownership import owned_files
+from kdcache.paths import source_path, tail_path, target_path, teacher_path
 from kdcache.plan import require_same
 from kdcache.store import Store, open_store
 from kdcache.subset import Part, Selection, commit_part, copy_file, parts_of
@@ -67,7 +68,7 @@ class CopySummary:
     resumed_segments: int = 0
     """Of these there before this run."""
     bytes: int = 0
-    """Added by this run."""
+    """Added by this run: arrays, stored views, tail and calibration, as `inspect` counts them; neither documents nor the index."""
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -84,11 +85,12 @@ def copy(config: CopyConfig, *, progress: bool = False) -> CopySummary:
     _check_apart(cache.store, dest)
     with dest.hold():
         missing = _check_destination(dest, cache, selection, parts)
-        _check_space(dest, missing)
+        beside = [field.size for path, field in _files_beside(cache, selection).items() if dest.size(path) is None]
+        _check_space(dest, [*beside, *(part.size for part in missing)])
         dest.sweep_spools()
         summary = CopySummary(segments=len(parts), cut_segments=sum(not part.is_whole for part in parts), resumed_segments=len(parts) - len(missing))
-        _copy_documents(cache, selection, dest)
-        summary.bytes = _copy_segments(cache, parts, dest, progress=progress)
+        summary.bytes = _copy_documents(cache, selection, dest)
+        summary.bytes += _copy_segments(cache, parts, dest, progress=progress)
         copied = refresh_index(config.dest)
     summary.root, summary.shards, summary.rows, summary.views = copied.root, len(copied.views), copied.num_rows, copied.num_views
     summary.teachers = {name: sorted(layer.targets) for name, layer in sorted(copied.teachers.items())}
@@ -174,9 +176,15 @@ def _teacher_documents(cache: Cache, name: str, selection: Selection) -> list[st
     return [teacher_path(name), *tail, *(target_path(name, target) for target in sorted(selection.targets[name]))]
 
 
-def _check_space(dest: Store, missing: Sequence[Part]) -> None:
+def _files_beside(cache: Cache, selection: Selection) -> dict[str, DigestField]:
+    """Path → size and digest of the tails and calibrations that the copy takes along."""
+    cards = {path: cache.documents[path] for name in selection.targets for path in _teacher_documents(cache, name, selection)}
+    return {path: field for path, (field, _) in owned_files(cards).items()}
+
+
+def _check_space(dest: Store, sizes: Iterable[int]) -> None:
     """Refuse what can't fit before a byte is written."""
-    needed, free = sum(part.size for part in missing), dest.free_bytes()
+    needed, free = sum(sizes), dest.free_bytes()
     if free is not None and needed > free:
         raise StoreError(f"{dest.url}: the copy needs about {human_bytes(needed)}, {human_bytes(free)} are free; free space, or copy less")
 
@@ -184,8 +192,12 @@ def _check_space(dest: Store, missing: Sequence[Part]) -> None:
 # --- copying ---------------------------------------------------------------------------------------------------------
 
 
-def _copy_documents(cache: Cache, selection: Selection, dest: Store) -> None:
-    """What segments need to be there: the plan, what was asked for, and the cards, each calibration and tail before its card."""
+def _copy_documents(cache: Cache, selection: Selection, dest: Store) -> int:
+    """What segments need to be there: the plan, what was asked for, and the cards, each calibration and tail before its card.
+
+    Returns the bytes of calibrations and tails that were added.
+    """
+    added = 0
     _copy_document(cache, "cache.json", dest)
     for path, source in _sources(cache, selection).items():
         if path in cache.documents:
@@ -194,12 +206,10 @@ def _copy_documents(cache: Cache, selection: Selection, dest: Store) -> None:
             create_document(dest, path, source)
     for name in sorted(selection.targets):
         for path in _teacher_documents(cache, name, selection):
-            document = cache.documents[path]
-            if document.kind == "target" and document.identity.calibration is not None:
-                _copy_beside(cache, calibration_path(name, document.identity.name), document.identity.calibration, dest, card=path)
-            elif document.kind == "tail":
-                _copy_beside(cache, tail_weights_path(name), document.identity.weights, dest, card=path)
+            for beside, (expected, _) in owned_files({path: cache.documents[path]}).items():
+                added += expected.size if _copy_beside(cache, beside, expected, dest, card=path) else 0
             _copy_document(cache, path, dest)
+    return added
 
 
 def _copy_document(cache: Cache, path: str, dest: Store) -> None:
@@ -208,14 +218,14 @@ def _copy_document(cache: Cache, path: str, dest: Store) -> None:
         require_same(f"{dest.url}/{path}", found.identity, cache.documents[path].identity, remedy=f"it holds another cache: {_OTHER}")
 
 
-def _copy_beside(cache: Cache, path: str, expected: DigestField, dest: Store, *, card: str) -> None:
-    """A file that the document at `card` names."""
+def _copy_beside(cache: Cache, path: str, expected: DigestField, dest: Store, *, card: str) -> bool:
+    """A file that the document at `card` names; whether it was not there."""
     spool = dest.new_spool()
     try:
         copy_file(cache.store, path, expected, spool / "file")
         if dest.size(path) is not None and dest.size(card) is None:
             dest.delete(path)  # no card vouches for it
-        dest.put_new(path, spool / "file")
+        return dest.put_new(path, spool / "file")
     finally:
         dest.drop_spool(spool)
 

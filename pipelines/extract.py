@@ -41,7 +41,7 @@ from kdcache.targets import TargetSpec
 from kdcache.teacher_card import ANY_TEACHER
 from kdcache.teacher_source import default_teacher_name, weight_files
 
-from .extraction.finished import count_complete, finished_already, is_unchanged
+from .extraction.finished import count_complete, decodes_images, finished_already, is_unchanged
 from .extraction.request import (
     ExtractConfig,
     ExtractSummary,
@@ -116,8 +116,7 @@ class _Run:
         from kdcache.device import resolve_device, share_machine
         from kdcache.teacher import load_teacher
 
-        stored = set(cache.shards) if cache is not None and cache.plan.stored_views is not None and (config.views or 0) <= cache.num_views else set()
-        if not {source.name for source in sources} <= stored:
+        if decodes_images(config, cache, sources):
             require_decoder(cache.plan.decoder if cache is not None else config.decoder or "pillow")
         self.config, self.store, self.sources, self.launch, self.progress = config, store, sources, launch, progress
         self.all_sources = all_sources
@@ -205,7 +204,8 @@ class _Run:
         self.cache.teachers.setdefault(self.teacher_name, TeacherLayer(self.teacher_name, self.teacher_document))  # to take records of others
         record_tail()
         making = {"shards": self.calibrated_on, **self._making()}
-        self.recorded = create_cards(self.store, self.teacher_name, plans, statistics, making=making)
+        self.recorded, added = create_cards(self.store, self.teacher_name, plans, statistics, making=making)
+        self.summary.bytes += added
 
     def _making(self) -> dict[str, Any]:
         """Provenance: with these the same bytes come out again, as `verify --repair` wants them."""
@@ -225,7 +225,8 @@ class _Run:
         plan = plan_tail(self.store, self.teacher_name, self.teacher, modules, views)
 
         def record() -> None:
-            tail = create_tail(self.store, self.teacher_name, plan, self.teacher, views)
+            tail, added = create_tail(self.store, self.teacher_name, plan, self.teacher, views)
+            self.summary.bytes += added
             if self.progress:
                 self._say_tail(tail)
 

@@ -78,6 +78,10 @@ def label_histogram(cache: Cache) -> LabelHistogram:
 # --- fidelity --------------------------------------------------------------------------------------------------------
 
 
+FIGURES = ("rel_l2", "cosine", "z_l2", "kl_t1", "kl_t4")
+"""Of fidelity, in the order in which they are told."""
+
+
 def fidelity_by_shard(layer: TeacherLayer, target: str) -> dict[str, dict[str, float]]:
     """Shard → the target's figures over its segments, as extraction measured them. A shard without rows is left out."""
     figures: dict[str, dict[str, float]] = {}
@@ -130,6 +134,8 @@ class StoredTarget:
     """None of no view."""
     figures: dict[str, float]
     """Fidelity over all of them; empty where nothing was measured."""
+    by_shard: dict[str, dict[str, float]]
+    """Shard → its own, without those of single bands."""
     worst: dict[str, Any] | None
     """As `worst_shard`."""
 
@@ -139,13 +145,15 @@ def stored_target(layer: TeacherLayer, name: str) -> StoredTarget:
     segments = tuple(record for records in layer.records.values() for record in records if name in record.identity.targets)
     size = sum(record.identity.group.size_of(name) for record in segments)
     row_views = sum(record.identity.rows * len(record.identity.views) for record in segments)
+    by_shard = fidelity_by_shard(layer, name)
     return StoredTarget(
         segments=segments,
         shards=len({record.identity.shard for record in segments}),
         bytes=size,
         bytes_per_view=size / row_views if row_views else None,
         figures=combine_fidelity([fidelity_sums(record, name) for record in segments]),
-        worst=worst_shard(fidelity_by_shard(layer, name)),
+        by_shard={shard: {figure: found[figure] for figure in FIGURES if figure in found} for shard, found in by_shard.items()},
+        worst=worst_shard(by_shard),
     )
 
 

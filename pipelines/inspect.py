@@ -172,6 +172,7 @@ def _target(cache: Cache, layer: TeacherLayer, name: str) -> dict[str, Any]:
         "shape": shape,
         "prefix_tokens": card.prefix_tokens,
         "worst": stored.worst,
+        "by_shard": stored.by_shard,
         **stored.figures,
     }
 

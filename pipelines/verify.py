@@ -64,6 +64,10 @@ def verify(
     cache = _build_cache(store, documents, data, verdict)
     if cache is not None and (views is not None or recompute is not None):
         cache.require_decoder()  # before the hours that reading every file may take
+    if cache is not None and views is not None:
+        from .verification.replay import require_decoder_of_tars
+
+        require_decoder_of_tars(cache)
     _check_files(store, documents, verdict, progress=progress)
     if cache is None:
         return verdict

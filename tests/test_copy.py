@@ -26,6 +26,7 @@ from kdcache.paths import views_record_path
 from kdcache.store import open_store
 from pipelines.copy import CopyConfig, CopySummary, copy
 from pipelines.extract import ExtractSummary
+from pipelines.facts import owned_bytes
 from pipelines.inspect import inspect_cache, inspect_shard
 from pipelines.inspection.inspect_text import cache_as_text, shard_as_text
 from pipelines.verify import verify
@@ -65,6 +66,7 @@ def test_a_copy_of_the_whole_is_the_cache_to_the_byte(made: Path, tmp_path: Path
     summary = take(made, str(tmp_path / "copy"))
     assert tree(tmp_path / "copy") == tree(made / "cache")
     assert (summary.root, summary.rows, summary.cut_segments) == (open_cache(made / "cache").root, 8, 0)
+    assert summary.bytes == owned_bytes(open_cache(made / "cache"))
     again = take(made, str(tmp_path / "copy"))
     assert (again.bytes, again.resumed_segments) == (0, again.segments)
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 import kdcache.teacher
 import kdcache.views
+import pipelines.verify
 from cli.main import main
 from kdcache.augment import Pixels
 from kdcache.dataset import CachedDataset
@@ -276,10 +277,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(cache: Path, folder: Path, **options: Any) -> Any:
-    defaults: dict[str, Any] = {"views": 3, "augment": MIXING, "workers": 0}
-    return extract(
-        ExtractConfig(shards=str(folder / "shards"), cache=str(cache), teacher=f"local-dir:{folder / 'teacher'}", **{**defaults, **options})
-    )
+    defaults: dict[str, Any] = {"shards": str(folder / "shards"), "views": 3, "augment": MIXING, "workers": 0}
+    return extract(ExtractConfig(cache=str(cache), teacher=f"local-dir:{folder / 'teacher'}", **{**defaults, **options}))
 
 
 def train_on(cache: Path, out: Path) -> list[dict[str, Any]]:
@@ -394,3 +393,29 @@ def test_a_decoder_that_is_not_installed_is_named_with_its_cure_before_anything_
     assert CliRunner().invoke(main, arguments).exit_code == 2
     assert not (tmp_path / "none").exists()
     assert train_on(tmp_path / "stored", tmp_path / "runs")[0]["status"] == "done", "stored views need no decoder"
+
+
+def test_of_stored_views_the_decoder_is_asked_for_only_where_images_will_be_decoded_and_before_anything_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "shards", tmp_path / "shards")
+    more: dict[str, Any] = {"shards": str(tmp_path / "shards"), "targets": ("logits", "features@norm")}
+    run(tmp_path / "cache", folder, decoder="simplejpeg", store_views="png", shards=more["shards"])
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    cure = "decoder simplejpeg can't be loaded"
+    shutil.rmtree(tmp_path / "cache" / "index")
+    assert run(tmp_path / "cache", folder, shards=more["shards"]).resumed_shards == 2, "nothing is lacking but the index"
+    with monkeypatch.context() as patch:
+        patch.setattr(kdcache.teacher, "load_teacher", lambda *_, **__: pytest.fail("the teacher was loaded first"))
+        patch.setattr(pipelines.verify, "_check_files", lambda *_, **__: pytest.fail("files were read first"))
+        with pytest.raises(UsageError, match=cure):
+            run(tmp_path / "cache", folder, **more)  # the teacher's first views are unmixed, and rendered where there are tars
+        with pytest.raises(UsageError, match=cure):
+            run(tmp_path / "cache", folder, **{**more, "targets": ("logits,views=4",)})
+        with pytest.raises(UsageError, match=cure):
+            verify(str(tmp_path / "cache"), views=1, workers=0)
+    assert verify(str(tmp_path / "cache"), recompute=Recompute(rows=1)).ok
+    shutil.rmtree(tmp_path / "shards")
+    assert verify(str(tmp_path / "cache"), views=1, workers=0).ok
+    assert run(tmp_path / "cache", folder, **more).shards == 2
+    assert train_on(tmp_path / "cache", tmp_path / "runs")[0]["status"] == "done"

@@ -253,8 +253,11 @@ def test_runs_that_can_not_share_a_loader_are_told_why(folder: Path, tmp_path: P
     said = capsys.readouterr().err
     assert f"gang 1 of 4: {runs[0].id}, {runs[2].id}\n" in said
     assert f"gang 2 of 4: {runs[1].id} (apart from gang 1: --batch-size 3, not 2)\n" in said
-    assert f"gang 3 of 4: {runs[3].id} (apart from gang 1: --batch-size 3, not 2; --seed 1, not 42)\n" in said
+    assert f"gang 3 of 4: {runs[3].id} (apart from gang 1: --batch-size 3, not 2; --seed 1, not 42, and the seed orders the rows)\n" in said
     assert f"gang 4 of 4: {runs[4].id} (gang 1 is full)\n" in said
+    assert "gains nothing" not in said
+    gangs_of(runs_of([replace(some, seed=seed) for seed in (7, 8, 9)]), 3)
+    assert "gang 3 of 3" in (said := capsys.readouterr().err) and "each loads for itself, and --gang gains nothing" in said
 
 
 # --- one fails, the others do not notice ---

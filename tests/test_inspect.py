@@ -81,6 +81,8 @@ def test_the_worst_shard_is_named_and_sizes_add_up(made: Path) -> None:
         }
         assert by_shard[target["worst"]["shard"]] == pytest.approx(max(by_shard.values())) == pytest.approx(target["worst"]["value"])
         assert target["worst"]["value"] >= target[figure]
+        assert {shard: own[figure] for shard, own in target["by_shard"].items()} == pytest.approx(by_shard) and len(by_shard) > 1
+        assert all(own.keys() == {*own} & target.keys() for own in target["by_shard"].values())
     parts = {part["name"]: part["bytes"] for part in facts["sizes"]}
     assert parts.keys() == {"views", "teacher: logits", "teacher: features@norm", "array metadata, calibration"}
     assert parts["views"] == facts["views_bytes"]

@@ -30,6 +30,7 @@ from kdcache.errors import UsageError
 from kdcache.index import is_current, load_documents
 from kdcache.launch import Launch, available_cores, read_launch, shard_order
 from kdcache.store import open_store
+from pipelines.facts import owned_bytes
 from pipelines.verify import verify
 
 SHARDS, SAMPLES = 6, 20
@@ -295,4 +296,4 @@ def test_racing_extractions_of_one_empty_cache_do_no_shard_twice(setup: Path, tm
     assert [racer.wait() for racer in racers] == [0, 0, 0], [racer.output() for racer in racers]
     assert_as_if_one_process_had_made_it(cache, setup)
     added = sum(json.loads(racer.output().splitlines()[-1])["bytes"] for racer in racers)
-    assert added == sum(path.stat().st_size for path in cache.rglob("*") if path.is_file() and ".zarr/" in str(path))
+    assert added == owned_bytes(open_cache(cache))

@@ -35,6 +35,7 @@ from kdcache.teacher import load_teacher
 from kdcache.teacher_card import TeacherCard
 from pipelines.extract import ExtractConfig, extract
 from pipelines.train import TrainConfig, train
+from pipelines.training.loop import make_optimizer
 
 PROJECTOR_NAMES = {
     "pos_embed": "position", "proj_pos.0": "query_in", "proj_student.0": "convolution", "proj_student.1": "norm", "pos_attention.q": "query",
@@ -429,6 +430,31 @@ def test_train_names_a_missing_tail_and_the_command_that_adds_it(folder: Path) -
         MissingError, match=r"runs layers\.3, norm of teacher 'teacher', whose tail is not there: run 'kdcache extract .* --for scalekd'"
     ):
         build(open_cache(folder / "bare"))
+
+
+def test_after_extract_with_a_preset_train_names_it_where_it_needs_more_without(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_swin_s = PRESETS["swin_s-resnet50"].model_copy(update={"teachers": ("swin_tiny",)})
+    monkeypatch.setitem(PRESETS, "swin_s-resnet50", of_swin_s)
+    options: dict[str, Any] = {"shards": str(folder / "shards"), "teacher": f"local-dir:{folder / 'teacher'}", "views": 1, "workers": 0}
+    chosen = {"preset": "swin_s-resnet50"}
+    extract(ExtractConfig(cache=str(folder / "without"), methods=("scalekd",), settings=chosen, **options))
+    with pytest.raises(
+        MissingError,
+        match=r"no target 'logits'.*; what is there serves with --set preset=swin_s-resnet50, or with --set logits=head, or with .*kd_alpha=0",
+    ):
+        build(open_cache(folder / "without"))
+    build(open_cache(folder / "without"), **chosen, heads_s3=2, heads_s4=2)
+
+
+@pytest.mark.parametrize("family", ["cnn", "vit", "swin"])
+def test_decay_is_kept_from_position_embeddings_of_vit_students_as_in_the_originals(cache: Cache, family: str) -> None:
+    method = build(cache, family, heads_s3=2, heads_s4=2)
+    optimizer = make_optimizer(method, TrainConfig(cache="", students=("x",), weight_decay=0.1))
+    decayed = {id(parameter) for group in optimizer.param_groups if group["weight_decay"] > 0 for parameter in group["params"]}
+    projectors = {name: id(parameter) in decayed for name, parameter in method.projectors.named_parameters()}
+    assert {value for name, value in projectors.items() if name.endswith(".position")} == {family != "vit"}
+    assert {value for name, value in projectors.items() if name.endswith((".queries", ".key.weight"))} == {True}
+    assert {value for name, value in projectors.items() if name.endswith((".bias", "norm.weight"))} == {False}
 
 
 def test_in_a_sum_the_tail_goes_along(cache: Cache) -> None:

@@ -499,3 +499,23 @@ def test_the_command_stores_views_and_says_what_they_will_weigh(made: Path, tmp_
     assert "of stored views (jpeg95" in result.stderr
     assert open_cache(tmp_path / "cache").plan.stored_views == "jpeg95"
     assert CliRunner().invoke(main, [str(argument) for argument in [*arguments, "--store-views", "gif"]]).exit_code == 2
+
+
+def test_files_of_raw_views_that_were_exchanged_are_refused_though_each_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones are not compared with their record's digest, have one size, and no crc32c of theirs fails."""
+    for number in range(2):
+        make_shard(tmp_path / "shards" / f"train-{number:04d}.tar", num_samples=3, seed=number)
+    make_teacher_dir(tmp_path / "teacher")
+    run(tmp_path, store_views="raw", views=1)
+    one, other = sorted((tmp_path / "cache").glob("views/*.zarr/stored/pixels/c/0/0/0/0/0"))
+    one.rename(tmp_path / "aside")
+    other.rename(one)
+    (tmp_path / "aside").rename(other)
+    monkeypatch.setattr("kdcache.cache.WHOLE_FILE_BYTES", 0)
+    cache = open_cache(tmp_path / "cache")
+    for shard in cache.shards:
+        with pytest.raises(CorruptError, match=rf"shard {shard}: key 's0001', view 0: .*not the pixels that its record names.*--repair"):
+            list(cache.read_stored(shard, 0, [1, 2]))
+    views = CachedViews(cache, check_views=0)
+    with pytest.raises(CorruptError):
+        views.__getitems__([(0, 0)])

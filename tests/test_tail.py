@@ -32,6 +32,7 @@ from kdcache.teacher import load_teacher
 from kdcache.teacher_card import TeacherCard
 from pipelines.copy import CopyConfig, copy
 from pipelines.extract import ExtractConfig, extract
+from pipelines.facts import owned_bytes
 from pipelines.gc import GcConfig, gc
 from pipelines.verify import verify
 
@@ -362,8 +363,19 @@ def test_settings_decide_what_is_recorded_and_train_names_those_that_matter(vit:
     line = r"--for scalekd --set logits=head --set s4_blocks=1' to add it"
     with pytest.raises(MissingError, match=rf"runs blocks\.1, blocks\.2, blocks\.3, norm .* whose tail has modules blocks\.2, .*{line}"):
         methods.build("scalekd", student=student, cache=cache, settings=asked)
-    with pytest.raises(MissingError, match="no target 'logits'"):
+    with pytest.raises(MissingError, match=r"no target 'logits'.* serves with --set logits=head, or with --set kd_alpha=0\.0$"):
         methods.build("scalekd", student=student, cache=cache)
+    with pytest.raises(
+        MissingError, match=r"whose tail has .* serves with --set s3_blocks=2 --set s4_blocks=0, or with --set s3_blocks=1 --set s4_blocks=1$"
+    ):
+        methods.build("scalekd", student=student, cache=cache, settings=asked)
+    needs_both = {"s4_blocks": 1, "alpha_s4": (0.1, 0.1)}
+    with pytest.raises(
+        MissingError, match=r"serves with --set logits=head --set s3_blocks=2 --set s4_blocks=0, or with --set logits=head --set s3_b"
+    ) as error:
+        methods.build("scalekd", student=student, cache=cache, settings=needs_both)
+    methods.build("scalekd", student=student, cache=cache, settings=needs_both | {"logits": "head", "s3_blocks": 1, "s4_blocks": 1})
+    assert "kd_alpha=0.0 --set s3_blocks=1" in str(error.value)
     repeating = asked | {"s4_repeats": True}  # the last block serves both stages: the tail that is there is enough
     method = methods.build("scalekd", student=student, cache=cache, settings=repeating)
     assert (method.s3_modules, method.s4_modules) == (["blocks.2", "blocks.3"], ["blocks.3", "norm"])
@@ -487,6 +499,13 @@ def test_copy_takes_the_tail_along_and_gc_drops_it_with_its_teacher(folder: Path
     report = gc(GcConfig(cache=str(folder / "copy"), drop_teachers=("teacher",), delete=True))
     assert report.bytes > tail_files(folder / "cache")[1].stat().st_size and "and its tail, 1.73 MB" in report.dropped[0]
     assert not tail_files(folder / "copy") and verify(str(folder / "copy")).ok
+
+
+def test_what_is_added_is_counted_with_tail_and_calibration_as_inspect_counts_it(vit: Path) -> None:
+    added = [
+        run_extract(vit, "counted", settings={"logits": "head"}, **more).bytes for more in ({}, {}, {"views": 2}, {"methods": ("vitkd", "scalekd")})
+    ]
+    assert added[1] == 0 and sum(added) == owned_bytes(open_cache(vit / "counted")) > tail_files(vit / "counted")[1].stat().st_size
 
 
 def test_a_teacher_that_is_refused_for_its_tail_leaves_nothing_in_the_cache(vit: Path, tmp_path: Path) -> None:

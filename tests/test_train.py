@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from helpers import (
     CNN_ARGS,
     QUICK_STUDENT_ARGS,
     TINY_VIT,
+    Forked,
     assert_same_state,
     make_cache,
     make_shard,

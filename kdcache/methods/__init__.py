@@ -21,7 +21,7 @@ from torch import nn
 
 from ..errors import MissingError, UsageError, did_you_mean
 from ..plan import explain_validation_error
-from ..targets import merge_wishes, parse_target
+from ..targets import TargetSpec, merge_wishes, parse_target
 from ..teacher_card import ANY_TEACHER, TeacherCard, card_of_layer
 from .base import DecodedTargets, DistillationSettings, Method, MethodSettings, required_targets
 from .ce import CrossEntropy
@@ -225,22 +225,41 @@ def needed(name: str, settings: MethodSettings, cache: Cache, teacher: str | Non
     layer = cache.layer(teacher)
     card = card_of_layer(layer)
     targets = required_targets(method, settings, card)
-    specs = [card.absolute(parse_target(text)) for text in method.requires(settings, card)]
-    missing = merge_wishes(spec for spec in specs if spec.name not in layer.targets)
+    missing, modules = _lacking(method, settings, layer, card)
     if missing:
         names = ", ".join(repr(spec.name) for spec in missing)
         noun, them = ("target", "it") if len(missing) == 1 else ("targets", "them")
         raise MissingError(
             f"{cache.store.url}: teacher {layer.name!r} has no {noun} {names}, it has: {', '.join(sorted(layer.targets)) or 'none'}; method {name!r}"
-            f" needs {them}: run '{_extract_line(cache, layer, [spec.text for spec in missing])}' to add {them}"
+            f" needs {them}: run '{_extract_line(cache, layer, [spec.text for spec in missing])}' to add {them}{_what_would_do(method, settings, layer, card)}"
         )
-    if not set(method.tail_modules(settings, card)) <= set(layer.tail.identity.modules if layer.tail is not None else ()):
+    if modules:
         found = f"has modules {', '.join(layer.tail.identity.modules)}" if layer.tail is not None else "is not there"
         raise MissingError(
-            f"{cache.store.url}: method {name!r} runs {', '.join(method.tail_modules(settings, card))} of teacher {layer.name!r}, whose tail {found}:"
+            f"{cache.store.url}: method {name!r} runs {', '.join(modules)} of teacher {layer.name!r}, whose tail {found}:"
             f" run '{_extract_line(cache, layer, [], method=name, settings=_that_matter(name, settings, card))}' to add it"
+            f"{_what_would_do(method, settings, layer, card)}"
         )
     return layer, targets
+
+
+def _lacking(method: type[Method[Any]], settings: MethodSettings, layer: TeacherLayer, card: TeacherCard) -> tuple[list[TargetSpec], Sequence[str]]:
+    """The targets that the method needs and the cache does not have, and the tail, if it does not hold all of that."""
+    specs = [card.absolute(parse_target(text)) for text in method.requires(settings, card)]
+    modules = method.tail_modules(settings, card)
+    has = layer.tail.identity.modules if layer.tail is not None else ()
+    return merge_wishes(spec for spec in specs if spec.name not in layer.targets), () if set(modules) <= set(has) else modules
+
+
+def _what_would_do(method: type[Method[Any]], settings: MethodSettings, layer: TeacherLayer, card: TeacherCard) -> str:
+    """For the end of an error: the fields with which the method needs no more than the cache has; '' if none would do."""
+    tail = layer.tail.identity.modules if layer.tail is not None else ()
+    would_do: list[Mapping[str, Any]] = []
+    for fields in method.alternatives(settings, card, tail):
+        other = method.Settings.model_validate({**settings.model_dump(exclude_unset=True), **fields})
+        if not any(_lacking(method, other, layer, card)) and not any(one.items() <= fields.items() for one in would_do):
+            would_do.append(fields)
+    return f"; what is there serves with {', or with '.join(map(_as_options, would_do))}" if would_do else ""
 
 
 def needed_targets(name: str, settings: MethodSettings, cache: Cache, teacher: TeacherChoice = None) -> dict[str, tuple[str, ...]]:
@@ -321,9 +340,14 @@ def _extract_line(
         words += ["--target", spec]
     if method is not None:
         words += ["--for", shlex.quote(method)]
-    for field, value in (settings or {}).items():
-        words += ["--set", shlex.quote(f"{field}={value if isinstance(value, str) else json.dumps(value)}")]
+    if settings:
+        words.append(_as_options(settings))
     return " ".join(words)
+
+
+def _as_options(settings: Mapping[str, Any]) -> str:
+    """Fields as the command line takes them."""
+    return " ".join(f"--set {shlex.quote(f'{field}={value if isinstance(value, str) else json.dumps(value)}')}" for field, value in settings.items())
 
 
 def build(name: str, *, student: nn.Module, cache: Cache, teacher: TeacherChoice = None, settings: Mapping[str, Any] | None = None) -> Method[Any]:

@@ -21,8 +21,8 @@ Legend: B batch, C H W channels, height and width, T grid tokens, K classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
@@ -111,6 +111,14 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
     @classmethod
     def tail_modules(cls, settings: SettingsT, teacher: TeacherCard) -> Sequence[str]:
         """Modules of the teacher that `losses` runs (`kdcache.tail`), by their timm names in order: `extract --for` stores them. Default: none."""
+        return ()
+
+    @classmethod
+    def alternatives(cls, settings: SettingsT, teacher: TeacherCard, tail: Sequence[str]) -> Iterable[Mapping[str, Any]]:
+        """Fields that, set beside these, ask for other targets or another tail. An error names those that do with what a cache has. Default: none.
+
+        tail: the modules of the one that is in the cache.
+        """
         return ()
 
     @classmethod

@@ -10,7 +10,7 @@ Legend: B batch, C channels, T grid tokens of the teacher's final map, Q of what
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from ..cache import Cache, TeacherLayer
 
 VIEWS: tuple[View, ...] = ("spatial", "frequency")
+POSITION = "pos_embed"
+"""timm's name of a ViT's position embedding."""
 TARGET = f"features@{NORM}"
 
 Pair = tuple[float, float]
@@ -238,6 +240,21 @@ class ScaleKD(Method[ScaleKDSettings]):
         return [*s3, *(module for module in s4 if module not in s3)]
 
     @classmethod
+    def alternatives(cls, settings: ScaleKDSettings, teacher: TeacherCard, tail: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        """Presets of this teacher, logits out of its head, none at all; each with this split of the blocks, or another of those that are there."""
+        logits: list[dict[str, Any]] = []
+        if settings.preset == AUTO:
+            logits += [{"preset": name} for name, preset in PRESETS.items() if preset.teachers and teacher.model.startswith(preset.teachers)]
+        if settings.logits == "cache" and teacher.num_classes > 0:
+            logits.append({"logits": "head"})
+        logits.append({"kd_alpha": 0.0})
+        blocks = len([module for module in tail if module.startswith("blocks.")])
+        splits = [{"s3_blocks": blocks - s4, "s4_blocks": s4} for s4 in (0, 1) if s4 < blocks and not settings.s4_repeats]
+        yield from logits
+        yield from splits
+        yield from ({**one, **split} for one in logits for split in splits)
+
+    @classmethod
     def computes_logits(cls, settings: ScaleKDSettings) -> bool:
         return settings.logits == "head" and settings.logits_weight > 0
 
@@ -248,6 +265,14 @@ class ScaleKD(Method[ScaleKDSettings]):
         """Of `dct` bands all but `dc` where only the frequency view counts."""
         uses_dc = any(self.alphas["spatial"]) or (self.settings.logits == "head" and self.settings.logits_weight > 0)
         return {TARGET: BANDS[1:]} if self.teacher_encodings[TARGET] == "dct" and not uses_dc and self.grid != (1, 1) else {}
+
+    def no_weight_decay(self) -> set[str]:
+        """The student's; and the projectors' position embeddings where its own has none, as in the originals: their key `.pos_embed` takes both.
+
+        It is in the recipes of their ViT students only; queries are decayed in all.
+        """
+        named = super().no_weight_decay()
+        return named | {f"projectors.{name}.position" for name in self.projectors} if f"student.{POSITION}" in named else named
 
     def _apply(self, fn: Any, recurse: bool = True) -> ScaleKD:
         """The tail goes where the method goes."""

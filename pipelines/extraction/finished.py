@@ -1,4 +1,5 @@
-"""Whether an extraction has nothing to do: found from the cache's documents, without torch and without scanning a tar that has not changed."""
+"""Whether an extraction has nothing to do, or no image to decode: found from the cache's documents, without torch and without scanning a tar that has
+not changed."""
 
 from __future__ import annotations
 
@@ -6,11 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kdcache.cache import Cache
 from kdcache.errors import CacheError, ShardError
 from kdcache.format import Document
 from kdcache.index import is_current
 from kdcache.opening import open_cache
 from kdcache.shards import ShardSource, scan_shard
+from kdcache.targets import parse_target
 from kdcache.teacher_card import card_of_layer
 from kdcache.teacher_source import default_teacher_name, weight_files
 
@@ -24,6 +27,26 @@ def finished_already(config: ExtractConfig, sources: Sequence[ShardSource], all_
     except CacheError:
         return None  # what an extraction can't mend is raised again on opening to write
     check_given_plan(config, cache, sources)
+    summary = _summary_if_complete(config, cache, sources)
+    if not {source.name for source in all_sources} <= set(cache.all_shards):
+        return None
+    return summary if summary is not None and is_current(cache.store, cache.documents) else None
+
+
+def decodes_images(config: ExtractConfig, cache: Cache | None, sources: Sequence[ShardSource]) -> bool:
+    """Whether tars' images are decoded: not where a cache stores all views that are asked for, and the teacher's first views are seen as stored too."""
+    if cache is None or cache.plan.stored_views is None:
+        return True
+    views = max(config.views or 0, *(parse_target(text).views or 0 for text in config.targets), 0)
+    if views > cache.num_views or not {source.name for source in sources} <= set(cache.shards):
+        return True
+    if cache.plan.policy.mix is None or not any(os.path.exists(source.path) for source in sources):
+        return False
+    return _summary_if_complete(config, cache, sources) is None  # `kdcache.preflight.first_views` renders them unmixed
+
+
+def _summary_if_complete(config: ExtractConfig, cache: Cache, sources: Sequence[ShardSource]) -> ExtractSummary | None:
+    """The summary, if the cache's documents hold everything asked for, whatever its index says."""
     layer = cache.teachers.get(config.name or default_teacher_name(config.teacher))
     if layer is None or not _same_teacher(config, layer.document.provenance) or config.precision not in (None, layer.document.identity.precision):
         return None
@@ -49,8 +72,6 @@ def finished_already(config: ExtractConfig, sources: Sequence[ShardSource], all_
             return None
         count_complete(summary, records[0])
         summary.resumed_shards += 1
-    if not is_current(cache.store, cache.documents) or not {source.name for source in all_sources} <= set(cache.all_shards):
-        return None
     return summary
 
 

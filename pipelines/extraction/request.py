@@ -90,7 +90,7 @@ class ExtractSummary:
     skipped: int = 0
     """Samples without a row in these shards."""
     bytes: int = 0
-    """Added by this run."""
+    """Added by this run: arrays, stored views, tail and calibration, as `inspect` counts them; neither documents nor the index."""
     seconds: float = 0.0
     teacher_seconds: float = 0.0
     """Of these in the teacher and the encoders."""

@@ -8,12 +8,13 @@ from typing import Any
 
 from kdcache.console import counted, human_bytes, one_line
 
+from ..facts import FIGURES
+
 LISTED_SHARDS = 3
 """Unfinished shards that the text names; `--json` names all."""
 _BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 100
 """Columns that the text keeps to, but for a name that is longer."""
-_FIGURES = ("rel_l2", "cosine", "z_l2", "kl_t1", "kl_t4")
 
 
 def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
@@ -162,7 +163,7 @@ def _numbers(values: Sequence[float]) -> str:
 def _targets_in_words(targets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     width = max((len(name) for name in targets), default=0)
     encoding_width = max((len(t["encoding"]) for t in targets.values()), default=0) if targets else 0
-    figures = [figure for figure in _FIGURES if any(figure in t for t in targets.values())]
+    figures = [figure for figure in FIGURES if any(figure in t for t in targets.values())]
     titles = {"kl_t1": "KL T=1", "kl_t4": "KL T=4"}
     width, encoding_width = max(width, len("target")), max(encoding_width, len("encoding"))
     head = f"  {'target':<{width}} {'encoding':<{encoding_width}} {'views':>5} {'shape':<11} {'B/view':>8}"

@@ -88,16 +88,25 @@ def stream_of(run: Run) -> dict[str, Any]:
     }
 
 
+_WHY = {"--seed": ", and the seed orders the rows", "--views": ", of all that each learns from"}
+"""Of fields that do not speak for themselves: why they keep runs apart."""
+
+
 def _say_gangs(gangs: Sequence[tuple[Mapping[str, Any], Sequence[Run]]]) -> None:
-    """Who is in which gang, and what keeps a gang from joining the first: fields with both values. gangs: (stream, runs) of each."""
+    """Who is in which gang, what keeps a gang from joining the first (fields with both values), and whether any loader is shared at all.
+
+    gangs: (stream, runs) of each.
+    """
     if len(gangs) < 2:
         return
     first, _ = gangs[0]
     lines = []
     for number, (stream, runs) in enumerate(gangs, 1):
-        reasons = [f"{name} {value!r}, not {first[name]!r}" for name, value in stream.items() if value != first[name]]
+        reasons = [f"{name} {value!r}, not {first[name]!r}{_WHY.get(name, '')}" for name, value in stream.items() if value != first[name]]
         why = f" (apart from gang 1: {'; '.join(reasons)})" if reasons else " (gang 1 is full)" if number > 1 else ""
         lines.append(f"gang {number} of {len(gangs)}: {', '.join(run.id for run in runs)}{why}")
+    if all(len(runs) == 1 for _, runs in gangs):
+        lines.append("no two of these runs train on the same batches in the same order: each loads for itself, and --gang gains nothing")
     say("\n".join(lines))
 
 

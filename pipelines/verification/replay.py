@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kdcache import drift
 from kdcache.cache import Cache
-from kdcache.errors import CacheError, KDCacheError
+from kdcache.errors import CacheError, KDCacheError, UsageError
 from kdcache.images import Decoded, decode_image, require_decoder
 from kdcache.index import rows_of_table
 from kdcache.launch import available_cores, default_workers
@@ -54,6 +54,20 @@ def replay(cache: Cache, views: int | Literal["all"], verdict: Verdict, *, worke
             f"{len(plan.gone)} of {len(cache.shards)} tars are gone, {plan.gone[0]} is the first: their stored views were compared, not rendered again"
         )
     plan.explain()
+
+
+def require_decoder_of_tars(cache: Cache) -> None:
+    """Raise UsageError, with its cure, if a cache stores its views, has tars to render them again from, and the plan's decoder is not installed."""
+    if cache.plan.stored_views is None or cache.plan.decoder == "pillow":
+        return
+    for shard in cache.shards:
+        try:
+            source = cache.source(shard)
+        except UsageError:  # not among those of --data: told as a problem
+            continue
+        if os.path.exists(source.path):
+            require_decoder(cache.plan.decoder)
+            return
 
 
 def chosen_views(cache: Cache, shard: str, count: int, num_rows: int, views: Sequence[int], *, salt: str = "") -> list[tuple[int, int]]:
@@ -166,7 +180,6 @@ class _Replay:
         except KDCacheError as error:
             self.verdict.problems.append(Problem("source", shard, "", f"{error}; pass --data with SHARDS where the tars lie now"))
             return None, None
-        require_decoder(self.cache.plan.decoder)  # of a cache that stores its views, only now is it known to be needed
         if index.member_table != record.member_table:
             try:
                 differences = drift.member_differences(self.cache, index)
