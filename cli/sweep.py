@@ -78,11 +78,11 @@ def _choose_engine(engines: Mapping[str, Any], devices: Collection[str | None]) 
     from kdcache.errors import UsageError
     from pipelines.engines.job_process import RETRIES
 
-    chosen = engines["engine"]
+    chosen, retries = engines["engine"], engines["retries"]
+    other = "ray" if chosen == "local" else "local"
     for name in ("ray_address", "gpus_per_job", "cpus_per_job") if chosen == "local" else ("processes",):
         if engines[name] is not None:
-            raise UsageError(f"--{name.replace('_', '-')} {engines[name]} with --engine {chosen}: it is an option of the other engine")
-    retries = RETRIES if engines["retries"] is None else engines["retries"]
+            raise UsageError(f"--{name.replace('_', '-')} {engines[name]} with --engine {chosen}: it is an option of --engine {other}")
     device = next(iter(devices)) if len(devices) == 1 else None
     if chosen == "local":
         from pipelines.engines.local import local_engine
@@ -90,6 +90,9 @@ def _choose_engine(engines: Mapping[str, Any], devices: Collection[str | None]) 
         return local_engine(processes=engines["processes"], device=device, retries=retries)
     from pipelines.engines.ray import OnRay
 
-    return OnRay(
-        address=engines["ray_address"], gpus_per_job=engines["gpus_per_job"], cpus_per_job=engines["cpus_per_job"], device=device, retries=retries
-    )
+    engine = OnRay(
+        address=engines["ray_address"], gpus_per_job=engines["gpus_per_job"], cpus_per_job=engines["cpus_per_job"], device=device,
+        retries=RETRIES if retries is None else retries,
+    )  # fmt: skip
+    engine.connect()  # before OUT is touched
+    return engine

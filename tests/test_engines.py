@@ -284,7 +284,7 @@ def test_ray_trains_what_one_process_trains_whoever_is_killed(
 
 def test_a_node_that_does_not_see_what_the_driver_sees_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (job,) = jobs_of(folder, tmp_path, GOOD[0])
-    there = {"meeting": str(tmp_path), "cwd": "/", "version": "0.1.0", "cpus": 1, "retries": 1, "progress": False}
+    there = {"meeting": str(tmp_path), "cwd": "/", "version": "0.1.0", "gpus": 0, "cpus": 1, "retries": 1, "progress": False}
     body = job.to_json()
     elsewhere = {**body, "configs": [{**body["configs"][0], "cache": "/nowhere/cache"}]}
     for given, place, expected in (
@@ -305,8 +305,8 @@ def test_a_node_that_does_not_see_what_the_driver_sees_is_named(folder: Path, tm
     ("arguments", "expected"),
     [
         (["--student", TINY_VIT, "--processes", "2"], "--processes is for sweeps; expected --sweep FILE.yaml beside it"),
-        (["--sweep", "S", "--gpus-per-job", "0.5"], "--gpus-per-job 0.5 with --engine local: it is an option of the other engine"),
-        (["--sweep", "S", "--engine", "ray", "--processes", "2"], "--processes 2 with --engine ray: it is an option of the other engine"),
+        (["--sweep", "S", "--gpus-per-job", "0.5"], "--gpus-per-job 0.5 with --engine local: it is an option of --engine ray"),
+        (["--sweep", "S", "--engine", "ray", "--processes", "2"], "--processes 2 with --engine ray: it is an option of --engine local"),
     ],
 )
 def test_options_of_the_other_engine_are_refused(folder: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:
