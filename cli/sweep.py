@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -61,7 +63,8 @@ def train_sweep(
         say(f"note: {note}")
     entries: list[dict[str, Any]] = []  # reported whatever ends the command
     try:
-        entries.extend(run_sweep(plan, engine=engine, gang=gang, progress=True))
+        with redirect_stdout(sys.stderr):  # Ray's client prints what befalls its nodes; stdout is for --json
+            entries.extend(run_sweep(plan, engine=engine, gang=gang, progress=True))
     finally:
         entries = settle(plan, entries)
         errors = {entry["id"]: entry["error"] for entry in entries if entry["status"] == "failed"}

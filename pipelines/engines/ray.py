@@ -36,8 +36,8 @@ from .job_process import RETRIES, JobDied, JobProcess, close_all, describe_epoch
 from .ray_address import check_address, describe_refusal, show_token_here
 
 _WAIT_S = 1.0
-_BUSY_S = 10.0
-"""A cluster that begins no job within this is in others' hands, which is said."""
+_BUSY_S = 30.0
+"""Ray's workers have imported torch by then; a cluster that has begun no job is in others' hands, which is said."""
 _PATIENCE_S = 120.0
 """How long a node waits for runs that one which Ray has lost still trains: one cut off from the cluster gives itself up after a minute."""
 _MAX_CPUS = 9
@@ -53,11 +53,15 @@ class OnRay:
     ) -> None:  # fmt: skip
         """address: default RAY_ADDRESS, else a cluster that runs on this machine, else one of this machine alone, which ends with the jobs.
 
-        gpus_per_job: 0.5 lets two share one. Default: 1 if a node has one and `device` is not another one, else 0. cpus_per_job: default the
+        gpus_per_job: 0.5 lets two share one; a job with 0 sees none. Default: 1 if a node has one and `device` is no other one, else 0. cpus_per_job: default the
         smallest share of cores that a GPU has on any node, at most 9; 1 without GPUs. retries: of a job whose process, worker or node dies.
 
-        Raises UsageError without Ray, or for a numbered device.
+        Raises UsageError without Ray, or for a device that a job can't have.
         """
+        if device == "cuda" and gpus_per_job == 0:
+            raise UsageError(
+                "--gpus-per-job 0 with --device cuda: such a job sees no GPU; expected more, e.g. 0.25 for four on each, or --device cpu"
+            )
         if device is not None and device.startswith("cuda:"):
             raise UsageError(f"--device {device} with --engine ray: Ray gives each job its GPU; expected --device cuda, or none")
         self._address = address or os.environ.get("RAY_ADDRESS") or None
@@ -188,7 +192,8 @@ class OnRay:
         nodes = self._nodes()
         gpus = self._gpus
         if gpus is None:
-            gpus = 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) and self._device in (None, "cuda") else 0.0
+            is_wanted = self._device == "cuda" or (self._device is None and any(node.get("GPU", 0) >= 1 for node in nodes))
+            gpus = 1.0 if is_wanted else 0.0
         if self._cpus is not None:
             return gpus, self._cpus
         shares = [int(node.get("CPU", 0) / node["GPU"] * gpus) for node in nodes if node.get("GPU", 0) >= gpus > 0]
@@ -201,8 +206,9 @@ class OnRay:
 
     def _say_busy(self, meeting: Path) -> None:
         if not any(meeting.iterdir()):
-            free = self._ray.available_resources()
-            say(f"Ray: no job has begun yet; waiting for the cluster, where {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free")
+            have, free = self._ray.cluster_resources(), self._ray.available_resources()
+            told = ", ".join(f"{free.get(kind, 0):g} of {have[kind]:g} {kind}s" for kind in ("CPU", "GPU") if kind in have)
+            say(f"Ray: no job has begun yet; waiting for its workers, or for others to leave the cluster: {told} are free")
 
 
 class _Messages:
@@ -296,7 +302,7 @@ def train_on_node(body: Mapping[str, Any], number: int, there: Mapping[str, Any]
         _tell(place, f"node {node}: {names}: goes on, attempt {attempt} of {attempts}; its process, worker or node died (node {before[-1]})")
         _wait_for_runs(job, node)
     log = log_of(job)
-    environ = environ_of_child(os.environ, cores=there["cpus"], gpu=None if there["gpus"] else "")
+    environ = environ_of_child(os.environ, cores=there["cpus"], gpu=None if there["gpus"] else "")  # Ray hides no GPU from a task that asked for none
     process = _child(log, environ, there["cwd"] if Path(there["cwd"]).is_dir() else None)
     entries: list[Entry] = []
     try:
