@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stdout
+from io import TextIOBase
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -63,7 +64,7 @@ def train_sweep(
         say(f"note: {note}")
     entries: list[dict[str, Any]] = []  # reported whatever ends the command
     try:
-        with redirect_stdout(sys.stderr):  # Ray's client prints what befalls its nodes; stdout is for --json
+        with redirect_stdout(_FirstLines() if engines["engine"] == "ray" else sys.stderr):  # stdout is for --json
             entries.extend(run_sweep(plan, engine=engine, gang=gang, progress=True))
     finally:
         entries = settle(plan, entries)
@@ -74,6 +75,17 @@ def train_sweep(
     if errors:
         told = "".join(f"\n  {run_id}: {error}" for run_id, error in errors.items())
         raise KDCacheError(f"{len(errors)} of {len(plan.runs)} runs failed; run the same command again to go on with them:{told}")
+
+
+class _FirstLines(TextIOBase):
+    """Stands for stdout, where Ray's client prints what befalls nodes and workers, with dumps of their state: the first line of each, on stderr."""
+
+    def write(self, text: str, /) -> int:
+        from kdcache.console import say
+
+        if line := text.strip().partition("\n")[0]:
+            say(line[:500])
+        return len(text)
 
 
 def _choose_engine(engines: Mapping[str, Any], devices: Collection[str | None]) -> Engine:

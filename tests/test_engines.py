@@ -93,6 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder / "methods")
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))  # of Ray's workers
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # or Ray kills workers when others fill the machine
         patch.setenv("MORTAL", str(folder / "orders"))
         yield folder
 

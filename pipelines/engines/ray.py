@@ -105,17 +105,19 @@ class OnRay:
         task = self._ray.remote(_task()).options(
             num_cpus=cpus, num_gpus=gpus, max_retries=self._retries, retry_exceptions=[JobDied], name="kdcache train"
         )
-        refs: dict[Any, Job] = {}
+        refs: dict[Any, tuple[int, Job]] = {}
         messages = _Messages(meeting)
         try:
             for number, job in enumerate(absolute):
-                refs[task.remote(job.to_json(), number, there)] = job
+                refs[task.remote(job.to_json(), number, there)] = number, job
             busy_at = time.monotonic() + _BUSY_S
             while refs:
                 ended = self._wait(refs)
                 messages.say_new()
                 for ref in ended:
-                    yield from self._entries_of(ref, refs.pop(ref))
+                    number, job = refs.pop(ref)
+                    messages.end(number)
+                    yield from self._entries_of(ref, job)
                 if time.monotonic() > busy_at:
                     busy_at = float("inf")
                     self._say_busy(meeting)
@@ -129,7 +131,7 @@ class OnRay:
             shutil.rmtree(meeting, ignore_errors=True)
             self._disconnect()
 
-    def _wait(self, refs: Mapping[Any, Job]) -> list[Any]:
+    def _wait(self, refs: Mapping[Any, Any]) -> list[Any]:
         """Tasks that have ended. Raises Stopped at a signal, which Ray would make a bare KeyboardInterrupt."""
         try:
             ended: list[Any] = self._ray.wait(list(refs), num_returns=1, timeout=_WAIT_S)[0]
@@ -222,11 +224,17 @@ class _Messages:
     def say_new(self) -> None:
         """On stderr, whole lines."""
         for path in sorted(self._meeting.glob("*" + _TOLD)):
-            data = path.read_bytes()[self._seen.get(path, 0) :]
+            with open(path, "rb") as file:
+                file.seek(self._seen.get(path, 0))
+                data = file.read()
             data = data[: data.rfind(b"\n") + 1]
             self._seen[path] = self._seen.get(path, 0) + len(data)
             for line in data.decode().splitlines():
                 say(line)
+
+    def end(self, number: int) -> None:
+        """Of a job, after its last."""
+        (self._meeting / f"{number}{_TOLD}").unlink(missing_ok=True)
 
 
 _TOLD = ".told"
