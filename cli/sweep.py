@@ -84,7 +84,7 @@ class _FirstLines(TextIOBase):
         from kdcache.console import say
 
         if line := text.strip().partition("\n")[0]:
-            say(line[:500])
+            say(click.unstyle(line)[:500])
         return len(text)
 
 
