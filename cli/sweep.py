@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import TextIOBase
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -61,7 +64,8 @@ def train_sweep(
         say(f"note: {note}")
     entries: list[dict[str, Any]] = []  # reported whatever ends the command
     try:
-        entries.extend(run_sweep(plan, engine=engine, gang=gang, progress=True))
+        with redirect_stdout(_FirstLines() if engines["engine"] == "ray" else sys.stderr):  # stdout is for --json
+            entries.extend(run_sweep(plan, engine=engine, gang=gang, progress=True))
     finally:
         entries = settle(plan, entries)
         errors = {entry["id"]: entry["error"] for entry in entries if entry["status"] == "failed"}
@@ -73,16 +77,27 @@ def train_sweep(
         raise KDCacheError(f"{len(errors)} of {len(plan.runs)} runs failed; run the same command again to go on with them:{told}")
 
 
+class _FirstLines(TextIOBase):
+    """Stands for stdout, where Ray's client prints what befalls nodes and workers, with dumps of their state: the first line of each, on stderr."""
+
+    def write(self, text: str, /) -> int:
+        from kdcache.console import say
+
+        if line := text.strip().partition("\n")[0]:
+            say(click.unstyle(line)[:500])
+        return len(text)
+
+
 def _choose_engine(engines: Mapping[str, Any], devices: Collection[str | None]) -> Engine:
     """The one that was asked for. Raises UsageError for an option of the other one, and as that engine does."""
     from kdcache.errors import UsageError
     from pipelines.engines.job_process import RETRIES
 
-    chosen = engines["engine"]
+    chosen, retries = engines["engine"], engines["retries"]
+    other = "ray" if chosen == "local" else "local"
     for name in ("ray_address", "gpus_per_job", "cpus_per_job") if chosen == "local" else ("processes",):
         if engines[name] is not None:
-            raise UsageError(f"--{name.replace('_', '-')} {engines[name]} with --engine {chosen}: it is an option of the other engine")
-    retries = RETRIES if engines["retries"] is None else engines["retries"]
+            raise UsageError(f"--{name.replace('_', '-')} {engines[name]} with --engine {chosen}: it is an option of --engine {other}")
     device = next(iter(devices)) if len(devices) == 1 else None
     if chosen == "local":
         from pipelines.engines.local import local_engine
@@ -90,6 +105,9 @@ def _choose_engine(engines: Mapping[str, Any], devices: Collection[str | None]) 
         return local_engine(processes=engines["processes"], device=device, retries=retries)
     from pipelines.engines.ray import OnRay
 
-    return OnRay(
-        address=engines["ray_address"], gpus_per_job=engines["gpus_per_job"], cpus_per_job=engines["cpus_per_job"], device=device, retries=retries
-    )
+    engine = OnRay(
+        address=engines["ray_address"], gpus_per_job=engines["gpus_per_job"], cpus_per_job=engines["cpus_per_job"], device=device,
+        retries=RETRIES if retries is None else retries,
+    )  # fmt: skip
+    engine.connect()  # before OUT is touched
+    return engine

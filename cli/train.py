@@ -163,9 +163,13 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     "--cpus-per-job",
     type=click.IntRange(1),
     metavar="N",
-    help="Of --engine ray. Default: a GPU's share of the cluster's cores, at most 9; 1 without.",
+    help="Of --engine ray. Default: the smallest share that a GPU has of its node's cores, at most 9; 1 without.",
 )
-@click.option("--retries", type=click.IntRange(0), metavar="N", help="Of --sweep: how often a job whose process is killed goes on. Default: 2.")
+@click.option(
+    "--retries", type=click.IntRange(0), metavar="N",
+    help="Of --sweep: how often a job whose process is killed goes on. Default: 2. A single job at a time runs in the command's own process, which can't"
+    " go on after its death, unless this is given.",
+)  # fmt: skip
 @workers_option
 @click.option(
     "--prefetch-bytes", callback=parse_bytes, default="1GiB", show_default=True, metavar="SIZE",

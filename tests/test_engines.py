@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,9 +47,16 @@ class Mortal(KD):
         if self.steps == 9 and os.path.exists(order):
             whom = open(order).read()
             os.remove(order)
-            os.kill(os.getpid() if whom == "itself" else os.getppid(), signal.SIGKILL)
+            os.kill({"itself": os.getpid, "its parent": os.getppid, "its node": raylet}[whom](), signal.SIGKILL)
             signal.pause()  # the death of its parent is its own
         return super().losses(outputs, labels, targets)
+
+
+def raylet():
+    '''The process that started the worker whose child this is.'''
+    import psutil
+
+    return psutil.Process(os.getppid()).ppid()
 
 
 class Doomed(KD):
@@ -82,6 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder / "methods")
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))  # of Ray's workers
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # or Ray kills workers when others fill the machine
         patch.setenv("MORTAL", str(folder / "orders"))
         yield folder
 
@@ -277,9 +288,101 @@ def test_ray_trains_what_one_process_trains_whoever_is_killed(
     assert not list((tmp_path / "logs").glob(".ray-*"))
 
 
+def test_a_job_on_ray_asks_for_what_every_node_with_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"CPU": 64.0}, {"CPU": 16.0, "GPU": 4.0}, {"CPU": 30.0, "GPU": 2.0}]  # 110 cores, but none of them is beside all GPUs
+    monkeypatch.setattr(OnRay, "_nodes", lambda self: nodes)
+    monkeypatch.setattr(OnRay, "connect", lambda self: None)
+    for engine, expected in (
+        (OnRay(), (1.0, 4, 6)), (OnRay(gpus_per_job=0.5), (0.5, 2, 12)), (OnRay(device="cpu"), (0.0, 1, 110)), (OnRay(cpus_per_job=8), (1.0, 8, 4)),
+    ):  # fmt: skip
+        assert (*engine._needs(), engine.slots) == expected
+    nodes[1:] = []
+    assert OnRay()._needs() == (0.0, 1) and OnRay(device="cuda")._needs() == (1.0, 1)
+    for options, message in (({"device": "cuda:1"}, "gives each job its GPU"), ({"device": "cuda", "gpus_per_job": 0}, "such a job sees no GPU")):
+        with pytest.raises(UsageError, match=message):
+            OnRay(**options)  # type: ignore[arg-type]
+
+
+class RayNodes:
+    """A cluster on this machine as 'ray start' makes it, node by node, for a user who has a token. environ: of those who use it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._temp = tempfile.mkdtemp(prefix="kdcache-ray-", dir="/tmp")  # Ray's sockets need a short path
+        self._folder = folder
+        self._nodes: list[subprocess.Popen[bytes]] = []
+        (folder / "home" / ".ray").mkdir(parents=True)
+        (folder / "home" / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
+        unset = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+        self.environ = {name: value for name, value in os.environ.items() if name not in unset}
+        self.environ |= {"HOME": str(folder / "home"), "RAY_TMPDIR": self._temp, "RAY_USAGE_STATS_ENABLED": "0"}
+
+    @property
+    def address(self) -> str:
+        path = Path(self._temp, "ray", "ray_current_cluster")
+        return str(wait_for(lambda: path.exists() and path.read_text().strip()))
+
+    def start(self, *arguments: str, **environ: str) -> None:
+        """Begin a node, and wait for it. Two that begin at once take each other's sockets."""
+        log = self._folder / f"node-{len(self._nodes)}.log"
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory", str(100 << 20), *arguments]
+        with open(log, "wb") as file:
+            node = subprocess.Popen(command, env={**self.environ, **environ}, stdout=file, stderr=file, process_group=0)
+        self._nodes.append(node)
+        wait_for(lambda: "Ray runtime started." in log.read_text() or node.poll() is not None)
+        assert node.poll() is None, log.read_text()
+
+    def stop(self) -> None:
+        for node in reversed(self._nodes):
+            node.terminate()
+            node.wait(60)
+        shutil.rmtree(self._temp, ignore_errors=True)
+
+
+@pytest.fixture
+def ray_nodes(tmp_path: Path) -> Iterator[RayNodes]:
+    nodes = RayNodes(tmp_path)
+    try:
+        yield nodes
+    finally:
+        nodes.stop()
+
+
+@pytest.mark.timeout(600)
+def test_runs_of_a_node_that_is_lost_go_on_on_another(folder: Path, alone: list[Entry], tmp_path: Path, ray_nodes: RayNodes) -> None:
+    """The raylet of the only node that trains is killed, then one joins. The cluster asks for a token, which is shown at an address of this machine."""
+    (folder / "orders" / "2").write_text("its node")
+    base = {
+        "student": TINY_VIT, "model_kwargs": STUDENT_ARGS, "val": str(folder / "val"), "epochs": 3, "batch_size": 2, "workers": 0, "device": "cpu",
+        "log_interval": 1, "recovery_interval": 2, "out": str(tmp_path / "runs"),
+    }  # fmt: skip
+    (tmp_path / "sweep.yaml").write_text(json.dumps({"base": base, "runs": MORTALS[:1]}))
+    ray_nodes.start("--head", "--port", "0", "--num-cpus", "0", "--include-dashboard", "false")
+    join = "--address", ray_nodes.address, "--num-cpus", "1"
+    ray_nodes.start(*join, RAY_AUTH_MODE="token")
+    command = [sys.executable, "-m", "cli.main", "train", str(folder / "cache"), "--sweep", str(tmp_path / "sweep.yaml"), "--json"]
+    command += ["--engine", "ray", "--ray-address", ray_nodes.address, "--retries", "1"]
+    nobody = {**ray_nodes.environ, "HOME": str(tmp_path), "RAY_NUM_REDIS_GET_RETRIES": "1"}
+    refused = subprocess.run(command, env=nobody, capture_output=True, text=True)
+    assert refused.returncode == 2, refused.stderr
+    assert "asks for a token: it was shown none, since RAY_AUTH_MODE is not set; set RAY_AUTH_MODE=token, and put the" in refused.stderr
+    assert not (tmp_path / "runs").exists()
+    sweep = subprocess.Popen(command, env=ray_nodes.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: not (folder / "orders" / "2").exists() or sweep.poll() is not None)
+        ray_nodes.start(*join, RAY_AUTH_MODE="token")
+        output, told = sweep.communicate(timeout=300)
+    finally:
+        sweep.kill()
+    assert sweep.returncode == 0, told
+    assert_same_runs(json.loads(output)["runs"], alone)
+    assert told.count("goes on, attempt 2 of 2; its process, worker or node died (node ") == 1
+    (log,) = (tmp_path / "runs" / "logs").iterdir()
+    assert [f"attempt {number} of 2" in log.read_text() for number in (1, 2, 3)] == [True, True, False]
+
+
 def test_a_node_that_does_not_see_what_the_driver_sees_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (job,) = jobs_of(folder, tmp_path, GOOD[0])
-    there = {"meeting": str(tmp_path), "cwd": "/", "version": "0.1.0", "cpus": 1, "retries": 1, "progress": False}
+    there = {"meeting": str(tmp_path), "cwd": "/", "version": "0.1.0", "gpus": 0, "cpus": 1, "retries": 1, "progress": False}
     body = job.to_json()
     elsewhere = {**body, "configs": [{**body["configs"][0], "cache": "/nowhere/cache"}]}
     for given, place, expected in (
@@ -300,8 +403,8 @@ def test_a_node_that_does_not_see_what_the_driver_sees_is_named(folder: Path, tm
     ("arguments", "expected"),
     [
         (["--student", TINY_VIT, "--processes", "2"], "--processes is for sweeps; expected --sweep FILE.yaml beside it"),
-        (["--sweep", "S", "--gpus-per-job", "0.5"], "--gpus-per-job 0.5 with --engine local: it is an option of the other engine"),
-        (["--sweep", "S", "--engine", "ray", "--processes", "2"], "--processes 2 with --engine ray: it is an option of the other engine"),
+        (["--sweep", "S", "--gpus-per-job", "0.5"], "--gpus-per-job 0.5 with --engine local: it is an option of --engine ray"),
+        (["--sweep", "S", "--engine", "ray", "--processes", "2"], "--processes 2 with --engine ray: it is an option of --engine local"),
     ],
 )
 def test_options_of_the_other_engine_are_refused(folder: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:

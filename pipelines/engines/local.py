@@ -22,20 +22,21 @@ from .job_process import RETRIES, JobProcess, close_all, describe_epoch, environ
 _WAIT_S = 0.2
 
 
-def local_engine(*, processes: int | None = None, device: str | None = None, retries: int = RETRIES) -> Engine:
+def local_engine(*, processes: int | None = None, device: str | None = None, retries: int | None = None) -> Engine:
     """As many processes as are asked for, by default one for each GPU that this process may use; this one, if that makes one.
 
-    device: as `TrainConfig.device`. Raises UsageError for several processes on one numbered GPU.
+    retries: of a job whose process is killed, by default `RETRIES`; a number has jobs run in a process of their own even if it is one: this one can't
+    outlive its death. device: as `TrainConfig.device`. Raises UsageError for several processes on one numbered GPU.
     """
     gpus = visible_gpus() if device in (None, "cuda") else ()
     wanted = max(1, len(gpus)) if processes is None else processes
-    if wanted == 1:
+    if wanted == 1 and not retries:
         return InProcess()
-    if device is not None and device.startswith("cuda:"):
+    if wanted > 1 and device is not None and device.startswith("cuda:"):
         raise UsageError(
             f"--device {device} with {wanted} processes: each is given a GPU; expected --device cuda, and CUDA_VISIBLE_DEVICES to choose"
         )
-    return Local(wanted, gpus=gpus, retries=retries)
+    return Local(wanted, gpus=gpus, retries=RETRIES if retries is None else retries)
 
 
 def visible_gpus() -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 A task is a thin parent of the same child process that a local engine has (`job_process`): what trains knows nothing of Ray, and what Ray kills takes
 it along. Ray runs a task again, here or on another node, when its worker or node dies, and when its child was killed (`JobDied`, the one exception
 that is worth it); errors of training are not retried, they are in the entries. Each attempt is counted in a file below OUT too, since Ray itself
-sets no bound to tasks that its memory monitor kills.
+sets no bound to tasks that its memory monitor kills. What a node has to say on the way comes by a file there as well: Ray would print it on the
+driver's stdout, among much of its own.
 
 The cache and OUT must be the same files on every node. Nothing else of the driver is assumed there: not its folder, not its environment.
 """
@@ -12,13 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import os
 import shutil
 import signal
 import socket
-import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -26,13 +26,20 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.console import say
-from kdcache.errors import StoreError, UsageError
+from kdcache.errors import StoreError, StudentError, UsageError
 from kdcache.interrupt import Stopped, finishing_first
 
+from ..training.lock import RunLock
+from ..training.run import describe_error
 from . import Entry, Job
 from .job_process import RETRIES, JobDied, JobProcess, close_all, describe_epoch, environ_of_child, log_of, with_share_of
+from .ray_address import check_address, describe_refusal, show_token_here
 
 _WAIT_S = 1.0
+_BUSY_S = 30.0
+"""Ray's workers have imported torch by then; a cluster that has begun no job is in others' hands, which is said."""
+_PATIENCE_S = 120.0
+"""How long a node waits for runs that one which Ray has lost still trains: one cut off from the cluster gives itself up after a minute."""
 _MAX_CPUS = 9
 """Of a job by default: eight loading processes and the one that they feed."""
 
@@ -46,54 +53,74 @@ class OnRay:
     ) -> None:  # fmt: skip
         """address: default RAY_ADDRESS, else a cluster that runs on this machine, else one of this machine alone, which ends with the jobs.
 
-        gpus_per_job: 0.5 lets two share one. Default: 1 if the cluster has any and `device` is not another one, else 0. cpus_per_job: default a
-        GPU's share of the cluster's cores, at most 9; 1 without GPUs. retries: of a job whose process, worker or node dies.
+        gpus_per_job: 0.5 lets two share one; a job with 0 sees none. Default: 1 if a node has one and `device` is no other one, else 0. cpus_per_job: default the
+        smallest share of cores that a GPU has on any node, at most 9; 1 without GPUs. retries: of a job whose process, worker or node dies.
 
-        Raises UsageError without Ray, or if no cluster is at `address`.
+        Raises UsageError without Ray, or for a device that a job can't have.
         """
+        if device == "cuda" and gpus_per_job == 0:
+            raise UsageError(
+                "--gpus-per-job 0 with --device cuda: such a job sees no GPU; expected more, e.g. 0.25 for four on each, or --device cpu"
+            )
+        if device is not None and device.startswith("cuda:"):
+            raise UsageError(f"--device {device} with --engine ray: Ray gives each job its GPU; expected --device cuda, or none")
+        self._address = address or os.environ.get("RAY_ADDRESS") or None
+        show_token_here(self._address)
         self._ray = _import_ray()
-        self._address, self._gpus, self._cpus, self._device, self._retries = address, gpus_per_job, cpus_per_job, device, retries
+        self._gpus, self._cpus, self._device, self._retries = gpus_per_job, cpus_per_job, device, retries
         self._is_ours = False
 
     @property
     def slots(self) -> int:
         """Jobs that the cluster runs at a time, as it is now."""
-        self._connect()
+        self.connect()
         return self._slots(*self._needs())
 
     @property
     def cores(self) -> int:
         """Of a job."""
-        self._connect()
+        self.connect()
         return self._needs()[1]
 
     def _slots(self, gpus: float, cpus: int) -> int:
-        have = self._ray.cluster_resources()
-        by_gpu = int(have.get("GPU", 0) / gpus) if gpus else sys.maxsize
-        return max(1, min(by_gpu, int(have.get("CPU", 0)) // cpus))
+        def fit(node: Mapping[str, float]) -> int:
+            by_cpu = int(node.get("CPU", 0)) // cpus
+            return min(by_cpu, int(node.get("GPU", 0) / gpus)) if gpus else by_cpu
+
+        return max(1, sum(fit(node) for node in self._nodes()))
 
     def run(self, jobs: Sequence[Job], *, progress: bool = False) -> Iterator[Entry]:
-        """As `Engine.run`; entries come when their job ends. progress: a line on stderr for each epoch of each run, as Ray brings them."""
+        """As `Engine.run`; entries come when their job ends. progress: a line on stderr for each epoch of each run, when its node has written it."""
         if not jobs:
             return
-        self._connect()
+        self.connect()
         gpus, cpus = self._needs()
         self._say_waiting(gpus, cpus)
         absolute = [_with_absolute_places(with_share_of(job, max(1, cpus - 1))) for job in jobs]
         meeting = _make_meeting(absolute[0])
         there = {
-            "meeting": str(meeting), "cwd": os.getcwd(), "version": version("kdcache"), "cpus": cpus, "retries": self._retries, "progress": progress,
+            "meeting": str(meeting), "cwd": os.getcwd(), "version": version("kdcache"), "gpus": gpus, "cpus": cpus, "retries": self._retries,
+            "progress": progress,
         }  # fmt: skip
         task = self._ray.remote(_task()).options(
             num_cpus=cpus, num_gpus=gpus, max_retries=self._retries, retry_exceptions=[JobDied], name="kdcache train"
         )
-        refs: dict[Any, Job] = {}
+        refs: dict[Any, tuple[int, Job]] = {}
+        messages = _Messages(meeting)
         try:
             for number, job in enumerate(absolute):
-                refs[task.remote(job.to_json(), number, there)] = job
+                refs[task.remote(job.to_json(), number, there)] = number, job
+            busy_at = time.monotonic() + _BUSY_S
             while refs:
-                for ref in self._wait(refs):
-                    yield from self._entries_of(ref, refs.pop(ref))
+                ended = self._wait(refs)
+                messages.say_new()
+                for ref in ended:
+                    number, job = refs.pop(ref)
+                    messages.end(number)
+                    yield from self._entries_of(ref, job)
+                if time.monotonic() > busy_at:
+                    busy_at = float("inf")
+                    self._say_busy(meeting)
         finally:
             with finishing_first():  # their children save, as a command does
                 for ref in refs:
@@ -104,7 +131,7 @@ class OnRay:
             shutil.rmtree(meeting, ignore_errors=True)
             self._disconnect()
 
-    def _wait(self, refs: Mapping[Any, Job]) -> list[Any]:
+    def _wait(self, refs: Mapping[Any, Any]) -> list[Any]:
         """Tasks that have ended. Raises Stopped at a signal, which Ray would make a bare KeyboardInterrupt."""
         try:
             ended: list[Any] = self._ray.wait(list(refs), num_returns=1, timeout=_WAIT_S)[0]
@@ -119,8 +146,9 @@ class OnRay:
             result = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
-            what = str(cause) if isinstance(cause, JobDied) else f"Ray lost its task: {type(error).__name__}: {_first_line(error)}"
-            yield from job.failures(f"{what}; given up after {1 + self._retries} attempts")
+            what = f"Ray lost its task: {type(error).__name__}: {_one_line(error)}" if cause is None else describe_error(cause)
+            is_final = cause is not None and not isinstance(cause, JobDied)
+            yield from job.failures(what if is_final else f"{what}; given up after {1 + self._retries} attempts")
             return
         yield from result["entries"]
         if result["problem"] is not None:
@@ -128,49 +156,91 @@ class OnRay:
 
     # --- the cluster ---
 
-    def _connect(self) -> None:
-        """To the cluster, unless this process is connected to one."""
+    def connect(self) -> None:
+        """To the cluster, unless this process is connected to one. Raises UsageError if there is none, or if it lets nobody in."""
         if self._ray.is_initialized():
             return
+        check_address(self._address)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            context = self._ray.init(self._address, include_dashboard=False, logging_level="ERROR", log_to_driver=True)
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            where = self._address or os.environ.get("RAY_ADDRESS") or "this machine"
-            raise UsageError(f"--engine ray: no Ray cluster at {where}: {_first_line(error)}; start one with 'ray start --head'") from error
+            context = self._ray.init(self._address, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError, OSError, self._ray.exceptions.RayError) as error:
+            where = self._address or "this machine"
+            if (refusal := describe_refusal(error)) is not None:
+                raise UsageError(f"--engine ray: the Ray cluster at {where} asks for a token: {refusal}") from error
+            raise UsageError(
+                f"--engine ray: no connection to a Ray cluster at {where}: {_one_line(error)}; start one with 'ray start --head', and run the command on"
+                f" one of its nodes ('ray stop' makes Ray forget one that has died)"
+            ) from error
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
                 signal.signal(number, handler)  # Ray has put its own in their place
         self._is_ours = True
-        nodes = [node for node in self._ray.nodes() if node["Alive"]]
-        have = self._ray.cluster_resources()
-        say(f"Ray at {context.address_info['address']}: {len(nodes)} nodes, {have.get('CPU', 0):.0f} CPUs, {have.get('GPU', 0):.0f} GPUs")
+        nodes = self._nodes()
+        cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+        say(f"Ray at {context.address_info['address']}: {len(nodes)} node{'' if len(nodes) == 1 else 's'}, {cpus:.0f} CPUs, {gpus:.0f} GPUs")
 
     def _disconnect(self) -> None:
         if self._is_ours:
             self._ray.shutdown()
             self._is_ours = False
 
+    def _nodes(self) -> list[Mapping[str, float]]:
+        """What each node that lives has for tasks."""
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+
     def _needs(self) -> tuple[float, int]:
         """(GPUs, CPUs) of a job."""
-        have = self._ray.cluster_resources()
-        all_gpus, all_cpus = have.get("GPU", 0.0), have.get("CPU", 1.0)
+        nodes = self._nodes()
         gpus = self._gpus
         if gpus is None:
-            gpus = 1.0 if all_gpus >= 1 and self._device in (None, "cuda") else 0.0
+            is_wanted = self._device == "cuda" or (self._device is None and any(node.get("GPU", 0) >= 1 for node in nodes))
+            gpus = 1.0 if is_wanted else 0.0
         if self._cpus is not None:
             return gpus, self._cpus
-        return gpus, max(1, min(_MAX_CPUS, int(all_cpus / all_gpus * gpus))) if gpus and all_gpus else 1
+        shares = [int(node.get("CPU", 0) / node["GPU"] * gpus) for node in nodes if node.get("GPU", 0) >= gpus > 0]
+        return gpus, max(1, min([_MAX_CPUS, *shares])) if shares else 1
 
     def _say_waiting(self, gpus: float, cpus: int) -> None:
         """A task that fits no node waits for ever; a cluster that scales may get one that it fits."""
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in self._nodes()):
             say(f"Ray: no node has the {cpus} CPUs and {gpus:g} GPUs of a job now; waiting for one (--cpus-per-job, --gpus-per-job ask for less)")
+
+    def _say_busy(self, meeting: Path) -> None:
+        if not any(meeting.iterdir()):
+            have, free = self._ray.cluster_resources(), self._ray.available_resources()
+            told = ", ".join(f"{free.get(kind, 0):g} of {have[kind]:g} {kind}s" for kind in ("CPU", "GPU") if kind in have)
+            say(f"Ray: no job has begun yet; waiting for its workers, or for others to leave the cluster: {told} are free")
+
+
+class _Messages:
+    """What nodes say on the way, each job's in a file of its own: shown here as it comes."""
+
+    def __init__(self, meeting: Path) -> None:
+        self._meeting = meeting
+        self._seen: dict[Path, int] = {}
+        """Bytes of each file that were shown."""
+
+    def say_new(self) -> None:
+        """On stderr, whole lines."""
+        for path in sorted(self._meeting.glob("*" + _TOLD)):
+            with open(path, "rb") as file:
+                file.seek(self._seen.get(path, 0))
+                data = file.read()
+            data = data[: data.rfind(b"\n") + 1]
+            self._seen[path] = self._seen.get(path, 0) + len(data)
+            for line in data.decode().splitlines():
+                say(line)
+
+    def end(self, number: int) -> None:
+        """Of a job, after its last."""
+        (self._meeting / f"{number}{_TOLD}").unlink(missing_ok=True)
+
+
+_TOLD = ".told"
 
 
 def _import_ray() -> Any:
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # or it drops lines of runs that look alike
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that is started here
     try:
         return importlib.import_module("ray")
@@ -201,8 +271,8 @@ def _make_meeting(job: Job) -> Path:
     return folder
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 # --- on a node -------------------------------------------------------------------------------------------------------
@@ -231,23 +301,31 @@ def train_on_node(body: Mapping[str, Any], number: int, there: Mapping[str, Any]
     problem = _find_problem(job, node, there)
     if problem is not None:
         return {"entries": [], "problem": problem}
-    attempt, attempts = _count_attempt(Path(there["meeting"]) / str(number), node), 1 + there["retries"]
+    place = Path(there["meeting"]) / str(number)
+    before, attempts = _count_attempt(place, node), 1 + there["retries"]
+    attempt, names = 1 + len(before), ", ".join(job.ids)
     if attempt > attempts:
         return {"entries": [], "problem": f"its process, worker or node died {attempts} times, here is node {node}: given up"}
+    if before:
+        _tell(place, f"node {node}: {names}: goes on, attempt {attempt} of {attempts}; its process, worker or node died (node {before[-1]})")
+        _wait_for_runs(job, node)
     log = log_of(job)
-    process = _child(log, environ_of_child(os.environ, cores=there["cpus"]), there["cwd"] if Path(there["cwd"]).is_dir() else None)
+    environ = environ_of_child(os.environ, cores=there["cpus"], gpu=None if there["gpus"] else "")  # Ray hides no GPU from a task that asked for none
+    process = _child(log, environ, there["cwd"] if Path(there["cwd"]).is_dir() else None)
     entries: list[Entry] = []
     try:
-        process.begin(job, log=log, title=f"node {node}, attempt {attempt} of {attempts}: {', '.join(job.ids)}")
+        process.begin(job, log=log, title=f"node {node}, attempt {attempt} of {attempts}: {names}")
         for event in process.events():
             if "entry" in event:
                 entries.append(_of_this_sweep(event["entry"], node, is_again=attempt > 1))
             elif there["progress"]:
-                print(describe_epoch(event["epoch"]), file=sys.stderr, flush=True)  # noqa: T201 - Ray brings it to the driver
+                _tell(place, f"node {node}: {describe_epoch(event['epoch'])}")
         if process.left is None:
             return {"entries": entries, "problem": None}
         if process.was_killed:
-            raise JobDied(f"node {node}: {process.describe_end()}")
+            died = JobDied(f"node {node}: {process.describe_end()}")
+            _tell(place, f"{names}: {died}")
+            raise died
         return {"entries": entries, "problem": f"node {node}: {process.describe_end()}"}
     finally:
         if process.is_reusable:
@@ -292,13 +370,32 @@ def _find_problem(job: Job, node: str, there: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _count_attempt(path: Path, node: str) -> int:
-    """Which attempt at its job this is, from 1."""
+def _count_attempt(path: Path, node: str) -> list[str]:
+    """Begin an attempt at a job: the nodes of those before it."""
     try:
         with open(path, "a+", encoding="utf-8") as file:
-            file.write(json.dumps({"node": node, "process": os.getpid()}) + "\n")
-            file.flush()
             file.seek(0)
-            return len(file.readlines())
+            before = file.read().splitlines()
+            file.write(f"{node}\n")
+        return before
     except OSError as error:
         raise StoreError(f"node {node}: {path}: can't be written: {error.strerror}; expected --out writable on every node") from error
+
+
+def _tell(place: Path, line: str) -> None:
+    """Let the driver say a line. The file is closed after each, which is when other machines of a network file system see it."""
+    try:
+        with open(place.with_name(place.name + _TOLD), "a", encoding="utf-8") as file:
+            file.write(" ".join(line.split()) + "\n")
+    except OSError as error:
+        raise StoreError(f"{place.parent}: can't be written: {error.strerror}; expected --out writable on every node") from error
+
+
+def _wait_for_runs(job: Job, node: str) -> None:
+    """Until nobody trains them: a node that Ray has lost may be cut off and at work. Raises JobDied, to be tried again, if it does not end."""
+    for folder in job.folders:
+        if folder.is_dir():
+            try:
+                RunLock(folder, patience_s=_PATIENCE_S).release()
+            except StudentError as error:
+                raise JobDied(f"node {node}: {error}") from error

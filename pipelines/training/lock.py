@@ -27,11 +27,15 @@ _NAME = ".lock"
 class RunLock:
     """The right to write into a run's folder. Release it when the run has ended; a process that ends has released it."""
 
-    def __init__(self, folder: Path) -> None:
-        """Take it, and wait for it if need be. Raises StudentError if another process keeps it, StoreError for a folder that can't be written."""
+    def __init__(self, folder: Path, *, patience_s: float | None = None) -> None:
+        """Take it, and wait for it if need be, by default `PATIENCE_S`.
+
+        Raises StudentError if another process keeps it, StoreError for a folder that can't be written.
+        """
         self._path = folder.resolve() / _NAME
         self._descriptor: int | None = None
-        deadline = time.monotonic() + PATIENCE_S
+        patience_s = PATIENCE_S if patience_s is None else patience_s
+        deadline = time.monotonic() + patience_s
         said = False
         while (holder := self._try()) is not None:
             if time.monotonic() >= deadline:
@@ -40,7 +44,7 @@ class RunLock:
                     f" go on or to see that it is done"
                 )
             if not said:
-                say(f"run {folder.name} is being trained by {holder}: waiting for {PATIENCE_S:.0f} s")
+                say(f"run {folder.name} is being trained by {holder}: waiting for {patience_s:.0f} s")
                 said = True
             time.sleep(0.05)
 
