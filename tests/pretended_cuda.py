@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 _WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal", "aten::repeat_interleave"}
@@ -53,7 +54,14 @@ class Pretended:
     """A context within which a device of this kind, "cuda" or "mps", is there."""
 
     kind: str = "cuda"
+    index: int = 0
+    count: int = 1
+    """Of its kind on this machine."""
+    has_buckets: bool = False
+    """Whether what torch allocates below Python is on the device, as DDP's buckets of gradients are."""
     transfers: list[Transfer] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
+    """Those that ran of the few that only a GPU has, in order."""
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Pretended:
@@ -83,8 +91,9 @@ class Pretended:
             f"torch.{kind}.set_rng_state": lambda state, *_: generator.set_state(state),
             f"torch.{kind}.empty_cache": lambda: None,
             "torch.cuda.set_device": lambda *_: None,
-            "torch.cuda.current_device": lambda: 0,
-            "torch.cuda.device_count": lambda: 1,
+            "torch.cuda.current_device": lambda: self.index,
+            "torch.cuda.get_device_properties": lambda *_: SimpleNamespace(uuid=f"GPU-{self.index}"),
+            "torch.cuda.device_count": lambda: self.count,
             "torch.random.manual_seed": lambda seed: (generator.manual_seed(seed), seeded(seed))[1],
             "torch.manual_seed": lambda seed: (generator.manual_seed(seed), seeded(seed))[1],
         }.items():
@@ -95,7 +104,7 @@ class Pretended:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.kind, 0)
+        return torch.device(self.kind, self.index)
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
@@ -170,7 +179,7 @@ class _Operators(TorchDispatchMode):
                     self.device.note("wait", f"{name} by a mask", blocks=True)
             on_device = True
         else:
-            on_device = any(marks) if tensors else bool(self.frames and self.frames[-1])
+            on_device = any(marks) if tensors else (self.frames[-1] if self.frames else self.device.has_buckets)
             if on_device and any(not mark and one.dim() > 0 for mark, one in zip(marks, tensors, strict=True)):
                 raise RuntimeError(
                     f"Expected all tensors to be on the same device, but found at least two devices, {self.device.device} and cpu! ({name})"
@@ -181,7 +190,8 @@ class _Operators(TorchDispatchMode):
             with self._own_generator():
                 result = func(*args, **kwargs)
         else:
-            result = func(*args, **kwargs)
+            self.device.kernels += [name] * (name in SYNC_BN_KERNELS)
+            result = SYNC_BN_KERNELS.get(name, func)(*args, **kwargs) if on_device else func(*args, **kwargs)
         for one in tree_leaves(result):
             if isinstance(one, Tensor) and on_device and one.dtype == torch.float64 and self.device.kind == "mps":
                 raise TypeError(f"Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. ({name})")
@@ -307,14 +317,55 @@ def _refuse_array(tensor: Tensor) -> Any:
     raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
 
 
-def on_host(value: Any) -> Any:
-    """A copy of what is in there with all its tensors on the host, for comparing outside of the context."""
+# --- kernels of SyncBatchNorm, which a CPU lacks; statistics of (N, C, …) over all but C -----------------------------
 
-    def copy(one: Any) -> Any:
-        if not isinstance(one, Tensor):
-            return one
-        host = one.detach().clone()
-        _mark(host, False)
-        return host
 
-    return tree_map(copy, value)
+def _as_rows(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).flatten(1).float()
+
+
+def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rows = _as_rows(x)
+    return rows.mean(1), (rows.var(1, correction=0) + eps).rsqrt()
+
+
+def _gather_stats(
+    x: Tensor, means: Tensor, invstds: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    share, total = (counts / counts.sum())[:, None], counts.sum()
+    mean = (share * means).sum(0)
+    variance = (share * (invstds**-2 - eps + means**2)).sum(0) - mean**2
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(variance * total / (total - 1), momentum)
+    return mean, (variance + eps).rsqrt()
+
+
+def _normalised(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
+    return ((x - _per_channel(mean, x)) * _per_channel(invstd * weight, x) + _per_channel(bias, x)).to(x.dtype)
+
+
+def _reduce(gradient: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, *_: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = _as_rows(gradient)
+    along = (rows * (_as_rows(x) - mean[:, None])).sum(1)
+    return rows.sum(1), along, along * invstd, rows.sum(1)
+
+
+def _input_gradient(
+    gradient: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, total: Tensor, along: Tensor, counts: Tensor
+) -> Tensor:
+    total, along = total / counts.sum(), along / counts.sum() * invstd**2
+    centred = x - _per_channel(mean, x)
+    return (gradient - _per_channel(total, x) - centred * _per_channel(along, x)) * _per_channel(invstd * weight, x)
+
+
+SYNC_BN_KERNELS: dict[str, Callable[..., Any]] = {
+    "aten::batch_norm_stats": _stats,
+    "aten::batch_norm_gather_stats_with_counts": _gather_stats,
+    "aten::batch_norm_elemt": _normalised,
+    "aten::batch_norm_backward_reduce": _reduce,
+    "aten::batch_norm_backward_elemt": _input_gradient,
+}

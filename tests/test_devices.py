@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from helpers import TINY_VIT, make_shards, make_teacher_dir
-from pretended_cuda import Pretended, Transfer, is_on_device
+from pretended_cuda import SYNC_BN_KERNELS, Pretended, Transfer, is_on_device
 from safetensors.torch import load_file
+from test_processes import start
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -19,6 +22,7 @@ from kdcache import open_cache
 from kdcache.checkpoint import load_checkpoint
 from kdcache.dataset import Decoder
 from kdcache.device import resolve_device
+from kdcache.distributed import joined
 from kdcache.encodings import Encoding, TargetShape, build_encoding
 from kdcache.errors import CorruptError
 from kdcache.evaluate import Evaluator
@@ -208,6 +212,48 @@ def test_a_run_that_was_stopped_on_a_gpu_goes_on_as_if_it_had_not_been(folder: P
         assert all(torch.equal(resumed[part][name], tensor) for name, tensor in whole[part].items())
     assert resumed["scaler"] == whole["scaler"] and whole["scaler"]["scale"] > 1
     assert not torch.equal(whole["generators"]["cuda"], torch.Generator().manual_seed(0).get_state())
+
+
+def test_two_processes_with_a_gpu_each_and_common_batch_norms_equal_one_of_the_whole_batch(folder: Path, tmp_path: Path) -> None:
+    """torch's own SyncBatchNorm and DistributedDataParallel on device tensors; what carries them is gloo, in place of NCCL."""
+    options: dict[str, Any] = {
+        "students": ("resnet10t",), "model_kwargs": CNN, "method": "mgd", "teacher": ("a",), "settings": {"mask_ratio": 0.0}, "epochs": 2,
+        "model_ema": True, "clip_grad": 1.0,
+    }  # fmt: skip
+    expected = run(folder, tmp_path / "one", "cpu", batch_size=6, **options)
+    config = config_of(folder, tmp_path / "two", "cuda", sync_bn=True, **options)
+    meet = torch.distributed.init_process_group
+
+    def action() -> None:
+        with Pretended(index=int(os.environ["LOCAL_RANK"]), count=2, has_buckets=True) as device:
+
+            def over_gloo(backend: str, *, device_id: torch.device, **others: Any) -> None:
+                assert (backend, device_id) == ("cpu:gloo,cuda:nccl", device.device)
+                meet("gloo", **others)
+
+            with patch("torch.distributed.init_process_group", over_gloo):
+                (entry,) = train_configs([config])
+            assert entry["status"] == "done"
+            assert set(device.kernels) == set(SYNC_BN_KERNELS)
+
+    forked = start(action, tmp_path / "logs")
+    assert [one.wait() for one in forked] == [0, 0], "".join(one.output() for one in forked)
+    (place,) = (tmp_path / "two").iterdir()
+    found = load_checkpoint(place / "last" / "checkpoint.pt")
+    require_near(found["method"], expected["method"], 1e-4)
+    require_near(found["ema"], expected["ema"], 1e-4)
+    assert set(load_file(place / "export" / "model.safetensors")) == set(expected["export"])
+
+
+def test_two_processes_on_one_gpu_are_told_so_once(tmp_path: Path) -> None:
+    def action() -> None:
+        with Pretended(index=0, count=1), joined("cuda"):
+            pass
+
+    first, second = start(action, tmp_path)
+    assert [first.wait(), second.wait()] == [70, 70]
+    assert "UsageError: ranks 0 and 1 would train on one GPU (GPU-0); expected one for each" in first.output()
+    assert "kdcache.errors.ToldError" in second.output() and "UsageError" not in second.output()
 
 
 # --- what the device would refuse ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from kdcache.errors import StoreError, StudentError, UsageError
 from kdcache.interrupt import stopping_cleanly
 from pipelines.engines import Entry, InProcess, Job, open_runs, plan_jobs
 from pipelines.engines.job_process import JobProcess, close_all, environ_of_child, with_share_of
-from pipelines.engines.local import Local, local_engine
+from pipelines.engines.local import Local, local_engine, visible_gpus
 from pipelines.engines.ray import OnRay, train_on_node
 from pipelines.train import TrainConfig, train
 from pipelines.training.lock import RunLock
@@ -249,6 +249,14 @@ def test_each_process_has_its_gpu_and_its_share_of_the_cores(folder: Path, tmp_p
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, 5,7,-1")
     engine = local_engine()
     assert isinstance(engine, Local) and (engine.slots, engine._gpus) == (3, ("GPU-a", "5", "7"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    assert visible_gpus() == ("MIG-a", "MIG-b")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert visible_gpus() == ()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == ()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert local_engine(processes=6, device="cuda").slots == 6
     assert isinstance(local_engine(device="cpu"), InProcess) and isinstance(local_engine(processes=1), InProcess)

@@ -46,7 +46,10 @@ def visible_gpus() -> tuple[str, ...]:
     count = torch.cuda.device_count()
     if named is None:
         return tuple(str(number) for number in range(count))
-    return tuple(name.strip() for name in named.split(","))[:count]  # CUDA sees none after the first that it does not know
+    names = tuple(name.strip() for name in named.split(","))
+    if count and all(name.startswith("MIG-") for name in names):
+        return names  # a process uses one slice of a GPU, however many are named: torch counts one
+    return names[:count]  # CUDA sees none after the first that it does not know
 
 
 @dataclass
