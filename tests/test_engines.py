@@ -269,6 +269,11 @@ def test_each_process_has_its_gpu_and_its_share_of_the_cores(folder: Path, tmp_p
     assert [with_share_of(job, cores).configs[0].workers for cores in (3, 99)] == [3, 8]
 
 
+def test_a_job_whose_gpu_is_gone_fails_and_is_not_trained_on_the_cpu(folder: Path, tmp_path: Path) -> None:
+    (entry,) = Local(2, gpus=("-1",)).run(jobs_of(folder, tmp_path, {"device": None}))
+    assert entry["status"] == "failed" and "device 'cuda': this machine can't use it" in entry["error"]
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # of Ray's own files and processes
 def test_ray_trains_what_one_process_trains_whoever_is_killed(

@@ -17,7 +17,7 @@ from kdcache.errors import StoreError, UsageError
 from kdcache.launch import available_cores
 
 from . import Engine, Entry, InProcess, Job
-from .job_process import RETRIES, JobProcess, close_all, describe_epoch, environ_of_child, log_of, with_share_of
+from .job_process import RETRIES, JobProcess, close_all, describe_epoch, environ_of_child, log_of, on_gpu, with_share_of
 
 _WAIT_S = 0.2
 
@@ -105,7 +105,7 @@ class Local:
 
     def _begin(self, slot: _Slot, attempt: _Attempt) -> Iterator[Entry]:
         """Give a job to a slot's process; entries of its runs if that can't be."""
-        job, log = attempt.job, log_of(attempt.job)
+        job, log = attempt.job if slot.gpu is None else on_gpu(attempt.job), log_of(attempt.job)
         try:
             if slot.process is None:
                 slot.process = JobProcess(log, environ=environ_of_child(os.environ, cores=self.cores, gpu=slot.gpu))

@@ -30,7 +30,7 @@ from kdcache.errors import StoreError, UsageError
 from kdcache.interrupt import Stopped, finishing_first
 
 from . import Entry, Job
-from .job_process import RETRIES, JobDied, JobProcess, close_all, describe_epoch, environ_of_child, log_of, with_share_of
+from .job_process import RETRIES, JobDied, JobProcess, close_all, describe_epoch, environ_of_child, log_of, on_gpu, with_share_of
 
 _WAIT_S = 1.0
 _MAX_CPUS = 9
@@ -80,6 +80,8 @@ class OnRay:
         gpus, cpus = self._needs()
         self._say_waiting(gpus, cpus)
         absolute = [_with_absolute_places(with_share_of(job, max(1, cpus - 1))) for job in jobs]
+        if gpus > 0:
+            absolute = [on_gpu(job) for job in absolute]
         meeting = _make_meeting(absolute[0])
         there = {
             "meeting": str(meeting), "cwd": os.getcwd(), "version": version("kdcache"), "cpus": cpus, "retries": self._retries, "progress": progress,
