@@ -59,6 +59,9 @@ class Decoder(nn.Module):
         """
         batch = targets if isinstance(targets, Mapping) else default_collate(list(targets))
         device = self.get_buffer("place").device
+        for key, encoding in self.encodings.items():
+            if all(component.device.type == "cpu" for component in batch[key].values()):
+                encoding.check(batch[key])
         return {key: encoding.decode(to_device(batch[key], device)) for key, encoding in self.encodings.items()}
 
 

@@ -15,7 +15,10 @@ SMALL_MODEL_PARAMETERS = 1_000_000
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """The device called `name`, or the best there is. Raises UsageError for one that this machine lacks."""
+    """The device called `name`, or the best there is. Raises UsageError for one that this machine lacks.
+
+    A numbered GPU is made torch's current one: pinned memory belongs to that, and would open a context on the first GPU as well (pytorch#21081).
+    """
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -23,6 +26,8 @@ def resolve_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device {name!r}: this machine can't use it ({str(error).splitlines()[0]})") from error
     return device
@@ -87,6 +92,14 @@ def set_generator_states(states: Mapping[str, Tensor], device: torch.device) -> 
         torch.cuda.set_rng_state(states["cuda"], device)
     elif device.type == "mps" and "mps" in states:
         torch.mps.set_rng_state(states["mps"])
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on this device. The host does not wait for a copy to a GPU; from pinned memory it runs beside the GPU's other work.
+
+    Elsewhere the host waits: mps would read the memory when it may have been freed, and used again (pytorch#189690).
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def release_memory(device: torch.device) -> None:

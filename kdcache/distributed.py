@@ -246,6 +246,7 @@ def _join(launch: Launch, device: torch.device) -> Processes:
         place = _meeting_place(launch.rank, launch.world_size)
         with _attempt(place, launch) as attempt:
             store = PrefixStore(f"kdcache/{attempt}", place)
+            _check_own_gpu(store, launch, device)
             dist.init_process_group(
                 "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl",
                 store=store,
@@ -261,6 +262,38 @@ def _join(launch: Launch, device: torch.device) -> Processes:
             f" that MASTER_ADDR names the machine of rank 0"
         ) from error
     return Processes(launch=launch, store=store)
+
+
+def _check_own_gpu(store: Store, launch: Launch, device: torch.device) -> None:
+    """Raise UsageError for two processes of a machine on one GPU, which NCCL would tell as a process that is gone; in the others of the machine ToldError.
+
+    Which GPU a number means differs between processes that were shown different ones; its UUID does not.
+    """
+    if device.type != "cuda" or launch.local_world_size == 1:
+        return
+    store.set(f"gpu/{launch.rank}", f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}")
+    first = launch.rank - launch.local_rank
+    here = range(first, min(first + launch.local_world_size, launch.world_size))
+    rank_of: dict[bytes, int] = {}
+    error: UsageError | None = None
+    for rank in here:
+        gpu = store.get(f"gpu/{rank}")
+        if rank_of.setdefault(gpu, rank) != rank:
+            error = error or UsageError(
+                f"ranks {rank_of[gpu]} and {rank} would train on one GPU ({gpu.decode().rpartition(' ')[2]}); expected one for each: start at most as"
+                f" many processes on a machine as it has GPUs (torchrun --nproc-per-node), or show each its own (CUDA_VISIBLE_DEVICES)"
+            )
+    if error is None:
+        return
+    looked = f"gpu/looked/{first}"
+    store.add(looked, 1)
+    if launch.local_rank != 0:
+        _be_silent()
+        raise ToldError(str(error))
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline and store.add(looked, 0) < len(here):  # the store may end with this one
+        time.sleep(0.01)
+    raise error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .device import autocast
+from .device import autocast, moved
 from .distributed import ALONE, Processes
 from .errors import ShardError
 from .images import UnreadableImageError, decode_image
@@ -116,10 +116,21 @@ class _Sums:
     skipped: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """A batch's sums while the device still works on them."""
+
+    sums: Tensor | None
+    """float32 (3,): loss, top1, top5; None of no image."""
+    images: int
+    skipped: tuple[str, ...]
+
+
 class Evaluator:
     """Runs passes over one EvaluationSet, its workers kept between them. Several processes share the batches of a pass."""
 
-    def __init__(self, dataset: EvaluationSet, *, batch_size: int, num_workers: int, processes: Processes = ALONE) -> None:
+    def __init__(self, dataset: EvaluationSet, *, batch_size: int, num_workers: int, pin_memory: bool = False, processes: Processes = ALONE) -> None:
+        """pin_memory: for passes on a GPU."""
         self._processes = processes
         batches = [list(range(start, min(start + batch_size, len(dataset)))) for start in range(0, len(dataset), batch_size)]
         self._loader: DataLoader[Any] = DataLoader(
@@ -127,6 +138,7 @@ class Evaluator:
             batch_sampler=batches[processes.rank :: processes.world],
             num_workers=num_workers,
             collate_fn=_collate,
+            pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             worker_init_fn=outlast_a_signal if processes.world > 1 else None,
             generator=torch.Generator(),  # not from the generator that the student draws from
@@ -140,7 +152,7 @@ class Evaluator:
         was_training = model.training
         model.eval()
         with torch.inference_mode(), autocast(device, precision):
-            own = [self._measure(model, device, batch) for batch in self._batches()]
+            own = _read([self._measure(model, device, batch) for batch in self._batches()])
         model.train(was_training)
         self._processes.stop_if_asked()
         parts = self._processes.gather(own)
@@ -161,17 +173,23 @@ class Evaluator:
                 return
             yield batch
 
-    def _measure(self, model: nn.Module, device: torch.device, batch: Any) -> _Sums:
+    def _measure(self, model: nn.Module, device: torch.device, batch: Any) -> _Measured:
         images_BCHW, labels, reasons = batch
         if images_BCHW is None:
-            return _Sums(skipped=tuple(reasons))
-        labels_B = labels.to(device)
-        logits_BK = model(images_BCHW.to(device)).float()
+            return _Measured(sums=None, images=0, skipped=tuple(reasons))
+        labels_B = moved(labels, device)
+        logits_BK = model(moved(images_BCHW, device)).float()
         ranked = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels_B.unsqueeze(1)
-        return _Sums(
-            loss=float(F.cross_entropy(logits_BK, labels_B, reduction="sum")),
-            top1=int(ranked[:, 0].sum()),
-            top5=int(ranked.sum()),
-            images=len(labels_B),
-            skipped=tuple(reasons),
-        )
+        loss = F.cross_entropy(logits_BK, labels_B, reduction="sum")
+        return _Measured(sums=torch.stack([loss, ranked[:, 0].sum(), ranked.sum()]), images=len(labels_B), skipped=tuple(reasons))
+
+
+def _read(measured: Sequence[_Measured]) -> list[_Sums]:
+    """The sums of all batches, by one transfer: a GPU's host never waits within a pass."""
+    there = [one.sums for one in measured if one.sums is not None]
+    numbers = iter(torch.stack(there).tolist() if there else [])
+    found: list[_Sums] = []
+    for one in measured:
+        loss, top1, top5 = next(numbers) if one.sums is not None else (0.0, 0.0, 0.0)
+        found.append(_Sums(loss=loss, top1=int(top1), top5=int(top5), images=one.images, skipped=one.skipped))
+    return found

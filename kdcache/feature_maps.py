@@ -7,6 +7,7 @@ Legend: B batch, C channels, H W rows and columns of a map, T = H · W tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .device import moved
 from .encodings.dct import frequencies_of_bands
 
 Grid = tuple[int, int]
@@ -38,9 +40,16 @@ def resize_map(map_BCHW: Tensor, grid: Grid) -> Tensor:
     """
     for axis, size in ((2, grid[0]), (3, grid[1])):
         if map_BCHW.shape[axis] != size:
-            weights = _resizing(map_BCHW.shape[axis], size).to(map_BCHW.dtype).to(map_BCHW.device)  # in two steps: mps has no float64
+            weights = _placed(_resizing, (map_BCHW.shape[axis], size), map_BCHW.dtype, map_BCHW.device)
             map_BCHW = torch.tensordot(map_BCHW, weights, dims=([axis], [1])).movedim(-1, axis)
     return map_BCHW
+
+
+@lru_cache(maxsize=256)
+def _placed(constant: Callable[..., Tensor], arguments: tuple[Hashable, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What `constant` gives, on a device: copied there once, since the host would wait for the device with a copy in every step."""
+    with torch.inference_mode(False):  # whoever asks first: others need gradients through it
+        return constant(*arguments).to(dtype).to(device)  # in two steps: mps has no float64
 
 
 @lru_cache(maxsize=64)
@@ -71,7 +80,7 @@ def dct_matrix(size: int) -> Tensor:
 
 def dct2(map_BCHW: Tensor) -> Tensor:
     """2-D orthonormal DCT-II of each channel: coefficient [..., u, v] of row frequency u and column frequency v; a sum of squares stays what it is."""
-    rows, columns = (dct_matrix(size).to(map_BCHW.dtype).to(map_BCHW.device) for size in map_BCHW.shape[-2:])
+    rows, columns = (_placed(dct_matrix, (size,), map_BCHW.dtype, map_BCHW.device) for size in map_BCHW.shape[-2:])
     return rows @ map_BCHW @ columns.T
 
 
@@ -82,6 +91,11 @@ def band_mask(grid: Grid, bands: tuple[str, ...]) -> Tensor:
     mask = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
     mask[[place for band in bands for place in places.get(band, [])]] = True
     return mask.view(grid)
+
+
+def band_mask_on(device: torch.device, grid: Grid, bands: tuple[str, ...]) -> Tensor:
+    """`band_mask` on a device."""
+    return _placed(band_mask, (grid, bands), torch.bool, device)
 
 
 class Noise(nn.Module):
@@ -101,7 +115,7 @@ class Noise(nn.Module):
 
     def forward(self, *shape: int, like: Tensor) -> Tensor:
         """float32 in [0, 1), on the device of `like`."""
-        return torch.rand(shape, generator=self._generator).to(like.device, non_blocking=True)
+        return moved(torch.rand(shape, generator=self._generator), like.device)
 
     def get_extra_state(self) -> Tensor:
         return self._generator.get_state()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from .errors import CorruptError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 TEMPERATURES = (1, 4)
@@ -31,6 +32,7 @@ class Fidelity:
     bands: Callable[[Tensor], Mapping[str, Tensor]] | None = None
     """`Encoding.bands` of the target's encoding: energy and error are then kept for each."""
     sums: dict[str, float] = field(default_factory=dict)
+    _statistics: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def update(self, value: Mapping[str, Tensor], decoded: Mapping[str, Tensor]) -> bool:
         """Add a batch; False, and nothing added, if a value is not finite. value, decoded: as encodings take and give them.
@@ -54,7 +56,7 @@ class Fidelity:
             x, y = original.float(), decoded[part].float()
             sizes = [x.abs().amax(), y.abs().amax()]
             if part != "logits" and self.calibration is not None:
-                mean, std = (self.calibration[f"{part}_{name}"].to(x.device) for name in ("mean", "std"))
+                mean, std = (self._statistic(f"{part}_{name}", x.device) for name in ("mean", "std"))
                 sizes.append(mean.abs().amax())
             largest = torch.stack(sizes).amax().clamp_min(_TINY)
             one = torch.ones_like(largest)
@@ -86,6 +88,14 @@ class Fidelity:
         for name, number, scale in [("vectors", float(vectors), 1.0), *zip(names, *numbers, strict=True)]:
             self.sums[name] = self.sums.get(name, 0.0) + number * scale * scale
         return True
+
+    def _statistic(self, name: str, device: torch.device) -> Tensor:
+        """Of the calibration, on a device: moved there once, not in every batch."""
+        assert self.calibration is not None
+        tensor = self._statistics.get(name, self.calibration[name])
+        if tensor.device != device:
+            tensor = self._statistics[name] = tensor.to(device)
+        return tensor
 
     def result(self) -> dict[str, float]:
         """{"rel_l2", "cosine"} and {"z_l2"} or {"kl_t1", "kl_t4"}; empty if no row was seen.

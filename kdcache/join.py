@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .augment import Q16, Pixels
 from .cache import Cache, Replay, Rows, pixel_drift
+from .device import moved
 from .errors import CorruptError, DriftError, KDCacheError, MissingError, ShardError, UsageError
 from .format import Component, ViewRange
 from .images import Decoded, UnreadableImageError, decode_image
@@ -603,5 +604,5 @@ class BatchLoader:
 
 
 def to_device(components: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Encoded components on the student's device; pinned memory is copied while the device works."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in components.items()}
+    """Encoded components on the student's device; pinned memory is copied while a GPU works."""
+    return {name: moved(tensor, device) for name, tensor in components.items()}

@@ -227,7 +227,7 @@ def _agree(ours_BTC: Tensor, theirs_BTC: Tensor) -> bool:
     """Whether two values are the same tokens in the same order, rounding aside. Outlier channels, or dead ones, hide no difference."""
     if ours_BTC.shape != theirs_BTC.shape:
         return False
-    ours, theirs = ours_BTC.flatten(0, 1).double(), theirs_BTC.flatten(0, 1).double()
+    ours, theirs = (tokens_BTC.cpu().double().flatten(0, 1) for tokens_BTC in (ours_BTC, theirs_BTC))  # mps has no float64
     error, spread = (ours - theirs).square().mean(0).sqrt(), theirs.std(0, correction=0)
     live = spread > 0
     if not live.any():

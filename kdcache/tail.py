@@ -227,8 +227,8 @@ def tail_distance(tail: Tail, model: nn.Module, images_BCHW: Tensor) -> float:
     inputs, _ = _watch(model, images_BCHW, tail.card.modules, model_name=tail.card.model)
     grid_BTC, prefix_BPC = _split(inputs, tail.card.layout, tail.card.prefix_tokens)
     with torch.no_grad():
-        found = tail(grid_BTC, prefix_BPC if tail.num_prefix else None)["grid"].double()
-        expected = _split(model.forward_features(images_BCHW), tail.card.layout, tail.card.prefix_tokens)[0].double()  # type: ignore[operator]
+        found = tail(grid_BTC, prefix_BPC if tail.num_prefix else None)["grid"].cpu().double()  # mps has no float64
+        expected = _split(model.forward_features(images_BCHW), tail.card.layout, tail.card.prefix_tokens)[0].cpu().double()  # type: ignore[operator]
     if found.shape != expected.shape:
         return float("inf")
     return float((found - expected).norm() / expected.norm())

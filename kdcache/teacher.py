@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .device import autocast, fitting_threads
+from .device import autocast, fitting_threads, moved
 from .encodings import TargetShape
 from .errors import TeacherError
 from .format import Preprocessing, TeacherIdentity
@@ -118,7 +118,7 @@ class Teacher:
             autocast(self.device, self.identity.precision),
             capture(self.model, nodes) as captured,
         ):
-            features = self.model.forward_features(self.normalize(views_BHWC.to(self.device, non_blocking=True)))  # type: ignore[operator]
+            features = self.model.forward_features(self.normalize(moved(views_BHWC, self.device)))  # type: ignore[operator]
             for target in targets:
                 if target.node is None:
                     values[target.name] = {"logits": self.model.forward_head(features).float()}  # type: ignore[operator]

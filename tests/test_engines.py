@@ -25,7 +25,7 @@ from kdcache.errors import StoreError, StudentError, UsageError
 from kdcache.interrupt import stopping_cleanly
 from pipelines.engines import Entry, InProcess, Job, open_runs, plan_jobs
 from pipelines.engines.job_process import JobProcess, close_all, environ_of_child, with_share_of
-from pipelines.engines.local import Local, local_engine
+from pipelines.engines.local import Local, local_engine, visible_gpus
 from pipelines.engines.ray import OnRay, train_on_node
 from pipelines.train import TrainConfig, train
 from pipelines.training.lock import RunLock
@@ -255,6 +255,14 @@ def test_each_process_has_its_gpu_and_its_share_of_the_cores(folder: Path, tmp_p
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, 5,7,-1")
     engine = local_engine()
     assert isinstance(engine, Local) and (engine.slots, engine._gpus) == (3, ("GPU-a", "5", "7"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    assert visible_gpus() == ("MIG-a", "MIG-b")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert visible_gpus() == ()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == ()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert local_engine(processes=6, device="cuda").slots == 6
     assert isinstance(local_engine(device="cpu"), InProcess) and isinstance(local_engine(processes=1), InProcess)
@@ -265,6 +273,11 @@ def test_each_process_has_its_gpu_and_its_share_of_the_cores(folder: Path, tmp_p
     assert environ_of_child({"OMP_NUM_THREADS": "1"}, cores=4) == {"OMP_NUM_THREADS": "1"}
     (job,) = jobs_of(folder, tmp_path, {"workers": None})
     assert [with_share_of(job, cores).configs[0].workers for cores in (3, 99)] == [3, 8]
+
+
+def test_a_job_whose_gpu_is_gone_fails_and_is_not_trained_on_the_cpu(folder: Path, tmp_path: Path) -> None:
+    (entry,) = Local(2, gpus=("-1",)).run(jobs_of(folder, tmp_path, {"device": None}))
+    assert entry["status"] == "failed" and "device 'cuda': this machine can't use it" in entry["error"]
 
 
 @pytest.mark.timeout(600)

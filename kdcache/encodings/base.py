@@ -89,6 +89,12 @@ class Encoding(ABC):
         components: all of them, or all of some `parts()`; the value then holds what these parts say.
         """
 
+    def check(self, components: Mapping[str, Tensor]) -> None:  # noqa: B027 - most decode any value
+        """Raise CorruptError for values that no encoder gives and no device can decode. Of components on the host: `decode` elsewhere relies on it.
+
+        A look at a GPU's values would let the host wait for it in every step, and such a value ends its process.
+        """
+
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Part → its components, which a reader fetches together or not at all. Every component is in one part."""
         names = tuple(self.components())

@@ -58,7 +58,7 @@ class DctFeatures(Encoding):
 
     def bands(self, z_BTC: Tensor) -> dict[str, Tensor]:
         coefficients_BTC = dct2(z_BTC, self.shape.grid)
-        return {band: coefficients_BTC[:, frequencies] for band, frequencies in self._frequencies.items()}
+        return {band: coefficients_BTC.index_select(1, _places(self.shape.grid, band, z_BTC.device)) for band in self._frequencies}
 
     def encode(self, value: Mapping[str, Tensor], labels_B: Tensor | None = None) -> dict[str, Tensor]:
         components: dict[str, Tensor] = {}
@@ -75,7 +75,8 @@ class DctFeatures(Encoding):
         if bands:
             coefficients_BTC = torch.zeros(len(first), self.shape.num_tokens, self.shape.channels, device=first.device)
             for band in bands:
-                coefficients_BTC[:, self._frequencies[band]] = decode_tokens(components[band], components[f"{band}_scale"])
+                rows_BTC = decode_tokens(components[band], components[f"{band}_scale"])
+                coefficients_BTC.index_copy_(1, _places(self.shape.grid, band, first.device), rows_BTC)
             value["grid"] = idct2(coefficients_BTC, self.shape.grid) * self.statistic("grid_std", first.device)
             if "dc" in bands:
                 value["grid"] += self.statistic("grid_mean", first.device)
@@ -95,6 +96,12 @@ def frequencies_of_bands(grid: tuple[int, int]) -> dict[str, list[int]]:
             band = "dc" if radius_sq == 0 else "low" if 16 * radius_sq <= nyquist_sq else "mid" if 4 * radius_sq <= nyquist_sq else "high"
             places[band].append(u * width + v)
     return {band: found for band, found in places.items() if found}
+
+
+@cache
+def _places(grid: tuple[int, int], band: str, device: torch.device) -> Tensor:
+    """A band's places on a device, int64 (frequencies,): as a list they would be copied there each time, and the host would wait for it."""
+    return torch.tensor(frequencies_of_bands(grid)[band]).to(device)
 
 
 @cache

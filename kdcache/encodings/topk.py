@@ -85,17 +85,25 @@ class TopKLogits(Encoding):
         index = index_BN.to(torch.int32)
         return {"top": steps_BM[:, 0].to(torch.int32), "index": index.to(torch.int16) if num_classes <= 1 << 16 else index, "gaps": bits_BN}
 
+    def check(self, components: Mapping[str, Tensor]) -> None:
+        index_BN = _classes(components)
+        if bool(((index_BN < 0) | (index_BN >= self.shape.num_classes)).any()):
+            raise CorruptError(f"{self.full_name}: expected classes below {self.shape.num_classes}, found others; run 'kdcache verify' on the cache")
+
     def decode(self, components: Mapping[str, Tensor]) -> dict[str, Tensor]:
         k = self.k
-        gaps_BN = components["gaps"].to(torch.int64) & 0xFFFF
-        index_BN = components["index"].to(torch.int64)
-        if components["index"].dtype == torch.int16:
-            index_BN = index_BN & 0xFFFF
-        if bool(((index_BN < 0) | (index_BN >= self.shape.num_classes)).any()):  # on a GPU the error would end the process
-            raise CorruptError(f"{self.full_name}: expected classes below {self.shape.num_classes}, found others; run 'kdcache verify' on the cache")
+        if components["index"].device.type == "cpu":
+            self.check(components)
+        gaps_BN, index_BN = components["gaps"].to(torch.int64) & 0xFFFF, _classes(components)
         top_B1 = components["top"].to(torch.int64).unsqueeze(1)
         ranked_BK = top_B1 - torch.cat([torch.zeros_like(top_B1), gaps_BN[:, : k - 1].cumsum(dim=1)], dim=1)
         others_BM = ranked_BK[:, -1:] - gaps_BN[:, k - 1 :]  # the label, if there is a place for it, and the tail
         logits_BN = torch.cat([ranked_BK, others_BM], dim=1).float() / _STEPS
         logits_BK = logits_BN[:, -1:].repeat(1, self.shape.num_classes)
         return {"logits": logits_BK.scatter_(1, index_BN, logits_BN[:, : self.num_kept])}
+
+
+def _classes(components: Mapping[str, Tensor]) -> Tensor:
+    """int64 (B, N)."""
+    index_BN = components["index"]
+    return index_BN.to(torch.int64) & 0xFFFF if index_BN.dtype == torch.int16 else index_BN.to(torch.int64)

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..feature_maps import band_mask, dct2, map_to_tokens, resize_map, squared_error, tokens_to_map
+from ..feature_maps import band_mask, band_mask_on, dct2, map_to_tokens, resize_map, squared_error, tokens_to_map
 from ..teacher_card import TeacherCard
 from .base import DecodedTargets, DistillationSettings, Method, MethodSettings
 
@@ -69,5 +69,5 @@ class Frequency(Method[FrequencySettings]):
         student_BTC = self.adapter(map_to_tokens(resize_map(outputs[f"features@{self.settings.student_node}"], self.grid)))
         with torch.autocast(teacher_BTC.device.type, enabled=False):
             student_BCHW, teacher_BCHW = (dct2(tokens_to_map(tokens.to(teacher_BTC.dtype), self.grid)) for tokens in (student_BTC, teacher_BTC))
-        mask_HW = band_mask(self.grid, self.settings.bands).to(teacher_BTC.device)
+        mask_HW = band_mask_on(teacher_BTC.device, self.grid, self.settings.bands)
         return {"frequency": squared_error(student_BCHW, teacher_BCHW, where=mask_HW) / teacher_BTC.numel()}

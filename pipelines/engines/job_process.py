@@ -211,6 +211,12 @@ def with_share_of(job: Job, cores: int) -> Job:
     return Job(tuple(configs), job.ids)
 
 
+def on_gpu(job: Job) -> Job:
+    """The job on the GPU that its process is given, where its configs leave the device open: one whose GPU fails would train on the CPU, and not say so."""
+    configs = [config if config.device is not None else dataclasses.replace(config, device="cuda") for config in job.configs]
+    return Job(tuple(configs), job.ids)
+
+
 def log_of(job: Job) -> Path:
     """Where a job's log is: OUT/logs."""
     more = f"+{len(job.ids) - 1}" if len(job.ids) > 1 else ""

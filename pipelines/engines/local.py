@@ -17,7 +17,7 @@ from kdcache.errors import StoreError, UsageError
 from kdcache.launch import available_cores
 
 from . import Engine, Entry, InProcess, Job
-from .job_process import RETRIES, JobProcess, close_all, describe_epoch, environ_of_child, log_of, with_share_of
+from .job_process import RETRIES, JobProcess, close_all, describe_epoch, environ_of_child, log_of, on_gpu, with_share_of
 
 _WAIT_S = 0.2
 
@@ -47,7 +47,10 @@ def visible_gpus() -> tuple[str, ...]:
     count = torch.cuda.device_count()
     if named is None:
         return tuple(str(number) for number in range(count))
-    return tuple(name.strip() for name in named.split(","))[:count]  # CUDA sees none after the first that it does not know
+    names = tuple(name.strip() for name in named.split(","))
+    if count and all(name.startswith("MIG-") for name in names):
+        return names  # a process uses one slice of a GPU, however many are named: torch counts one
+    return names[:count]  # CUDA sees none after the first that it does not know
 
 
 @dataclass
@@ -103,7 +106,7 @@ class Local:
 
     def _begin(self, slot: _Slot, attempt: _Attempt) -> Iterator[Entry]:
         """Give a job to a slot's process; entries of its runs if that can't be."""
-        job, log = attempt.job, log_of(attempt.job)
+        job, log = attempt.job if slot.gpu is None else on_gpu(attempt.job), log_of(attempt.job)
         try:
             if slot.process is None:
                 slot.process = JobProcess(log, environ=environ_of_child(os.environ, cores=self.cores, gpu=slot.gpu))

@@ -32,7 +32,7 @@ from kdcache.interrupt import Stopped, finishing_first
 from ..training.lock import RunLock
 from ..training.run import describe_error
 from . import Entry, Job
-from .job_process import RETRIES, JobDied, JobProcess, close_all, describe_epoch, environ_of_child, log_of, with_share_of
+from .job_process import RETRIES, JobDied, JobProcess, close_all, describe_epoch, environ_of_child, log_of, on_gpu, with_share_of
 from .ray_address import check_address, describe_refusal, show_token_here
 
 _WAIT_S = 1.0
@@ -97,6 +97,8 @@ class OnRay:
         gpus, cpus = self._needs()
         self._say_waiting(gpus, cpus)
         absolute = [_with_absolute_places(with_share_of(job, max(1, cpus - 1))) for job in jobs]
+        if gpus > 0:
+            absolute = [on_gpu(job) for job in absolute]
         meeting = _make_meeting(absolute[0])
         there = {
             "meeting": str(meeting), "cwd": os.getcwd(), "version": version("kdcache"), "gpus": gpus, "cpus": cpus, "retries": self._retries,

@@ -288,7 +288,8 @@ class Run:
         if not self.data.val:
             return None
         dataset = EvaluationSet(self.data.val, student, crop_pct=self.config.val_crop_pct)
-        return Evaluator(dataset, batch_size=self.config.batch_size, num_workers=workers, processes=self.processes)
+        pinned = self.processes.device(self.config.device).type == "cuda"
+        return Evaluator(dataset, batch_size=self.config.batch_size, num_workers=workers, pin_memory=pinned, processes=self.processes)
 
     def _write_args(self, device: torch.device, workers: int) -> None:
         config = self.config

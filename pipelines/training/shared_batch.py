@@ -129,8 +129,10 @@ class SharedBatch:
         wanted = tuple(one for one in batch if one in portion.components.get(name, batch))
 
         def make() -> dict[str, Tensor]:
+            encoding = portion.encodings[name]
+            encoding.check({one: batch[one] for one in wanted})
             moved = self._move(("target", key), batch)
-            return portion.encodings[name].decode({one: moved[one] for one in wanted})
+            return encoding.decode({one: moved[one] for one in wanted})
 
         # the number of threads may decide the last bit of a product of matrices, and each student has its own
         return self._share((key, wanted, torch.get_num_threads()), make)

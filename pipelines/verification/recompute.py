@@ -24,6 +24,7 @@ from kdcache.cache import Cache, TeacherLayer
 from kdcache.device import resolve_device
 from kdcache.errors import CacheError, DriftError, KDCacheError, MismatchError, ShardError
 from kdcache.index import rows_of_table
+from kdcache.join import to_device
 from kdcache.plan import require_same
 from kdcache.targets import TargetSpec
 from kdcache.teacher import Teacher, TeacherTarget, load_teacher
@@ -197,12 +198,10 @@ class _Recomputation:
             components = self.cache.read_components(self.layer.name, name, shard, view, [row])
         except CacheError:
             return None
-        tensors = {
-            part: torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).to(self.teacher.device)
-            for part, array in components.items()
-        }
+        tensors = {part: torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array) for part, array in components.items()}
+        encoding.check(tensors)
         with torch.inference_mode():
-            return {part: tensor.float().cpu() for part, tensor in encoding.decode(tensors).items()}
+            return {part: tensor.float().cpu() for part, tensor in encoding.decode(to_device(tensors, self.teacher.device)).items()}
 
     def _label(self, shard: str, labels: np.ndarray[Any, Any], row: int, view: int) -> int:
         """The label that encodings were given: of a mixed view that with the greater weight. labels: of the shard's rows."""
