@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/memory.py [--stages extract,train,prefetch]
 
 Each run is `kdcache extract` or `kdcache train` in processes of their own, with two workers; its peak is the largest sum of the
-processes' proportional set sizes (PSS: a page that n processes share counts 1/n in each; RSS where the system has no PSS), sampled 20 times a
-second. Shards hold tiny images and the models are tiny, so that what the number of samples costs is not hidden by what a model costs.
+processes' proportional set sizes (PSS: a page that n processes share counts 1/n in each; RSS where the system has no PSS) and of the shared
+memory that is under way between them, sampled 20 times a second. Shards hold tiny images and the models
+are tiny, so that what the number of samples costs is not hidden by what a model costs.
 Prints medians over rounds (one peak moves by some percent, with the moment at which workers start), ratios to 1 ×, and the growth a sample.
 Budget (DESIGN §12): independent of the number and size of shards; what a training run must know of every row (its place, its label,
 the order of an epoch) is some 100 bytes.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import statistics
 import subprocess
 import sys
@@ -61,8 +63,25 @@ def _bytes_of(process: psutil.Process) -> int:
     return int(getattr(info, "pss", 0) or info.rss)
 
 
+def _waiting_bytes(family: Sequence[psutil.Process]) -> int:
+    """Of batches on their way from one process to another: open in a worker and mapped nowhere, hence in no process's PSS. 0 without /proc."""
+    sizes: dict[int, int] = {}
+    mapped: set[int] = set()
+    for process in family:
+        try:
+            for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+                if "/torch_" in os.readlink(descriptor):
+                    status = os.stat(descriptor)
+                    sizes[status.st_ino] = 512 * status.st_blocks
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+        except OSError:  # it has just ended
+            continue
+        mapped |= {int(line.split()[4]) for line in maps.splitlines() if "/torch_" in line}
+    return sum(size for inode, size in sizes.items() if inode not in mapped)
+
+
 def peak_bytes(command: Sequence[str]) -> int:
-    """Peak PSS of the process and its children. Raises if the command fails."""
+    """Peak PSS of the process and its children, with what is under way between them. Raises if the command fails."""
     with tempfile.TemporaryFile() as log:
         process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         peak = 0
@@ -71,7 +90,7 @@ def peak_bytes(command: Sequence[str]) -> int:
                 family = [process, *process.children(recursive=True)]
             except psutil.Error:
                 break
-            peak = max(peak, sum(_bytes_of(one) for one in family))
+            peak = max(peak, sum(_bytes_of(one) for one in family) + _waiting_bytes(family))
             time.sleep(0.05)
         if process.wait():
             log.seek(0)

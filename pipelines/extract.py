@@ -116,8 +116,9 @@ class _Run:
         from kdcache.device import resolve_device, share_machine
         from kdcache.teacher import load_teacher
 
-        if decodes_images(config, cache, sources):
-            require_decoder(cache.plan.decoder if cache is not None else config.decoder or "pillow")
+        decoder = cache.plan.decoder if cache is not None else config.decoder or "pillow"
+        if decoder != "pillow" and decodes_images(config, cache, sources):
+            require_decoder(decoder)
         self.config, self.store, self.sources, self.launch, self.progress = config, store, sources, launch, progress
         self.all_sources = all_sources
         self.label_key = common_label_key(sources)
