@@ -1,4 +1,4 @@
-"""Both stages on a pretended GPU (`pretended_cuda`): the same results as on the CPU, nothing on the wrong device, one wait of the host a step."""
+"""Both stages on a pretended GPU (`pretended_device`): the same results as on the CPU, nothing on the wrong device, one wait of the host a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY_VIT, make_shards, make_teacher_dir
-from pretended_cuda import SYNC_BN_KERNELS, Pretended, Transfer, is_on_device
+from pretended_device import SYNC_BN_KERNELS, Pretended, Transfer, is_on_device
 from safetensors.torch import load_file
 from test_processes import start
 from torch import Tensor
@@ -161,7 +161,7 @@ def test_a_run_on_a_gpu_gives_what_one_on_the_cpu_gives_and_waits_once_a_step(
         is_last = (number + 1) % every == 0
         assert [one.what.partition(" (")[0] for one in waits[:1]] == ["tolist of"] * is_last, waits
         assert {one.kind for one in transfers if not one.blocks} == {"to device"}
-        assert [one.where for one in waits[1:]] == ["loop.py:247"] * (is_last and options.get("amp_dtype") == "float16")
+        assert [one.where for one in waits[1:]] == ["pipelines.training.loop._step"] * (is_last and options.get("amp_dtype") == "float16")
         assert sum(not one.blocks and not one.is_pinned for one in transfers) <= ("mgd" in method) + ("vitkd" in method) * len(
             teachers or ()
         )  # masks
@@ -186,6 +186,19 @@ def test_methods_of_one_batch_on_a_gpu_move_it_there_once(folder: Path, tmp_path
     assert all(
         "torch.uint8 (3, 32, 32, 3)" in one and "torch.uint8 (3, 32, 32, 3)" not in other for one, other in zip(moved[::2], moved[1::2], strict=True)
     )
+
+
+def test_methods_on_mps_make_no_float64_and_copy_nothing_that_may_be_freed(folder: Path, tmp_path: Path) -> None:
+    methods = [("kd", "b"), ("frequency", "b"), ("mgd", "a"), ("scalekd", "a"), ("uskd", None)]
+    cnn, vit = ({"students": (name,), "model_kwargs": args} for name, args in (("resnet10t", CNN), (TINY_VIT, STUDENT)))
+    configs = [
+        config_of(folder, tmp_path, "mps", method=method, teacher=name and (name,), batch_size=6, val=None, **vit if method == "scalekd" else cnn)
+        for method, name in methods
+    ]
+    with Pretended("mps") as device:
+        entries = list(train_configs(configs, gang=len(configs)))
+    assert [entry["status"] for entry in entries] == ["done"] * len(configs)
+    assert all(one.blocks and not one.is_pinned for one in device.transfers if one.kind == "to device")
 
 
 def test_a_run_that_was_stopped_on_a_gpu_goes_on_as_if_it_had_not_been(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
