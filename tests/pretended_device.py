@@ -14,11 +14,11 @@ operators is another.
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -46,7 +46,7 @@ class Transfer:
     is_pinned: bool
     """Of `to device`: whether it comes from pinned memory, which is what lets a copy run beside other work."""
     where: str
-    """The innermost line of kdcache or pipelines."""
+    """The innermost function of kdcache or pipelines."""
 
 
 @dataclass
@@ -110,8 +110,10 @@ class Pretended:
         self._stack.close()
 
     def note(self, kind: str, what: str, *, blocks: bool, is_pinned: bool = False) -> None:
-        frames = [frame for frame in traceback.extract_stack() if "/kdcache/" in frame.filename or "/pipelines/" in frame.filename]
-        where = f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else "elsewhere"
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and not frame.f_globals.get("__name__", "").startswith(("kdcache.", "pipelines.")):
+            frame = frame.f_back
+        where = f"{frame.f_globals['__name__']}.{frame.f_code.co_name}" if frame is not None else "elsewhere"
         self.transfers.append(Transfer(kind, what, blocks, is_pinned, where))
 
     @contextmanager
