@@ -69,6 +69,16 @@ def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
         yield item.item() if isinstance(item, Packed) else item
 
 
+def end_workers(loader: DataLoader[Any]) -> None:
+    """End the processes that a loader keeps, if it has begun any, whoever still holds it.
+
+    Left to its last reference they would be there while an error's traceback is, and at the interpreter's end, which sends them a SIGTERM and waits:
+    for ever for those that `outlast_a_signal`.
+    """
+    if isinstance(items := loader._iterator, _MultiProcessingDataLoaderIter):
+        items._shutdown_workers()
+
+
 def hand_over(item: Any) -> Any:
     """A collate function for datasets that make whole batches themselves: the item, its tensors in shared memory if this is a worker.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing.util
 import os
 import re
 import shutil
@@ -89,6 +90,14 @@ def start(action: Callable[[], int | None], logs: Path, *, world: int = 2) -> li
         )
         for rank in range(world)
     ]
+
+
+def as_an_interpreter_ends(action: Callable[[], int]) -> int:
+    """What it gives; then the processes that are left get a SIGTERM and are waited for, while what it raised still holds what it holds."""
+    try:
+        return action()
+    finally:
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
 
 
 def train_in_two(configs: Sequence[TrainConfig], logs: Path, *, world: int = 2) -> None:
@@ -322,7 +331,7 @@ def test_a_signal_to_any_process_saves_what_all_have_done(
             return inner(*given, **options)
 
         setattr(owner, name, counting)
-        return kdcache_command(*arguments)()
+        return as_an_interpreter_ends(kdcache_command(*arguments))
 
     forked = start(command, tmp_path / "logs")
     assert [one.wait(60) for one in forked] == [1, 1], [one.output() for one in forked]
@@ -378,7 +387,7 @@ def fail_in_rank(rank: int, fail: Callable[[], None], arguments: Sequence[str]) 
             return get(self, items)
 
         CachedViews.__getitems__ = failing  # type: ignore[method-assign]
-        return kdcache_command(*arguments)()
+        return as_an_interpreter_ends(kdcache_command(*arguments))
 
     return command
 
@@ -389,7 +398,7 @@ def raise_drift() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_of_one_process_ends_all_with_its_message_once(folder: Path, tmp_path: Path, rank: int) -> None:
-    arguments = arguments_of(options_of(folder, tmp_path / "runs", batch_size=4))
+    arguments = arguments_of(options_of(folder, tmp_path / "runs", batch_size=4, workers=1))
     forked = start(fail_in_rank(rank, raise_drift, arguments), tmp_path / "logs")
     assert [one.wait(60) for one in forked] == [1, 1]
     outputs = [one.output() for one in forked]
