@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from .errors import KDCacheError, StoreError
+from .interrupt import raise_if_dropped
 
 _ALIGNED_TO = 64
 """Bytes at whose multiples tensors begin in a piece of memory: a cache line."""
@@ -58,6 +59,7 @@ def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
         try:
             with naming_killed_workers():
                 item = next(items)
+            raise_if_dropped()
         except StopIteration:
             return
         except KeyboardInterrupt:

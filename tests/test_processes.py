@@ -35,6 +35,7 @@ from kdcache.evaluate import EvaluationSet, Evaluator
 from kdcache.join import CachedViews, EpochBatches
 from kdcache.launch import Launch
 from kdcache.methods import METHODS
+from kdcache.methods.kd import KD
 from kdcache.shards import scan_shard
 from kdcache.sources import resolve_shards
 from kdcache.students import build_student
@@ -562,6 +563,20 @@ def test_processes_compile_too(folder: Path, tmp_path: Path) -> None:
 def test_a_student_that_cannot_be_compiled_is_named_with_the_reason(folder: Path, tmp_path: Path, graphs: list[Any]) -> None:
     with pytest.raises(StudentError, match=rf"student {TINY_VIT}: --torchcompile kdcache_failing can't compile it .*no compiler here"):
         train(TrainConfig(**options_of(folder, tmp_path, torchcompile="kdcache_failing")))
+
+
+class Direct(KD):
+    """Calls the student itself."""
+
+    name = "direct"
+
+    def forward(self, images_BCHW: torch.Tensor, labels: torch.Tensor, targets: Any) -> dict[str, torch.Tensor]:
+        return self.losses({"logits": self.student(images_BCHW)}, labels, targets)
+
+
+def test_a_method_that_would_not_be_compiled_is_told(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(StudentError, match=r"method 'direct' has a `forward` that does not call `run_student`"):
+        train(TrainConfig(**options_of(folder, tmp_path, torchcompile="eager", method="test_processes:Direct")))
 
 
 # --- torchrun ---
