@@ -173,7 +173,8 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @workers_option
 @click.option(
     "--prefetch-bytes", callback=parse_bytes, default="1GiB", show_default=True, metavar="SIZE",
-    help="Most memory of the batches that are loaded ahead, e.g. 500MB; fewer workers if it holds no batch for each.",
+    help="Most memory of the batches that are loaded ahead, e.g. 500MB; fewer workers if it holds no batch for each. Those of the step at work,"
+    " --grad-accum-steps of them, come on top.",
 )  # fmt: skip
 @device_option
 @click.option("--channels-last", is_flag=True, help="Memory format of images and convolutions; on a GPU faster with --amp for most CNNs.")

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from .errors import StudentError, UsageError
 from .methods.base import Method
 
@@ -25,11 +27,30 @@ def check_backend(backend: str) -> None:
 
 
 def compile_student(method: Method[Any], backend: str) -> None:
-    """Let `method.run_student` be compiled when it is first run."""
+    """Let `method.run_student` be compiled when it is first run. The method's first pass raises StudentError if it does without it."""
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)
-    method.run_student = torch.compile(method.run_student, backend=backend)  # type: ignore[method-assign]  # of this instance
+    compiled = torch.compile(method.run_student, backend=backend)
+    is_run = False
+
+    def run_student(images_BCHW: Tensor) -> dict[str, Tensor]:
+        nonlocal is_run
+        is_run = True
+        method.run_student = compiled  # type: ignore[method-assign]
+        outputs: dict[str, Tensor] = compiled(images_BCHW)
+        return outputs
+
+    def check(*_: Any) -> None:
+        hook.remove()
+        if not is_run:
+            raise StudentError(
+                f"--torchcompile {backend}: method {method.name!r} has a `forward` that does not call `run_student`, which is what is compiled; expected"
+                f" that it does: call it there in place of the student, or leave the option out"
+            )
+
+    method.run_student = run_student  # type: ignore[method-assign]  # of this instance
+    hook = method.register_forward_hook(check)
 
 
 @contextmanager

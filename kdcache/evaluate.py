@@ -21,7 +21,7 @@ from .images import UnreadableImageError, decode_image
 from .interrupt import is_asked_to_stop, outlast_a_signal
 from .shards import NO_LABEL, Sample, ShardFiles, ShardIndex, ShardSource
 from .students import Student
-from .workers import hand_over, iterate
+from .workers import end_workers, hand_over, iterate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class _Measured:
 
 
 class Evaluator:
-    """Runs passes over one EvaluationSet, its workers kept between them. Several processes share the batches of a pass."""
+    """Runs passes over one EvaluationSet, its workers kept between them. Several processes share the batches of a pass. Close it when done."""
 
     def __init__(self, dataset: EvaluationSet, *, batch_size: int, num_workers: int, pin_memory: bool = False, processes: Processes = ALONE) -> None:
         """pin_memory: for passes on a GPU."""
@@ -165,6 +165,10 @@ class Evaluator:
         if images == 0:
             raise ShardError(f"--val: none of the {len(skipped)} images can be read; first: {skipped[0] if skipped else 'there is none'}")
         return Evaluation(loss=loss / images, top1=100 * top1 / images, top5=100 * top5 / images, images=images, skipped=tuple(skipped))
+
+    def close(self) -> None:
+        """End the worker processes. No pass follows."""
+        end_workers(self._loader)
 
     def _batches(self) -> Iterator[Any]:
         """Those of this process; of several no more once a signal waits, for which the others wait too."""

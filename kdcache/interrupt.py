@@ -42,6 +42,8 @@ class _Ending:
         """Blocks of `finishing_first` that the main thread is within."""
         self.waiting: Stopped | None = None
         """The exception that waits for their end."""
+        self.raised: Stopped | None = None
+        """The exception, once it was raised."""
         self.is_quiet = False
         """Whether another process says that it waits."""
         self._is_begun = False
@@ -110,6 +112,12 @@ def is_asked_to_stop() -> bool:
     return _ending.waiting is not None
 
 
+def raise_if_dropped() -> None:
+    """Raise a signal's exception again, for whoever still goes on after it: Python drops what is raised in a destructor, or in a hook of fork as workers begin."""
+    if _ending.raised is not None and threading.current_thread() is threading.main_thread():
+        raise _ending.raised
+
+
 def stop() -> Stopped:
     """What all processes raise where they agreed to: of the signal that waits here, or has reached another of them. Its grace begins."""
     stopped, _ending.waiting = _ending.waiting, None
@@ -171,6 +179,7 @@ def stopping_cleanly() -> Iterator[None]:
                     os.write(2, f"\n{stopped}: ends as soon as what is at work is done, a second one ends it at once\n".encode())
                 return
             ending.give_grace()
+            ending.raised = stopped
             raise stopped
         if time.monotonic() - begun[0] > REPEAT_S:
             signal.signal(number, signal.SIG_DFL)

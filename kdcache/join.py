@@ -36,7 +36,7 @@ from .plan import canonical_json
 from .shards import ShardFiles, ShardSource, runs_of
 from .stored_views import estimated_bytes
 from .views import pixel_digest
-from .workers import Room, iterate, pack
+from .workers import Room, end_workers, iterate, pack
 
 DEFAULT_PREFETCH_BYTES = 1 << 30
 """Of the batches that are under way."""
@@ -600,6 +600,8 @@ class BatchLoader:
     def close(self) -> None:
         """End the worker processes."""
         self._end_stream()
+        if self._loader is not None:
+            end_workers(self._loader)
         self._loader = None
 
 

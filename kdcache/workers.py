@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from .errors import KDCacheError, StoreError
+from .interrupt import raise_if_dropped
 
 _ALIGNED_TO = 64
 """Bytes at whose multiples tensors begin in a piece of memory: a cache line."""
@@ -58,6 +59,7 @@ def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
         try:
             with naming_killed_workers():
                 item = next(items)
+            raise_if_dropped()
         except StopIteration:
             return
         except KeyboardInterrupt:
@@ -67,6 +69,16 @@ def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
         if isinstance(item, KDCacheError):
             raise item
         yield item.item() if isinstance(item, Packed) else item
+
+
+def end_workers(loader: DataLoader[Any]) -> None:
+    """End the processes that a loader keeps, if it has begun any, whoever still holds it.
+
+    Left to its last reference they would be there while an error's traceback is, and at the interpreter's end, which sends them a SIGTERM and waits:
+    for ever for those that `outlast_a_signal`.
+    """
+    if isinstance(items := loader._iterator, _MultiProcessingDataLoaderIter):
+        items._shutdown_workers()
 
 
 def hand_over(item: Any) -> Any:

@@ -39,6 +39,7 @@ from helpers import (
 )
 from PIL import Image
 from test_extract import FEATURES, groups, run, tree
+from torch.utils.data import DataLoader
 
 import kdcache.commit
 import kdcache.interrupt
@@ -50,6 +51,7 @@ from kdcache.checkpoint import load_checkpoint
 from kdcache.errors import KDCacheError, StoreError
 from kdcache.join import BatchLoader, CachedViews, EpochBatches
 from kdcache.plan import POLICIES
+from kdcache.workers import iterate
 from pipelines.train import TrainConfig, train
 from pipelines.verify import verify
 
@@ -318,6 +320,28 @@ def test_an_ignored_interrupt_stays_ignored(setup: Path, tmp_path: Path) -> None
         return 0
 
     assert Forked(action, tmp_path / "log").wait(30) == 0
+
+
+def test_a_signal_that_python_drops_ends_the_loop_it_came_in(tmp_path: Path) -> None:
+    """In a destructor, as in a hook of fork while workers begin: its exception is printed and forgotten there."""
+
+    class Dropping:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    def action() -> int:
+        with kdcache.interrupt.stopping_cleanly():
+            seen = 0
+            try:
+                for _ in iterate(DataLoader(range(3))):  # type: ignore[arg-type]
+                    seen += 1
+                    Dropping()
+            except kdcache.interrupt.Stopped:
+                return seen
+        return 3
+
+    assert Forked(action, tmp_path / "log").wait(30) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])

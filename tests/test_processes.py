@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing.util
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ from kdcache.evaluate import EvaluationSet, Evaluator
 from kdcache.join import CachedViews, EpochBatches
 from kdcache.launch import Launch
 from kdcache.methods import METHODS
+from kdcache.methods.kd import KD
 from kdcache.shards import scan_shard
 from kdcache.sources import resolve_shards
 from kdcache.students import build_student
@@ -88,6 +90,14 @@ def start(action: Callable[[], int | None], logs: Path, *, world: int = 2) -> li
         )
         for rank in range(world)
     ]
+
+
+def as_an_interpreter_ends(action: Callable[[], int]) -> int:
+    """What it gives; then the processes that are left get a SIGTERM and are waited for, while what it raised still holds what it holds."""
+    try:
+        return action()
+    finally:
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
 
 
 def train_in_two(configs: Sequence[TrainConfig], logs: Path, *, world: int = 2) -> None:
@@ -321,7 +331,7 @@ def test_a_signal_to_any_process_saves_what_all_have_done(
             return inner(*given, **options)
 
         setattr(owner, name, counting)
-        return kdcache_command(*arguments)()
+        return as_an_interpreter_ends(kdcache_command(*arguments))
 
     forked = start(command, tmp_path / "logs")
     assert [one.wait(60) for one in forked] == [1, 1], [one.output() for one in forked]
@@ -377,7 +387,7 @@ def fail_in_rank(rank: int, fail: Callable[[], None], arguments: Sequence[str]) 
             return get(self, items)
 
         CachedViews.__getitems__ = failing  # type: ignore[method-assign]
-        return kdcache_command(*arguments)()
+        return as_an_interpreter_ends(kdcache_command(*arguments))
 
     return command
 
@@ -388,7 +398,7 @@ def raise_drift() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_of_one_process_ends_all_with_its_message_once(folder: Path, tmp_path: Path, rank: int) -> None:
-    arguments = arguments_of(options_of(folder, tmp_path / "runs", batch_size=4))
+    arguments = arguments_of(options_of(folder, tmp_path / "runs", batch_size=4, workers=1))
     forked = start(fail_in_rank(rank, raise_drift, arguments), tmp_path / "logs")
     assert [one.wait(60) for one in forked] == [1, 1]
     outputs = [one.output() for one in forked]
@@ -562,6 +572,20 @@ def test_processes_compile_too(folder: Path, tmp_path: Path) -> None:
 def test_a_student_that_cannot_be_compiled_is_named_with_the_reason(folder: Path, tmp_path: Path, graphs: list[Any]) -> None:
     with pytest.raises(StudentError, match=rf"student {TINY_VIT}: --torchcompile kdcache_failing can't compile it .*no compiler here"):
         train(TrainConfig(**options_of(folder, tmp_path, torchcompile="kdcache_failing")))
+
+
+class Direct(KD):
+    """Calls the student itself."""
+
+    name = "direct"
+
+    def forward(self, images_BCHW: torch.Tensor, labels: torch.Tensor, targets: Any) -> dict[str, torch.Tensor]:
+        return self.losses({"logits": self.student(images_BCHW)}, labels, targets)
+
+
+def test_a_method_that_would_not_be_compiled_is_told(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(StudentError, match=r"method 'direct' has a `forward` that does not call `run_student`"):
+        train(TrainConfig(**options_of(folder, tmp_path, torchcompile="eager", method="test_processes:Direct")))
 
 
 # --- torchrun ---

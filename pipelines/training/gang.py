@@ -225,6 +225,8 @@ class Gang:
             with ExitStack() as stack:
                 for run in self._runs:
                     stack.callback(run.release)
+                for evaluator in self._evaluators.values():
+                    stack.callback(evaluator.close)
                 stack.callback(self._bar.close)
                 for member in self._members:
                     stack.callback(member.loop.close)
