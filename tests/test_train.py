@@ -34,6 +34,7 @@ from kdcache.sources import resolve_shards
 from kdcache.students import build_student
 from pipelines.extract import ExtractConfig, extract
 from pipelines.train import TrainConfig, train
+from pipelines.training.loop import best_epoch
 
 STUDENT_ARGS: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "drop_rate": 0.1, "drop_path_rate": 0.1}
 CNN = "resnet18"
@@ -369,6 +370,10 @@ def test_resume_with_another_setting_says_which(stopped: tuple[Any, Path], optio
 def test_more_views_than_there_are_is_an_error(config: Any, tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"--views 4: the cache has 3 views of all that is trained on"):
         train(config(views=4))
+
+
+def test_the_best_epoch_is_the_first_of_equals_and_of_those_that_were_measured() -> None:
+    assert best_epoch([{}, {"eval_top1": 3.0}, {}, {"eval_top1": 7.0}, {"eval_top1": 7.0}, {"eval_top1": 5.0}]) == 3
 
 
 def test_an_evaluation_is_made_in_eval_mode_and_leaves_the_student_as_it_was(folder: Path) -> None:
