@@ -73,8 +73,6 @@ class Browsers:
 
         if CHROMIUM is not None:
             return
-        if os.environ.get("KDCACHE_BROWSER") == "1":
-            raise pytest.UsageError("KDCACHE_BROWSER=1, and there is no chromium on the PATH; install it, on Debian with: apt-get install chromium")
         self.left_out = len(wanting)
         config.hook.pytest_deselected(items=wanting)
         items[:] = [item for item in items if item not in wanting]
@@ -96,5 +94,10 @@ class Browsers:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("KDCACHE_BROWSER") == "1" and not hasattr(config, "workerinput"):
+        from browser import CHROMIUM
+
+        if CHROMIUM is None:
+            raise pytest.UsageError("KDCACHE_BROWSER=1, and there is no chromium on the PATH; install it, on Debian with: apt-get install chromium")
     config.pluginmanager.register(NoSkips(), "no-skips")
     config.pluginmanager.register(Browsers(), "browsers")

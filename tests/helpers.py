@@ -166,7 +166,7 @@ def _as_python_has_it(value: Any, *, compact: bool = False) -> bytes:
     return (json.dumps(value, sort_keys=True, separators=(",", ":")) if compact else json.dumps(value, indent=1) + "\n").encode()
 
 
-def run_python(code: str, *arguments: object, check: bool = True, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *arguments: object, check: bool = True, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     """Run `code` in a fresh interpreter, with the repository's packages importable."""
     result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=timeout_s)
     if check:
@@ -214,7 +214,7 @@ class Forked:
     def kill(self, number: int = signal.SIGKILL, *, group: bool = False) -> None:
         (os.killpg if group else os.kill)(self.pid, number)
 
-    def wait(self, timeout_s: float = 120) -> int:
+    def wait(self, timeout_s: float = 240) -> int:
         """The exit status, negative for a signal. Kills the group and fails after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

@@ -47,6 +47,7 @@ from kdcache.sources import resolve_shards
 from kdcache.students import build_student
 from pipelines.extract import ExtractConfig, extract
 from pipelines.train import TrainConfig, train
+from pipelines.training.loop import best_epoch
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +338,27 @@ def test_resume_with_another_setting_says_which(stopped: tuple[Any, Path], optio
 def test_more_views_than_there_are_is_an_error(config: Any, tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"--views 4: the cache has 3 views of all that is trained on"):
         train(config(views=4))
+
+
+def test_the_best_epoch_is_the_first_of_equals_and_of_those_that_were_measured() -> None:
+    assert best_epoch([{}, {"eval_top1": 3.0}, {}, {"eval_top1": 7.0}, {"eval_top1": 7.0}, {"eval_top1": 5.0}]) == 3
+
+
+def test_an_evaluation_is_made_in_eval_mode_and_leaves_the_student_as_it_was(folder: Path) -> None:
+    student = build_student(CNN, num_classes=10, view_size=32, model_args={**CNN_ARGS, "drop_rate": 0.5})
+    dataset = EvaluationSet([scan_shard(source) for source in resolve_shards(str(folder / "val"))], student, crop_pct=None)
+    images, labels = torch.stack([dataset[i][0] for i in range(10)]), torch.tensor([dataset[i][1] for i in range(10)])
+    evaluator, model = Evaluator(dataset, batch_size=4, num_workers=0), student.model
+    with torch.no_grad():
+        logits = model.eval()(images)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for training in (True, False):
+        found = evaluator(model.train(training), torch.device("cpu"))
+        assert model.training == training
+        assert found.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+        assert (found.top1, found.images) == (10.0 * int((logits.argmax(1) == labels).sum()), 10)
+        assert found.top5 == 10.0 * int((logits.topk(5).indices == labels[:, None]).sum())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 # --- labels and classes ---
