@@ -362,7 +362,7 @@ def test_runs_of_a_node_that_is_lost_go_on_on_another(folder: Path, alone: list[
         "log_interval": 1, "recovery_interval": 2, "out": str(tmp_path / "runs"),
     }  # fmt: skip
     (tmp_path / "sweep.yaml").write_text(json.dumps({"base": base, "runs": MORTALS[:1]}))
-    ray_nodes.start("--head", "--port", "0", "--num-cpus", "0", "--include-dashboard", "false")
+    ray_nodes.start("--head", "--port", "0", "--num-cpus", "0", "--include-dashboard", "false", RAY_AUTH_MODE="token")  # the newest do so unasked
     join = "--address", ray_nodes.address, "--num-cpus", "1"
     ray_nodes.start(*join, RAY_AUTH_MODE="token")
     command = [sys.executable, "-m", "cli.main", "train", str(folder / "cache"), "--sweep", str(tmp_path / "sweep.yaml"), "--json"]
