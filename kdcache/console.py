@@ -38,6 +38,11 @@ def one_line(value: Any) -> Any:
     return [one_line(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
+def counted(number: int, noun: str) -> str:
+    """1 shard, 1,024 shards."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def human_bytes(size: float) -> str:
     """Decimal units: 1 kB = 1000 B."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

@@ -17,7 +17,7 @@ import numpy as np
 from kdcache.augment import OPS
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.class_names import ClassNames, teacher_class_names
-from kdcache.console import human_bytes, one_line
+from kdcache.console import counted, human_bytes, one_line
 from kdcache.distance import log_softmax
 from kdcache.errors import UsageError
 from kdcache.fidelity import combine_fidelity
@@ -456,7 +456,7 @@ def _teacher_in_words(name: str, teacher: Mapping[str, Any], *, mixes: bool) -> 
         through = " → ".join([*tail["modules"], *([f"head ({', '.join(tail['head'])})"] if tail["head"] else [])])
         lines.append(f"  tail         {through}: {human_bytes(tail['bytes'])}")
         distance = (
-            f"; without its {tail['prefix_tokens']} prefix tokens {tail['without_prefix']:.2g} from the teacher (relative L2)"
+            f"; without its {counted(tail['prefix_tokens'], 'prefix token')} {tail['without_prefix']:.2g} from the teacher (relative L2)"
             if tail["prefix_tokens"] and tail["without_prefix"] is not None
             else ""
         )
