@@ -43,6 +43,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def view_range(start: int, stop: int) -> str:
+    """view 4, views 0 to 7: start <= v < stop."""
+    return f"view {start}" if stop == start + 1 else f"views {start} to {stop - 1}"
+
+
 def human_bytes(size: float) -> str:
     """Decimal units: 1 kB = 1000 B."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

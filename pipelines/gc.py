@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kdcache.cache import Cache
-from kdcache.console import human_bytes, say
+from kdcache.console import human_bytes, say, view_range
 from kdcache.errors import CorruptError, StoreError, UsageError
 from kdcache.format import Document, calibration_path, tail_path, tail_weights_path, target_path, teacher_path
 from kdcache.index import drop_index
@@ -265,5 +265,5 @@ def _drops_in_words(config: GcConfig, cache: Cache, selection: Selection, change
             yield f"target {target} of teacher {name}: in {len(holding)} segments, {human_bytes(size)}"
     cut = [change for change in changes if config.keep_views is not None and change.document.identity.views.stop > config.keep_views]
     if cut:
-        last = max(change.document.identity.views.stop for change in cut) - 1
-        yield f"views {config.keep_views} to {last}, and what teachers gave for them: in {len(cut)} segments"
+        stop = max(change.document.identity.views.stop for change in cut)
+        yield f"{view_range(config.keep_views, stop)}, and what teachers gave: in {len(cut)} segments"

@@ -17,7 +17,7 @@ import numpy as np
 from kdcache.augment import OPS
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.class_names import ClassNames, teacher_class_names
-from kdcache.console import counted, human_bytes, one_line
+from kdcache.console import counted, human_bytes, one_line, view_range
 from kdcache.distance import log_softmax
 from kdcache.errors import UsageError
 from kdcache.fidelity import combine_fidelity
@@ -512,10 +512,10 @@ def shard_as_text(facts: Mapping[str, Any]) -> str:
     for segment in facts["segments"]:
         start, stop = segment["views"]
         lines.append(
-            f"  segment      {segment['teacher']}: {', '.join(segment['targets'])}; views {start} to {stop - 1}; {human_bytes(segment['bytes'])}"
+            f"  segment      {segment['teacher']}: {', '.join(segment['targets'])}; {view_range(start, stop)}; {human_bytes(segment['bytes'])}"
         )
         first, end = segment["measured_on"]
-        over = f" (over views {first} to {end - 1})" if segment["measured_on"] != segment["views"] else ""
+        over = f" (over {view_range(first, end)})" if segment["measured_on"] != segment["views"] else ""
         for target, fidelity in segment["fidelity"].items():
             words = ", ".join(f"{name} {value:.6f}" if name == "cosine" else f"{name} {value:.3g}" for name, value in fidelity.items())
             lines += _block("", [f"{target}: {words}{over}"])

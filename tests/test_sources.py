@@ -180,7 +180,7 @@ def test_an_info_file_that_says_nothing_is_a_usage_error(tmp_path: Path, content
         ("{0}/train-{{0..9999999}}.tar", "more than 2,000 names"),
         ("{0}/train-{{0000..0003.tar", r"braces are not balanced; expected a brace expression such as 'train-\{0000..0007\}.tar'"),
         ("{0}/train-0000}}.tar", "braces are not balanced"),
-        ("{0}/train-0000.tar::{0}/absent.tar", "no file .*absent.tar; expected 1"),
+        ("{0}/train-0000.tar::{0}/absent.tar", "no file or folder .*absent.tar; did you mean .*/train-0000.tar'.; expected a tar, a folder"),
         ("{0}:train", "no _info.json in .*, hence no split 'train'.*'train-\\*.tar'"),
         ("{0}/empty", r"no shards: '.*/empty' holds no .tar file; expected a folder of tars"),
         ("{0}/above", r"sub-folders hold some \(a, b\): name one of them, or all as '.*/above/\*/\*.tar'"),

@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache import Cache
-from kdcache.console import human_bytes
+from kdcache.console import human_bytes, view_range
 from kdcache.errors import CacheError, KDCacheError
 from kdcache.format import (
     Document,
@@ -60,7 +60,7 @@ class Segment:
     @property
     def words(self) -> str:
         what = f"{', '.join(self.targets)} of teacher {self.teacher}, " if self.targets else ""
-        return f"shard {self.shard}: {what}views {self.views.start} to {self.views.stop - 1}"
+        return f"shard {self.shard}: {what}{view_range(self.views.start, self.views.stop)}"
 
 
 @dataclass
