@@ -228,7 +228,7 @@ def needed(name: str, settings: MethodSettings, cache: Cache, teacher: str | Non
         one, other, *_ = sorted(cache.teachers)
         raise UsageError(
             f"{cache.store.url}: the cache has {len(cache.teachers)} teachers ({', '.join(sorted(cache.teachers))}); pass --teacher NAME, or several that"
-            f" teach at once: --teacher {one} --teacher {other}"
+            f" teach at once: --teacher {one} --teacher {other}; from Python, teacher={one!r}"
         )
     layer = cache.layer(teacher)
     card = card_of_layer(layer)
