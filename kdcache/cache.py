@@ -231,7 +231,9 @@ class Cache:
         names = ", ".join(sorted(self.teachers)) or "none yet"
         if teacher is None:
             if len(self.teachers) != 1:
-                raise UsageError(f"{self.store.url}: the cache has {len(self.teachers)} teachers ({names}); pass --teacher NAME, from Python teacher=NAME")
+                raise UsageError(
+                    f"{self.store.url}: the cache has {len(self.teachers)} teachers ({names}); pass --teacher NAME, from Python teacher=NAME"
+                )
             return next(iter(self.teachers.values()))
         if teacher not in self.teachers:
             raise UsageError(f"{self.store.url}: no teacher {teacher!r}; the cache has: {names}")

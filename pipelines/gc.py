@@ -263,7 +263,8 @@ def _drops_in_words(config: GcConfig, cache: Cache, selection: Selection, change
                 field.size for change in holding for path, field in change.document.identity.group.files.items() if path.startswith(f"{target}/")
             )
             yield f"target {target} of teacher {name}: in {len(holding)} segments, {human_bytes(size)}"
-    cut = [change for change in changes if config.keep_views is not None and change.document.identity.views.stop > config.keep_views]
-    if cut:
+    keep = config.keep_views
+    cut = [change for change in changes if keep is not None and change.document.identity.views.stop > keep]
+    if keep is not None and cut:
         stop = max(change.document.identity.views.stop for change in cut)
-        yield f"{view_range(config.keep_views, stop)}, and what teachers gave: in {len(cut)} segments"
+        yield f"{view_range(keep, stop)}, and what teachers gave: in {len(cut)} segments"
