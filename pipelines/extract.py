@@ -336,8 +336,9 @@ class _Run:
                 passes += count * len(segment)
                 size += count * len(segment) * sum(bytes_per_view[name] for name in names)
         say(f"teacher {self.teacher_name!r} gives " + ", ".join(f"{plan.target.name}:{plan.encoding.full_name}" for plan in plans))
+        each = f"{views / max(1, samples):.3g}"
         say(
-            f"{len(self.pending)} of {len(self.sources)} shards to do: about {samples:,} samples x {views / max(1, samples):.3g} views;"
+            f"{len(self.pending)} of {len(self.sources)} shards to do: about {samples:,} samples x {each} view{'' if each == '1' else 's'};"
             f" the teacher needs about {human_seconds(passes * seconds_per_view / ranks)} ({1e3 * seconds_per_view:.1f} ms a view)"
             + (f" on each of {ranks} ranks" if ranks > 1 else "")
         )
