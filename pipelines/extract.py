@@ -335,7 +335,9 @@ class _Run:
             for names, segment in missing.segments:
                 passes += count * len(segment)
                 size += count * len(segment) * sum(bytes_per_view[name] for name in names)
-        say(f"teacher {self.teacher_name!r} gives " + ", ".join(f"{plan.target.name}:{plan.encoding.full_name}" for plan in plans))
+        takes = self.teacher.identity.preprocessing.input_size
+        resized = f"; views of {self.plan.size} px are resized to its {takes}" if takes != self.plan.size else ""
+        say(f"teacher {self.teacher_name!r} gives {', '.join(f'{plan.target.name}:{plan.encoding.full_name}' for plan in plans)}{resized}")
         each = f"{views / max(1, samples):.3g}"
         say(
             f"{len(self.pending)} of {len(self.sources)} shards to do: about {samples:,} samples x {each} view{'' if each == '1' else 's'};"
@@ -350,7 +352,7 @@ class _Run:
         cached = max(self.wanted.values())
         students = -(-cached // TYPICAL_EPOCHS)
         say(
-            f"break-even: {cached} teacher passes an image once, in place of {TYPICAL_EPOCHS} for each student trained online for {TYPICAL_EPOCHS}"
+            f"break-even: {cached} teacher pass{'' if cached == 1 else 'es'} an image once, in place of {TYPICAL_EPOCHS} for each student trained online for {TYPICAL_EPOCHS}"
             f" epochs: it pays from {'the first student' if students == 1 else f'{students} students'} on"
         )
 
