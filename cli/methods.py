@@ -38,7 +38,7 @@ def command(name: str | None, as_json: bool) -> None:
             click.echo("\n".join(_in_short(one) for one in facts))
             click.echo(
                 "\nEvery method but ce adds the labels' cross-entropy (distill_loss_weight, task_loss_weight, smoothing); nkd+vitkd is the sum of two.\n"
-                "'kdcache methods NAME' explains the constants of one."
+                "'kdcache extract --for NAME' records what a method needs, 'kdcache methods NAME' explains its constants."
             )
 
     run_command(action)
@@ -61,7 +61,11 @@ def _in_full(facts: Mapping[str, Any]) -> str:
 
 
 def _needs(facts: Mapping[str, Any]) -> str:
-    return (", ".join(facts["needs"]) or "no teacher") + ("; labels" if facts["needs_labels"] else "")
+    return (
+        (", ".join(facts["needs"]) or "no teacher")
+        + ("; the teacher's last blocks" if facts["needs_tail"] else "")
+        + ("; labels" if facts["needs_labels"] else "")
+    )
 
 
 def _shown(value: Any) -> str:

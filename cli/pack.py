@@ -21,21 +21,24 @@ from .options import json_option, print_json
 def command(images: str, out: str, name: str | None, samples_per_shard: int, shuffle_seed: int, no_shuffle: bool, as_json: bool) -> None:
     """Turn IMAGES/<class>/<file> into WebDataset shards in OUT, byte for byte the same each time.
 
-    Layout as timm's ImageNet: a jpg (or jpeg, png, webp), cls and json member a sample. Image bytes are kept as they are. Hidden
-    folders are passed over, a class folder without images is an error, and other files are counted and left out.
+    Layout as timm's ImageNet: a jpg (or jpeg, png, webp), cls and json member a sample. Classes are numbered from 0 in the
+    order of their folders' names, as torchvision's ImageFolder does; the json member has the name. Pack training and
+    validation images apart, each with a --name of its own. Image bytes are kept as they are. Hidden folders are passed over,
+    a class folder without images is an error, and other files are counted and left out.
 
     \b
-    Example:
-      kdcache pack imagenet/train shards --name imagenet1k-train
+    Examples:
+      kdcache pack imagenet/train shards/train --name imagenet1k-train
+      kdcache pack imagenet/val shards/val --name imagenet1k-validation
     """
 
     def action() -> None:
-        from kdcache.console import human_bytes, say
+        from kdcache.console import counted, human_bytes, say
         from pipelines.pack import PackConfig, pack
 
         seed = None if no_shuffle else shuffle_seed
         summary = pack(PackConfig(images=images, out=out, name=name, samples_per_shard=samples_per_shard, shuffle_seed=seed), progress=True)
-        say(f"{out}: {summary.samples:,} images of {summary.classes} classes in {summary.shards} shards, {human_bytes(summary.bytes)}")
+        say(f"{out}: {summary.samples:,} images of {summary.classes} classes in {counted(summary.shards, 'shard')}, {human_bytes(summary.bytes)}")
         if as_json:
             print_json(summary.to_json())
 

@@ -6,6 +6,7 @@ Chunks are checked when they are read. Nothing here needs the teacher.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -231,7 +232,9 @@ class Cache:
         names = ", ".join(sorted(self.teachers)) or "none yet"
         if teacher is None:
             if len(self.teachers) != 1:
-                raise UsageError(f"{self.store.url}: the cache has {len(self.teachers)} teachers ({names}); pass --teacher NAME")
+                raise UsageError(
+                    f"{self.store.url}: the cache has {len(self.teachers)} teachers ({names}); pass --teacher NAME, from Python teacher=NAME"
+                )
             return next(iter(self.teachers.values()))
         if teacher not in self.teachers:
             raise UsageError(f"{self.store.url}: no teacher {teacher!r}; the cache has: {names}")
@@ -320,8 +323,8 @@ class Cache:
         for skip in self.views_record(shard, 0).skipped:
             if skip.key == key:
                 raise MissingError(f"shard {shard}: key {key!r} was skipped when the cache was made: {skip.reason}")
-        near = ", ".join(repr(name) for name in list(rows)[:3])
-        raise MissingError(f"shard {shard}: no key {key!r}; the shard has {len(rows)} keys, the first are {near}")
+        near = ", ".join(map(repr, difflib.get_close_matches(key, rows, n=3) or list(rows)[:3]))
+        raise MissingError(f"shard {shard}: no key {key!r}; the shard has {len(rows)} keys, such as {near}")
 
     def close(self) -> None:
         """Close the files that reading keeps open; the cache can still be used."""
@@ -334,16 +337,22 @@ class Cache:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
+    def no_shard(self, shard: str) -> MissingError:
+        """The error for a shard that the cache has not, naming one that it has."""
+        near = difflib.get_close_matches(shard.removesuffix(".tar"), self.shards, n=1) or self.shards[:1]
+        hint = f", such as {near[0]!r}" if near else ""
+        return MissingError(f"{self.store.url}: no shard {shard!r}; it has {len(self.views)}{hint}")
+
     def views_record(self, shard: str, view: int) -> ViewsIdentity:
         """The views record that holds this view of the shard. Raises MissingError."""
         records = self.views.get(shard)
         if not records:
-            raise MissingError(f"{self.store.url}: no shard {shard!r}; it has {len(self.views)} shards, from {self.shards[:1]} on")
+            raise self.no_shard(shard)
         for record in records:
             if view in record.identity.views:
                 return record.identity
-        have = [r.identity.views.words for r in records]
-        raise MissingError(f"shard {shard}: no view {view}; it has views {', '.join(have)}; run 'kdcache extract' with more --views to add it")
+        have = [view_range(r.identity.views.start, r.identity.views.stop) for r in records]
+        raise MissingError(f"shard {shard}: no view {view}; it has {', '.join(have)}; run 'kdcache extract' with more --views to add it")
 
     # --- arrays ---
 

@@ -57,6 +57,11 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int | None = None) -> str:
     return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
 
 
+def view_range(start: int, stop: int) -> str:
+    """view 4, views 0 to 7: start <= v < stop."""
+    return f"view {start}" if stop == start + 1 else f"views {start} to {stop - 1}"
+
+
 def human_bytes(size: float) -> str:
     """Decimal units: 1 kB = 1000 B."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

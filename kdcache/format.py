@@ -119,11 +119,6 @@ class ViewRange(FrozenModel):
         """The views themselves."""
         return range(self.start, self.stop)
 
-    @property
-    def words(self) -> str:
-        """'0 to 3': from the first to the last."""
-        return f"{self.start} to {self.stop - 1}"
-
     def __len__(self) -> int:
         return self.stop - self.start
 

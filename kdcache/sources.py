@@ -13,6 +13,8 @@ folder or a glob gives is sorted by name, character by character. Dataset code m
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import glob
 import json
 import os
@@ -158,6 +160,9 @@ def _expression(text: str, base: str, look: _Look) -> Iterator[ShardSource]:
     """A brace expression, of globs or of names that are all there."""
     names = _brace_names(text)
     missing = [name for name in names if not glob.has_magic(name) and not look.has(os.path.join(base, name))]
+    if names == [text] and missing:
+        near = _near_name(missing[0], base)
+        raise UsageError(f"shards {text!r}: no file or folder {os.path.join(base, text)}{near}; expected a tar, a folder of tars or a list file")
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UsageError(f"shards {text!r}: no file {os.path.join(base, missing[0])}{more}; expected {len(names)} tar files")
@@ -166,6 +171,16 @@ def _expression(text: str, base: str, look: _Look) -> Iterator[ShardSource]:
             yield from _existing(os.path.join(base, name), look)
         else:
             yield from _glob(name, base, look)
+
+
+def _near_name(name: str, base: str) -> str:
+    """A hint at what lies in the same folder under nearly the same name, or nothing."""
+    folder, _, last = os.path.join(base, name).rstrip("/").rpartition("/")
+    with contextlib.suppress(OSError):
+        near = difflib.get_close_matches(last, sorted(os.listdir(folder or ".")), n=1)
+        if near:
+            return f"; did you mean {printable(os.path.join(folder, near[0]))!r}?"
+    return ""
 
 
 def _brace_names(text: str) -> list[str]:

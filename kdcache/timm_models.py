@@ -97,6 +97,8 @@ def build_model(
     if ":" not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         suggestion = f"near ones: {', '.join(near)}" if near else "none is called nearly so"
+        if Path(name, "config.json").is_file():
+            suggestion = f"a folder of this name is here: 'local-dir:{name}' takes its model"
         raise error(f"{role} {name!r}: timm {timm.__version__} knows no such model; {suggestion}; timm.list_models() names all")
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained and checkpoint is None, **args)
@@ -108,9 +110,10 @@ def build_model(
         raise error(f"{role} {name!r}: its weights file is no weights-only PyTorch file; save it as safetensors: {_first_line(problem)}") from problem
     except (OSError, RuntimeError, ValueError) as problem:
         if isinstance(problem, OSError) or "pretrained" in str(problem).lower() or "connect" in str(problem).lower():
+            elsewhere = " or --checkpoint FILE" if role == "teacher" else f" as the {role}, or leave --pretrained out"
             raise error(
                 f"{role} {name!r}: its pretrained weights can't be had ({type(problem).__name__}: {_first_line(problem)}); on a machine"
-                f" without the hub pass 'local-dir:FOLDER' (as timm's save_for_hf writes) or --checkpoint FILE"
+                f" without the hub pass 'local-dir:FOLDER' (as timm's save_for_hf writes){elsewhere}"
             ) from problem
         raise error(f"{role} {name!r}: can't be built: {_first_line(problem)}") from problem
     except (AssertionError, LookupError, AttributeError, ArithmeticError, MemoryError) as problem:  # what timm's constructors raise for odd arguments
@@ -119,8 +122,29 @@ def build_model(
         try:
             model.load_state_dict(state, strict=True)
         except RuntimeError as problem:
-            raise error(f"{role} {name!r}: {checkpoint} does not fit the model: {' '.join(str(problem).split())[:400]}") from problem
+            raise error(f"{role} {name!r}: {checkpoint} does not fit the model: {_misfit(model, state)}") from problem
     return model
+
+
+def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Why a state dict can't be loaded, with an example of each kind of difference, and what to do."""
+    own = model.state_dict()
+    other = [key for key in own if key in state and getattr(state[key], "shape", None) != own[key].shape]
+    lacking, beyond = [key for key in own if key not in state], [key for key in state if key not in own]
+    parts = [f"it lacks {len(lacking)} of the model's {len(own)} tensors, {lacking[0]} first"] if lacking else []
+    parts += [f"it has {len(beyond)} of {len(state)} that the model lacks, {beyond[0]} first"] if beyond else []
+    parts += [f"{key} is {_shape(state[key])}, the model's {_shape(own[key])}" for key in other[:2]]
+    if len(other) > 2:
+        parts.append(f"{len(other) - 2} more are of other shapes")
+    if other and not lacking and not beyond:
+        remedy = "build the model as it was trained: --model-kwargs img_size=…, num_classes=…"
+    else:
+        remedy = "expected the state dict of this very architecture: name the model that it was saved from, its arguments by --model-kwargs"
+    return f"{'; '.join(parts) or 'its tensors are of another kind'}; {remedy}"
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, getattr(tensor, "shape", ()))) or "a number"
 
 
 def _first_line(problem: BaseException) -> str:

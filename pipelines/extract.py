@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.commit import ChunkPool, create_document
-from kdcache.console import human_bytes, human_seconds, say
+from kdcache.console import counted, human_bytes, human_seconds, say
 from kdcache.errors import CacheError, KDCacheError, ShardError, TeacherError, UsageError
 from kdcache.format import CacheIdentity, Document, SourceIdentity, TailIdentity, ViewsIdentity
 from kdcache.images import require_decoder
@@ -315,21 +315,32 @@ class _Run:
 
     def _say_estimate(self, plans: Sequence[TargetPlan], seconds_per_view: float) -> None:
         samples, ranks = self._estimated_samples(self.pending), self.launch.world_size
-        passes = max(self.wanted[plan.target.name] for plan in plans)
+        bytes_per_view = {plan.target.name: plan.encoding.bytes_per_view for plan in plans}
+        views = passes = size = 0.0
+        for source, count in self._samples_of(self.pending):
+            missing = self._missing(source.name)
+            views += count * len(missing.all_views)
+            for names, segment in missing.segments:
+                passes += count * len(segment)
+                size += count * len(segment) * sum(bytes_per_view[name] for name in names)
+        takes = self.teacher.identity.preprocessing.input_size
+        resized = f"; views of {self.plan.size} px are resized to its {takes}" if takes != self.plan.size else ""
+        say(f"teacher {self.teacher_name!r} gives {', '.join(f'{plan.target.name}:{plan.encoding.full_name}' for plan in plans)}{resized}")
+        each = f"{views / max(1, samples):.3g}"
         say(
-            f"{len(self.pending)} of {len(self.sources)} shards to do: about {samples:,} samples x {self.views} views;"
-            f" the teacher needs about {human_seconds(samples * passes * seconds_per_view / ranks)} ({1e3 * seconds_per_view:.1f} ms a view)"
+            f"{len(self.pending)} of {len(self.sources)} shards to do: about {samples:,} samples x {each} view{'' if each == '1' else 's'};"
+            f" the teacher needs about {human_seconds(passes * seconds_per_view / ranks)} ({1e3 * seconds_per_view:.1f} ms a view)"
             + (f" on each of {ranks} ranks" if ranks > 1 else "")
         )
-        size = samples * sum(self.wanted[plan.target.name] * plan.encoding.bytes_per_view for plan in plans)
         free = self.store.free_bytes()
         stored = ""
         if stored_bytes := self._estimated_stored_bytes():
             stored = f", and about {human_bytes(stored_bytes)} of stored views ({self.plan.stored_views}; by their area, an estimate)"
         say(f"at most {human_bytes(size)} of targets, before compression{stored}" + (f"; {human_bytes(free)} are free" if free is not None else ""))
-        students = -(-passes // TYPICAL_EPOCHS)
+        cached = max(self.wanted.values())
+        students = -(-cached // TYPICAL_EPOCHS)
         say(
-            f"break-even: {passes} teacher passes an image once, in place of {TYPICAL_EPOCHS} for each student trained online for {TYPICAL_EPOCHS}"
+            f"break-even: {cached} teacher pass{'' if cached == 1 else 'es'} an image once, in place of {TYPICAL_EPOCHS} for each student trained online for {TYPICAL_EPOCHS}"
             f" epochs: it pays from {'the first student' if students == 1 else f'{students} students'} on"
         )
 
@@ -344,7 +355,7 @@ class _Run:
         self.committed: dict[str, np.ndarray[Any, Any]] = {}
         self.jobs: dict[int, ShardJob] = {}
         self.turns = Turns(self.store, self.sources, self.pending, self.launch, teacher_name=self.teacher_name)
-        total = self._estimated_samples(self.turns.own) * self.views
+        total = round(sum(samples * self._rendered_views(source.name) for source, samples in self._samples_of(self.turns.own)))
         try:
             with naming_killed_workers(), tqdm(total=total, unit="view", desc="extract", disable=not self.progress or not self.pending) as bar:
                 self._work(bar)
@@ -369,6 +380,12 @@ class _Run:
     def _estimated_samples(self, sources: Sequence[ShardSource]) -> int:
         """Samples of these shards, of those that are pending."""
         return round(sum(samples for _, samples in self._samples_of(sources)))
+
+    def _rendered_views(self, shard: str) -> int:
+        """Views of each sample that are rendered or read for what a shard lacks, an old one that is compared with its digest included."""
+        missing = set(self._missing(shard).all_views)
+        have = {view for record in self._records(shard) for view in range(record.identity.views.start, record.identity.views.stop)}
+        return len(missing) + bool(have and not have & missing)
 
     def _estimated_stored_bytes(self) -> float:
         """What the views that the pending shards lack will weigh, as they are stored."""
@@ -559,9 +576,9 @@ def _report(config: ExtractConfig, summary: ExtractSummary, launch: Launch) -> N
     if launch.rank > 0:
         return
     say(
-        f"{config.cache}: {summary.shards} shards, {summary.rows:,} rows x {summary.views} views, {summary.skipped} samples skipped;"
+        f"{config.cache}: {counted(summary.shards, 'shard')}, {counted(summary.rows, 'row')} x {counted(summary.views, 'view')}, {counted(summary.skipped, 'sample')} skipped;"
         f" added {human_bytes(summary.bytes)} in {human_seconds(summary.seconds)}"
-        f" ({human_seconds(summary.teacher_seconds)} in the teacher); {summary.resumed_shards} shards were there already"
+        f" ({human_seconds(summary.teacher_seconds)} in the teacher); {counted(summary.resumed_shards, 'shard')} there already"
     )
 
 

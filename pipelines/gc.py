@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kdcache.cache import Cache
-from kdcache.console import human_bytes, say
+from kdcache.console import human_bytes, say, view_range
 from kdcache.errors import CorruptError, StoreError, UsageError
 from kdcache.format import Document
 from kdcache.index import drop_index
@@ -262,7 +262,8 @@ def _drops_in_words(config: GcConfig, cache: Cache, selection: Selection, change
             holding = [change for change in of_teacher if target in change.document.identity.targets]
             size = sum(change.document.identity.group.size_of(target) for change in holding)
             yield f"target {target} of teacher {name}: in {len(holding)} segments, {human_bytes(size)}"
-    cut = [change for change in changes if config.keep_views is not None and change.document.identity.views.stop > config.keep_views]
-    if cut:
-        last = max(change.document.identity.views.stop for change in cut) - 1
-        yield f"views {config.keep_views} to {last}, and what teachers gave for them: in {len(cut)} segments"
+    keep = config.keep_views
+    cut = [change for change in changes if keep is not None and change.document.identity.views.stop > keep]
+    if keep is not None and cut:
+        stop = max(change.document.identity.views.stop for change in cut)
+        yield f"{view_range(keep, stop)}, and what teachers gave: in {len(cut)} segments"

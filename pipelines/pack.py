@@ -23,6 +23,9 @@ from kdcache.errors import ShardError, StoreError, UsageError
 from kdcache.images import IMAGE_EXTENSIONS
 from kdcache.shards import printable, split_member
 
+_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+"""Folders that hold the classes of a split: if a dataset has no others, its parts would become its classes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
@@ -71,7 +74,7 @@ def pack(config: PackConfig, *, progress: bool = False) -> PackSummary:
         raise UsageError(f"samples per shard must be at least 1, found {config.samples_per_shard}")
     classes, samples, ignored = _find_images(root)
     if ignored:
-        kinds = Counter(path.suffix.lower() or "no extension" for path in ignored)
+        kinds = Counter(_kind(path) for path in ignored)
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         say(f"{config.images}: {len(ignored)} files are not packed ({printable(counts)}); first: {printable(str(ignored[0]))}")
     if config.shuffle_seed is not None:
@@ -98,6 +101,13 @@ def _find_images(root: Path) -> tuple[list[str], list[tuple[Path, int]], list[Pa
     if not folders:
         raise UsageError(f"images {str(root)!r}: no class folders; expected IMAGES/<class>/<file>")
     ignored = [path for path in children if not path.is_dir()]
+    splits = [path.name for path in folders if path.name.lower() in _SPLITS]
+    if len(splits) == len(folders):
+        example = os.path.join(str(root), splits[0])
+        raise UsageError(
+            f"images {str(root)!r}: its folders, {' and '.join(splits)}, are splits and no classes; pack each by itself, {example!r} first,"
+            f" with a --name of its own"
+        )
     samples: list[tuple[Path, int]] = []
     for label, folder in enumerate(folders):
         images, others = _walk(folder)
@@ -109,6 +119,13 @@ def _find_images(root: Path) -> tuple[list[str], list[tuple[Path, int]], list[Pa
         samples += [(image, label) for image in images]
         ignored += others
     return [folder.name for folder in folders], samples, ignored
+
+
+def _kind(path: Path) -> str:
+    """Why a file is not packed, in a word or two."""
+    if path.is_symlink() and not path.is_file():
+        return "link to a folder" if path.is_dir() else "link to nothing"
+    return "hidden" if path.name.startswith(".") else path.suffix.lower() or "no extension"
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from kdcache.console import say
 from kdcache.distributed import Processes, joined
 from kdcache.errors import KDCacheError, StudentError, UsageError
 
@@ -71,6 +72,9 @@ def _train_with(processes: Processes, configs: Sequence[TrainConfig], *, gang: i
         run.check_folder()
     for run in runs:
         run.check_build()
+    is_done = all(run.is_finished for run in runs)  # asked by all processes
+    if progress and len(configs) == 1 and processes.is_first and not is_done:
+        say(runs[0].data.in_words())
     failed: dict[str, dict[str, Any]] = {}
     for members in gangs_of(runs, gang):
         if members[0].is_finished:

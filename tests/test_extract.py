@@ -176,6 +176,18 @@ def test_blocks_of_a_sample_give_the_bytes_of_one_block_a_shard(setup: Path, mon
     assert (verdict.problems, verdict.views_replayed) == ([], 2 * 5 * 3)
 
 
+def test_growth_is_estimated_by_what_is_missing(setup: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(setup, views=4)
+    capsys.readouterr()
+    given = {"shards": str(setup / "shards"), "cache": str(setup / "cache"), "teacher": f"local-dir:{setup / 'teacher'}", "device": "cpu"}
+    extract(ExtractConfig(**given, views=5, workers=0), progress=True)
+    said = capsys.readouterr().err
+    assert "teacher 'teacher' gives logits:dense\n" in said
+    assert "2 of 2 shards to do: about 12 samples x 1 view; the teacher needs" in said
+    assert "0/24 [" in said  # the new view, and an old one that is compared
+    assert "60 [" not in said
+
+
 def test_fewer_views_for_one_target(setup: Path) -> None:
     run(setup, targets=("logits", FEATURES + ",views=1"), views=3)
     cache = open_cache(setup / "cache")

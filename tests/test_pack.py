@@ -74,6 +74,20 @@ def test_a_class_folder_without_images_is_an_error_that_names_it(images: Path, t
     assert not (tmp_path / "out").exists()
 
 
+def test_folders_of_splits_are_refused_and_no_classes(images: Path, tmp_path: Path) -> None:
+    images.rename(tmp_path / "val")
+    (tmp_path / "both" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "val" / "cat" / "a.jpg").rename(tmp_path / "both" / "train" / "cat" / "a.jpg")
+    (tmp_path / "val").rename(tmp_path / "both" / "val")
+    with pytest.raises(UsageError, match=r"its folders, train and val, are splits and no classes; pack each by itself, '.*/both/train' first"):
+        pack_into(tmp_path / "both", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistyped_command_names_the_near_one() -> None:
+    assert CliRunner().invoke(main, ["pakc"]).output.endswith("No such command 'pakc'. (Did you mean 'pack'?)\n")
+
+
 def test_files_that_are_not_packed_are_counted_and_said(images: Path, tmp_path: Path) -> None:
     expected = pack_into(images, tmp_path / "expected")
     for name in ("cat/a.bmp", "cat/b.GIF", "cat/c.gif", "README", "cat/.hidden.jpg"):
@@ -83,7 +97,7 @@ def test_files_that_are_not_packed_are_counted_and_said(images: Path, tmp_path: 
     result = CliRunner().invoke(main, ["pack", str(images), str(tmp_path / "out"), "--name", "x", "--samples-per-shard", "4", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {"shards": 3, "samples": 9, "classes": 3, "bytes": sum(map(len, expected.values())), "ignored": 7}
-    assert "7 files are not packed (1 .bmp, 2 .gif, 2 .jpg, 2 no extension); first:" in result.stderr
+    assert "7 files are not packed (1 .bmp, 2 .gif, 1 hidden, 1 link to a folder, 1 link to nothing, 1 no extension); first:" in result.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
 
 

@@ -319,6 +319,13 @@ def test_an_unknown_model_names_near_ones() -> None:
         load_teacher("qqqqzzzz")
 
 
+def test_a_folder_that_is_named_without_its_prefix_is_pointed_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_teacher_dir(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TeacherError, match="knows no such model; a folder of this name is here: 'local-dir:mine' takes its model"):
+        load_teacher("mine")
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "hf-hub:timm/no-such-model-at-all"])
 def test_weights_that_cannot_be_had_offline_suggest_a_folder(name: str) -> None:
     with pytest.raises(TeacherError, match=r"pretrained weights can't be had .*local-dir:FOLDER.*--checkpoint FILE"):
@@ -334,6 +341,11 @@ def test_a_checkpoint_of_another_shape_is_an_error(tmp_path: Path) -> None:
     save_file(tiny_model(**{**TINY_VIT_ARGS, "depth": 1}).state_dict(), str(tmp_path / "w.safetensors"))
     with pytest.raises(TeacherError, match=r"w.safetensors does not fit the model: .*blocks.1"):
         load_teacher(TINY_VIT, checkpoint=tmp_path / "w.safetensors", model_args=TINY_VIT_ARGS)
+    save_file(tiny_model(**{**TINY_VIT_ARGS, "img_size": 64}).state_dict(), str(tmp_path / "large.safetensors"))
+    with pytest.raises(
+        TeacherError, match=r"large.safetensors does not fit the model: pos_embed is 1x.*; build the model as it was trained: --model-kwargs"
+    ):
+        load_teacher(TINY_VIT, checkpoint=tmp_path / "large.safetensors", model_args=TINY_VIT_ARGS)
     with pytest.raises(TeacherError, match=r"can't be built with .*'colour': 3"):
         load_teacher(TINY_VIT, checkpoint=tmp_path / "w.safetensors", model_args={"colour": 3})
     with pytest.raises(TeacherError, match="no checkpoint file"):

@@ -38,7 +38,7 @@ import pipelines.training.checkpoints
 from cli.main import main
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.errors import CorruptError, DriftError, MismatchError, MissingError, ShardError, StoreError, StudentError, UsageError
-from kdcache.evaluate import EvaluationSet
+from kdcache.evaluate import EvaluationSet, Evaluator
 from kdcache.images import decode_image
 from kdcache.join import CachedViews
 from kdcache.opening import open_cache

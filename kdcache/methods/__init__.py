@@ -178,7 +178,7 @@ def _own_field(name: str, key: str) -> str | None:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What a person wants to know of method `name`, JSON types: {"name", "summary", "paper", "needs", "needs_labels", "constants"}.
+    """What a person wants to know of method `name`, JSON types: {"name", "summary", "paper", "needs", "needs_tail", "needs_labels", "constants"}.
 
     needs: specs of targets; where they depend on the teacher, those of a plain ViT. constants: field → {"default", "help"}; a
     sum's parts as `part.field`. Raises UsageError for an unknown method.
@@ -189,9 +189,16 @@ def describe(name: str) -> dict[str, Any]:
         "summary": method.summary,
         "paper": method.paper,
         "needs": requirements(name),
+        "needs_tail": _runs_tail(method),
         "needs_labels": method.needs_labels,
         "constants": dict(_constants(method.Settings)),
     }
+
+
+def _runs_tail(method: type[Method[Any]]) -> bool:
+    """Whether a method, or a part of a sum, may run modules of the teacher: which ones, its nodes decide."""
+    parts = getattr(method, "parts", {}).values()
+    return any(map(_runs_tail, parts)) if parts else method.tail_modules.__func__ is not Method.tail_modules.__func__  # type: ignore[attr-defined]
 
 
 def _constants(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -220,7 +227,7 @@ def needed(name: str, settings: MethodSettings, cache: Cache, teacher: str | Non
         one, other, *_ = sorted(cache.teachers)
         raise UsageError(
             f"{cache.store.url}: the cache has {len(cache.teachers)} teachers ({', '.join(sorted(cache.teachers))}); pass --teacher NAME, or several that"
-            f" teach at once: --teacher {one} --teacher {other}"
+            f" teach at once: --teacher {one} --teacher {other}; from Python, teacher={one!r}"
         )
     layer = cache.layer(teacher)
     card = card_of_layer(layer)

@@ -100,7 +100,7 @@ class ExtractSummary:
     """[{"kind", "shard", "key", "detail"}]: shards that were cut, or could not be done."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "seconds": round(self.seconds, 3), "teacher_seconds": round(self.teacher_seconds, 3)}
 
 
 def resolve_sources(config: ExtractConfig, store: Store) -> list[ShardSource]:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdcache.console import counted, human_bytes, one_line
+from kdcache.console import counted, human_bytes, one_line, view_range
 
 from ..facts import FIGURES
 
@@ -148,7 +148,7 @@ def _teacher_in_words(name: str, teacher: Mapping[str, Any], *, mixes: bool) -> 
         through = " → ".join([*tail["modules"], *([f"head ({', '.join(tail['head'])})"] if tail["head"] else [])])
         lines.append(f"  tail         {through}: {human_bytes(tail['bytes'])}")
         distance = (
-            f"; without its {tail['prefix_tokens']} prefix tokens {tail['without_prefix']:.2g} from the teacher (relative L2)"
+            f"; without its {counted(tail['prefix_tokens'], 'prefix token')} {tail['without_prefix']:.2g} from the teacher (relative L2)"
             if tail["prefix_tokens"] and tail["without_prefix"] is not None
             else ""
         )
@@ -204,10 +204,10 @@ def shard_as_text(facts: Mapping[str, Any]) -> str:
     for segment in facts["segments"]:
         start, stop = segment["views"]
         lines.append(
-            f"  segment      {segment['teacher']}: {', '.join(segment['targets'])}; views {start} to {stop - 1}; {human_bytes(segment['bytes'])}"
+            f"  segment      {segment['teacher']}: {', '.join(segment['targets'])}; {view_range(start, stop)}; {human_bytes(segment['bytes'])}"
         )
         first, end = segment["measured_on"]
-        over = f" (over views {first} to {end - 1})" if segment["measured_on"] != segment["views"] else ""
+        over = f" (over {view_range(first, end)})" if segment["measured_on"] != segment["views"] else ""
         for target, fidelity in segment["fidelity"].items():
             words = ", ".join(f"{name} {value:.6f}" if name == "cosine" else f"{name} {value:.3g}" for name, value in fidelity.items())
             lines += _block("", [f"{target}: {words}{over}"])

@@ -19,7 +19,7 @@ from kdcache.augment import Q16
 from kdcache.cache import Cache, Replay
 from kdcache.class_names import ClassNames
 from kdcache.distance import log_softmax
-from kdcache.errors import CorruptError, KDCacheError, MissingError, UsageError
+from kdcache.errors import CorruptError, KDCacheError, UsageError
 from kdcache.images import Decoded, as_pillow, decode_image, require_decoder, size_of
 from kdcache.index import rows_of_table
 from kdcache.shards import ShardFiles
@@ -137,7 +137,7 @@ class Sample:
 def choose_rows(cache: Cache, count: int, seed: int, shard: str | None, key: str | None) -> list[Row]:
     """`count` rows, each as likely, in the order of the cache; of one shard, or the one of a key. Raises MissingError, UsageError."""
     if shard is not None and shard not in cache.views:
-        raise MissingError(f"{cache.store.url}: no shard {shard!r}; it has {len(cache.views)} shards, from {cache.shards[:1]} on")
+        raise cache.no_shard(shard)
     if key is not None:
         if shard is None:
             raise UsageError("--key needs --shard: a key is known within its shard only")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache import Cache
-from kdcache.console import say
+from kdcache.console import counted, say
 from kdcache.errors import MissingError, ShardError, UsageError
 from kdcache.join import image_bytes, target_keys, usable_views
 from kdcache.methods import MethodSettings, method_class, needed_targets, parse_settings, teacher_weights, teachers_of_logits
@@ -71,6 +71,16 @@ class TrainingData:
             "targets": {key: self.cache.layer(teacher).targets[target].identity_digest for key, (teacher, target) in keys},
             "val": {index.source.name: index.member_table for index in self.val},
         }
+
+    def in_words(self) -> str:
+        """For the person at the terminal, before the first step."""
+        taught = " and ".join(f"{', '.join(targets)} of {teacher}" for teacher, targets in self.targets.items()) or "no teacher, labels alone"
+        images = sum(len(index.samples) for index in self.val)
+        measured = f"measured on {counted(images, 'image')}" if self.val else "no --val, so no accuracy is measured"
+        return (
+            f"training on {counted(len(self.row_numbers), 'row')} x {counted(self.num_views, 'view')} of {self.cache.store.url}:"
+            f" {taught}; {self.num_classes} classes; {measured}"
+        )
 
 
 @dataclass(frozen=True)

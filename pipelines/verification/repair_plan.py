@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any
 
 from kdcache.cache import Cache
-from kdcache.console import human_bytes
+from kdcache.console import human_bytes, view_range
 from kdcache.digests import find_changed
 from kdcache.errors import CacheError, KDCacheError
 from kdcache.format import (
@@ -59,7 +59,7 @@ class Segment:
     @property
     def words(self) -> str:
         what = f"{', '.join(self.targets)} of teacher {self.teacher}, " if self.targets else ""
-        return f"shard {self.shard}: {what}views {self.views.words}"
+        return f"shard {self.shard}: {what}{view_range(self.views.start, self.views.stop)}"
 
 
 @dataclass

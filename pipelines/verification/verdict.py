@@ -121,7 +121,9 @@ def as_lines(verdict: Verdict, path: str) -> Iterator[str]:
             step = NEXT_STEPS.get((kind, cause)) or NEXT_STEPS[kind, ""]
             yield f"{kind:>11}  {cause:<13}  {count:>5}  {step}"
         yield ""
-    read = f"{path}: {verdict.files} files, {human_bytes(verdict.bytes)}, {verdict.shards} shards, {verdict.rows:,} rows"
+    read = (
+        f"{path}: {counted(verdict.files, 'file')}, {human_bytes(verdict.bytes)}, {counted(verdict.shards, 'shard')}, {counted(verdict.rows, 'row')}"
+    )
     if verdict.views_replayed:
         drift = any(problem.kind in ("pixels", "source") for problem in verdict.problems)
         read += f", {verdict.views_replayed:,} views compared{'' if drift else ': no drift'}"
