@@ -18,6 +18,7 @@ import numpy as np
 
 from .arrays import STREAM_CHUNK_BYTES, ArrayReader, ArraySpec, ByteLRU, StreamReader, stream_spec
 from .augment import Pixels
+from .console import view_range
 from .errors import CorruptError, DriftError, MissingError, ShardError, UsageError
 from .format import (
     CacheIdentity,
