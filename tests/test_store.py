@@ -114,8 +114,9 @@ def test_a_read_only_folder_is_an_error(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "cache")
     store.put_new("before", b"kept")
     (tmp_path / "cache").chmod(0o555)
-    for folder in (tmp_path, *tmp_path.parents[:2]):  # another user must be able to get there
-        folder.chmod(folder.stat().st_mode | 0o055)
+    for folder in (tmp_path, *tmp_path.parents[:3]):  # of the session, the process, the user: another user must be able to get there
+        if folder.stat().st_mode & 0o055 != 0o055:
+            folder.chmod(folder.stat().st_mode | 0o055)
     code = (
         "import os, sys\nfrom kdcache.store import LocalStore\nfrom kdcache.errors import StoreError\n"
         "if os.getuid() == 0: os.setuid(65534)\n"
