@@ -170,6 +170,7 @@ def test_a_batch_on_its_way_is_dropped_with_its_job(folder: Path, tmp_path: Path
             at_each_batch(patches, fail)
             with pytest.raises(RuntimeError, match="launch failure") as raised:
                 make_twice(folder, tmp_path / "cuda", "cuda")
+        gc.collect()
         assert device.underway and not [one for one in gc.get_objects() if type(one) is HostCopies], raised
         require_nothing_of_the_shard(tmp_path / "cuda")
         make_twice(folder, tmp_path / "cuda", "cuda")
