@@ -108,7 +108,10 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a host's tensor in pinned memory, for a device that works ahead; for others the tensor. To be kept until what was `moved` from it is there."""
+    """A copy of a host's tensor in pinned memory, for a device that works ahead; for others the tensor.
+
+    It may be dropped as soon as it was `moved`: torch uses no pinned memory again before the copies from it and to it are done (pytorch#130785).
+    """
     return tensor.pin_memory() if works_ahead(device) else tensor
 
 

@@ -104,8 +104,6 @@ def _runs(marks: Sequence[tuple[str, ...] | None]) -> list[tuple[tuple[str, ...]
 class _Batch:
     """A batch that a device was given, and its results on their way to the host."""
 
-    sources: tuple[Tensor, ...]
-    """What it was copied from: kept until it is there."""
     values: Mapping[str, Mapping[str, Tensor]]
     """On the device, for the error that names a view whose values are not finite."""
     terms: Mapping[str, Terms]
@@ -176,15 +174,14 @@ class TargetSegment:
             self._collect(batch)
 
     def _launch(self, teacher: Teacher, size: int) -> _Batch:
-        """Give the device the next `size` views: nothing in here may let the host wait for it."""
+        """Give the device the next `size` views. Nothing in here may let the host wait for it, but for constants that are moved there once."""
         queued = torch.cat(self._pixels) if len(self._pixels) > 1 else self._pixels[0]
         views, self._pixels = pinned(queued[:size], teacher.device), [queued[size:]] if len(queued) > size else []
         labels, self._labels = self._labels[:size], self._labels[size:]
         mixed, self._mixed = self._mixed[:size], self._mixed[size:]
         keys, self._keys = self._keys[:size], self._keys[size:]
         values = teacher(views, [recorded.target for recorded in self.targets])
-        own_labels = pinned(torch.tensor(labels, dtype=torch.int64), teacher.device)
-        labels_B = moved(own_labels, teacher.device)
+        labels_B = moved(pinned(torch.tensor(labels, dtype=torch.int64), teacher.device), teacher.device)
         terms: dict[str, Terms] = {}
         results: dict[str, Tensor] = {}
         with torch.inference_mode(), fitting_threads(teacher.model, teacher.device):
@@ -197,7 +194,6 @@ class TargetSegment:
         if "logits" in values:
             results["predicted"] = values["logits"]["logits"].argmax(dim=1)
         return _Batch(
-            sources=(views, own_labels),
             values=values,
             terms=terms,
             copies=HostCopies(results, teacher.device),
