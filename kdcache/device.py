@@ -94,12 +94,49 @@ def set_generator_states(states: Mapping[str, Tensor], device: torch.device) -> 
         torch.mps.set_rng_state(states["mps"])
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on this device. The host does not wait for a copy to a GPU; from pinned memory it runs beside the GPU's other work.
+def works_ahead(device: torch.device) -> bool:
+    """Whether the host need not wait for what this device is given to do, copies to it and from it among that.
 
-    Elsewhere the host waits: mps would read the memory when it may have been freed, and used again (pytorch#189690).
+    Not so on mps: it would read the memory when it may have been freed, and used again (pytorch#189690).
     """
-    return tensor.to(device, non_blocking=device.type == "cuda")
+    return device.type == "cuda"
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on this device. The host does not wait for a copy to one that works ahead; from pinned memory it runs beside the device's other work."""
+    return tensor.to(device, non_blocking=works_ahead(device))
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a host's tensor in pinned memory, for a device that works ahead; for others the tensor.
+
+    It may be dropped as soon as it was `moved`: torch uses no pinned memory again before the copies from it and to it are done (pytorch#130785).
+    """
+    return tensor.pin_memory() if works_ahead(device) else tensor
+
+
+class HostCopies:
+    """Tensors of a device on their way to the host. The host goes on meanwhile if the device works ahead; else they are there at once.
+
+    The copies queue behind the kernels that make the tensors, on the device's one stream: they need no other, since they are small beside a forward pass.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if not works_ahead(device):
+            self._tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+            return
+        self._tensors = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True) for name, tensor in tensors.items()
+        }
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrived.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> dict[str, Tensor]:
+        """The tensors on the host, once all have arrived. What the device was given after them is not waited for."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensors
 
 
 def release_memory(device: torch.device) -> None:

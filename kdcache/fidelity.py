@@ -23,6 +23,17 @@ _TINY = 1e-30
 """A batch whose values are all below it is taken as zeros."""
 
 
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """What a batch adds to the sums, still on its device."""
+
+    names: tuple[str, ...]
+    """Of the sums; of parts of a value one name may stand several times."""
+    numbers: Tensor
+    """float32 (2, names): terms of values scaled to at most 1, and their scales."""
+    vectors: int
+
+
 @dataclass
 class Fidelity:
     """Running sums for one target; `result` gives the figures."""
@@ -35,7 +46,12 @@ class Fidelity:
     _statistics: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def update(self, value: Mapping[str, Tensor], decoded: Mapping[str, Tensor]) -> bool:
-        """Add a batch; False, and nothing added, if a value is not finite. value, decoded: as encodings take and give them.
+        """Measure a batch and add it; False, and nothing added, if a value is not finite. value, decoded: as encodings take and give them."""
+        terms = self.measure(value, decoded)
+        return self.add(terms, terms.numbers)
+
+    def measure(self, value: Mapping[str, Tensor], decoded: Mapping[str, Tensor]) -> Terms:
+        """What a batch adds, for `add`; the host does not wait for it.
 
         Squares are taken of values scaled to at most 1, since float32 can't hold those of values above 2e19 and mps has no float64.
         """
@@ -82,19 +98,25 @@ class Fidelity:
                     for quantity, split in (("error", self.bands(z_error)), ("value", self.bands(z_value))):
                         for band, coefficients in split.items():
                             add(f"z_{quantity}_sq:{band}", coefficients.square().sum(), z_scale)
-        numbers = torch.stack([torch.stack(terms), torch.stack(scales)]).tolist()  # one transfer a batch
-        if not all(math.isfinite(number) for row in numbers for number in row):
+        return Terms(tuple(names), torch.stack([torch.stack(terms), torch.stack(scales)]), vectors)  # one transfer a batch
+
+    def add(self, terms: Terms, numbers: Tensor) -> bool:
+        """Add what was measured, in the order of batches; False, and nothing added, if it is not finite. numbers: `terms.numbers`, or a copy of it on the host."""
+        rows = numbers.tolist()
+        if not all(math.isfinite(number) for row in rows for number in row):
             return False
-        for name, number, scale in [("vectors", float(vectors), 1.0), *zip(names, *numbers, strict=True)]:
+        for name, number, scale in [("vectors", float(terms.vectors), 1.0), *zip(terms.names, *rows, strict=True)]:
             self.sums[name] = self.sums.get(name, 0.0) + number * scale * scale
         return True
 
     def _statistic(self, name: str, device: torch.device) -> Tensor:
         """Of the calibration, on a device: moved there once, not in every batch."""
+        from .device import moved
+
         assert self.calibration is not None
         tensor = self._statistics.get(name, self.calibration[name])
         if tensor.device != device:
-            tensor = self._statistics[name] = tensor.to(device)
+            tensor = self._statistics[name] = moved(tensor, device)
         return tensor
 
     def result(self) -> dict[str, float]:

@@ -4,6 +4,9 @@ A job renders the views that are wanted, writes those the views layer lacks, and
 never cross a segment, so that a resumed run makes the same batches and hence the same bytes. The order of commit is views
 first, then targets, each record last.
 
+A device that works ahead is given a batch before the host waits for the results of the one before, so that it never stands still for the host's share of a
+batch: cutting, pinning, launching, taking in. Elsewhere a batch is collected as soon as it is launched. The sums and the bytes are the same.
+
 Legend: B batch, n rows of a block, V views of a block.
 """
 
@@ -21,10 +24,10 @@ from torch import Tensor
 
 from .augment import Q16
 from .commit import ChunkPool, GroupWriter, create_document, publish_group, unpublish_group
-from .device import fitting_threads
+from .device import HostCopies, fitting_threads, moved, pinned, works_ahead
 from .encodings import Encoding
 from .errors import DriftError, TeacherError
-from .fidelity import Fidelity, combine_fidelity
+from .fidelity import Fidelity, Terms, combine_fidelity
 from .format import Digest, Document, Group, Skipped, TargetIdentity, TargetsIdentity, ViewRange, ViewsIdentity, digest_of_pixels
 from .layout import key_bytes_spec, keys_to_arrays, row_spec, target_specs
 from .paths import name_on_disk, targets_record_path, targets_segment_id, views_record_path, views_segment_id
@@ -97,6 +100,20 @@ def _runs(marks: Sequence[tuple[str, ...] | None]) -> list[tuple[tuple[str, ...]
     return runs
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Batch:
+    """A batch that a device was given, and its results on their way to the host."""
+
+    values: Mapping[str, Mapping[str, Tensor]]
+    """On the device, for the error that names a view whose values are not finite."""
+    terms: Mapping[str, Terms]
+    copies: HostCopies
+    """TARGET/COMPONENT of what is stored; TARGET: the numbers of its terms; `predicted`: classes, of a batch with logits."""
+    labels: list[int]
+    """-1 where unknown, and of a mixed view, which has two."""
+    keys: list[tuple[str, int]]
+
+
 class TargetSegment:
     """Targets × a range of views of one shard: batches views, runs the teacher, encodes, measures, writes."""
 
@@ -114,6 +131,8 @@ class TargetSegment:
         self._labels: list[int] = []
         self._mixed: list[bool] = []
         self._keys: list[tuple[str, int]] = []
+        self._launched: _Batch | None = None
+        """Not collected yet; None between batches of a device that does not work ahead."""
 
     def add(
         self,
@@ -133,35 +152,68 @@ class TargetSegment:
             self._run_batch(teacher, self._batch_size)
 
     def finish(self, teacher: Teacher) -> None:
-        """Run the last, partial batch."""
+        """Run the last, partial batch, and collect what is still on its way."""
         if self._labels:
             self._run_batch(teacher, len(self._labels))
+        if self._launched is not None:
+            last, self._launched = self._launched, None
+            self._collect(last)
         self.writer.finish()
 
+    def abandon(self) -> None:
+        """Drop the batch that is on its way, and close the files."""
+        self._launched = None
+        self.writer.abandon()
+
     def _run_batch(self, teacher: Teacher, size: int) -> None:
+        """Launch the next batch; collect the one before, or this one where the device does not work ahead."""
+        batch: _Batch | None = self._launch(teacher, size)
+        if works_ahead(teacher.device):
+            batch, self._launched = self._launched, batch
+        if batch is not None:
+            self._collect(batch)
+
+    def _launch(self, teacher: Teacher, size: int) -> _Batch:
+        """Give the device the next `size` views. Nothing in here may let the host wait for it, but for constants that are moved there once."""
         queued = torch.cat(self._pixels) if len(self._pixels) > 1 else self._pixels[0]
-        batch, self._pixels = queued[:size], [queued[size:]] if len(queued) > size else []
+        views, self._pixels = pinned(queued[:size], teacher.device), [queued[size:]] if len(queued) > size else []
         labels, self._labels = self._labels[:size], self._labels[size:]
         mixed, self._mixed = self._mixed[:size], self._mixed[size:]
         keys, self._keys = self._keys[:size], self._keys[size:]
-        values = teacher(batch, [recorded.target for recorded in self.targets])
-        arrays: dict[str, np.ndarray[Any, Any]] = {}
-        labels_B = torch.tensor(labels, dtype=torch.int64, device=teacher.device)
+        values = teacher(views, [recorded.target for recorded in self.targets])
+        labels_B = moved(pinned(torch.tensor(labels, dtype=torch.int64), teacher.device), teacher.device)
+        terms: dict[str, Terms] = {}
+        results: dict[str, Tensor] = {}
         with torch.inference_mode(), fitting_threads(teacher.model, teacher.device):
             for recorded in self.targets:
                 name = recorded.target.name
-                value = values[name]
-                encoded = recorded.encoding.encode(value, labels_B)
-                if not self.fidelity[name].update(value, recorded.encoding.decode(encoded)):
-                    raise self._not_finite(name, value, keys)
-                for component, tensor in encoded.items():
-                    host = tensor.cpu().numpy()
-                    arrays[f"{name}/{component}"] = host.view(recorded.card.identity.components[component].dtype)
+                encoded = recorded.encoding.encode(values[name], labels_B)
+                terms[name] = self.fidelity[name].measure(values[name], recorded.encoding.decode(encoded))
+                results[name] = terms[name].numbers
+                results |= {f"{name}/{component}": tensor for component, tensor in encoded.items()}
         if "logits" in values:
-            predicted = values["logits"]["logits"].argmax(dim=1).cpu().tolist()
-            scored = [label if not is_mixed else -1 for label, is_mixed in zip(labels, mixed, strict=True)]  # a mixed view has two labels
-            self.correct += sum(label == guess for label, guess in zip(scored, predicted, strict=True))
-            self.labelled += sum(label >= 0 for label in scored)
+            results["predicted"] = values["logits"]["logits"].argmax(dim=1)
+        return _Batch(
+            values=values,
+            terms=terms,
+            copies=HostCopies(results, teacher.device),
+            labels=[label if not is_mixed else -1 for label, is_mixed in zip(labels, mixed, strict=True)],
+            keys=keys,
+        )
+
+    def _collect(self, batch: _Batch) -> None:
+        """Wait for a batch's results, add them up and hand them to the writer."""
+        results = batch.copies.wait()
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
+        for recorded in self.targets:
+            name = recorded.target.name
+            if not self.fidelity[name].add(batch.terms[name], results[name]):
+                raise self._not_finite(name, batch.values[name], batch.keys)
+            for component, description in recorded.card.identity.components.items():
+                arrays[f"{name}/{component}"] = results[f"{name}/{component}"].numpy().view(description.dtype)
+        if "predicted" in results:
+            self.correct += sum(label == guess for label, guess in zip(batch.labels, results["predicted"].tolist(), strict=True))
+            self.labelled += sum(label >= 0 for label in batch.labels)
         self.writer.append(arrays)
 
     def _not_finite(self, name: str, value: Mapping[str, Tensor], keys: Sequence[tuple[str, int]]) -> TeacherError:
@@ -446,6 +498,8 @@ class ShardJob:
 
     def abandon(self) -> None:
         """Drop everything of this job that is not committed."""
-        for writer in [*self._views_writers, *(segment.writer for segment in self.segments)]:
+        for writer in self._views_writers:
             writer.abandon()
+        for segment in self.segments:
+            segment.abandon()
         self.store.drop_spool(self.spool)

@@ -1,8 +1,9 @@
 """A pretended GPU for machines that have none: its tensors are real ones in the host's memory, but say that they are on cuda:0, or mps:0.
 
 Within `Pretended("cuda")` an operation that mixes them with the host's tensors raises what torch raises, random numbers of the device come from a generator
-of its own, a tensor of the device gives no NumPy array, and every transfer between the two, and every wait of the host for the device, is noted. The
-numbers are those of the CPU, so a run may be compared with one that was on the CPU from the beginning.
+of its own, a tensor of the device gives no NumPy array, and every transfer between the two, and every wait of the host for the device, is noted. What is
+copied to pinned memory without waiting arrives there when the host has waited, not before. The numbers are those of the CPU, so a run may be compared
+with one that was on the CPU from the beginning.
 
 Why not torch's FakeTensorMode: its tensors have no values, so that nothing behind the first `.item()` runs; and with a torch that is built for CUDA it
 has no backward pass where there is no GPU (torch 2.15: "hasPrimaryContext expects a valid device index").
@@ -44,7 +45,7 @@ class Transfer:
     blocks: bool
     """Whether the host stands still until the device has done all that it was given before."""
     is_pinned: bool
-    """Of `to device`: whether it comes from pinned memory, which is what lets a copy run beside other work."""
+    """Whether the host's side of it is pinned memory, which is what lets a copy run beside other work."""
     where: str
     """The innermost function of kdcache or pipelines."""
 
@@ -62,6 +63,8 @@ class Pretended:
     transfers: list[Transfer] = field(default_factory=list)
     kernels: list[str] = field(default_factory=list)
     """Those that ran of the few that only a GPU has, in order."""
+    underway: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """(pinned memory, what is copied there), in order, until the host waits for it."""
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Pretended:
@@ -92,6 +95,8 @@ class Pretended:
             f"torch.{kind}.empty_cache": lambda: None,
             "torch.cuda.set_device": lambda *_: None,
             "torch.cuda.current_device": lambda: self.index,
+            "torch.cuda.current_stream": lambda *_: _Stream(),
+            "torch.cuda.Event": lambda: _Event(self),
             "torch.cuda.get_device_properties": lambda *_: SimpleNamespace(uuid=f"GPU-{self.index}"),
             "torch.cuda.device_count": lambda: self.count,
             "torch.random.manual_seed": lambda seed: (generator.manual_seed(seed), seeded(seed))[1],
@@ -115,6 +120,15 @@ class Pretended:
             frame = frame.f_back
         where = f"{frame.f_globals['__name__']}.{frame.f_code.co_name}" if frame is not None else "elsewhere"
         self.transfers.append(Transfer(kind, what, blocks, is_pinned, where))
+        if blocks:
+            self.arrive(len(self.underway))
+
+    def arrive(self, count: int) -> None:
+        """The host has waited for the first `count` copies that are under way."""
+        with torch._C.DisableTorchFunction():
+            for to, source in self.underway[:count]:
+                to.copy_(source)
+        del self.underway[:count]
 
     @contextmanager
     def noted(self) -> Iterator[list[Transfer]]:
@@ -128,6 +142,22 @@ class _Stream:
     @staticmethod
     def is_capturing() -> bool:
         return False
+
+
+class _Event:
+    """Of the device's one stream: stands behind what was under way when it was recorded."""
+
+    def __init__(self, device: Pretended) -> None:
+        self._device = device
+        self._behind: tuple[Tensor, Tensor] | None = None
+
+    def record(self, stream: _Stream) -> None:
+        self._behind = self._device.underway[-1] if self._device.underway else None
+
+    def synchronize(self) -> None:
+        places = [place for place, one in enumerate(self._device.underway, 1) if one is self._behind]
+        self._device.arrive(places[0] if places else 0)
+        self._device.note("wait", "event", blocks=False)
 
 
 def is_on_device(tensor: Tensor) -> bool:
@@ -171,8 +201,11 @@ class _Operators(TorchDispatchMode):
         if self.moves:
             on_device = self.frames[-1]
         elif name in ("aten::copy_", "aten::_copy_from") and len(set(marks)) == 2:
-            self._note_copy(tensors[0], tensors[1], bool(args[2]) if len(args) > 2 else bool(kwargs.get("non_blocking", False)))
+            self._note_copy(tensors[0], tensors[1], non_blocking := bool(args[2]) if len(args) > 2 else bool(kwargs.get("non_blocking", False)))
             on_device = marks[0]
+            if non_blocking and not on_device and _is_pinned(tensors[0]):
+                self.device.underway.append((tensors[0], tensors[1].clone()))
+                return tensors[0].zero_()
         elif name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_") and marks[0]:
             for one in tree_leaves(args[1]):
                 if isinstance(one, Tensor) and not is_on_device(one):
@@ -205,7 +238,8 @@ class _Operators(TorchDispatchMode):
         if is_on_device(to):
             self.device.note("to device", f"copy_ of {tuple(to.shape)}", blocks=not non_blocking, is_pinned=_is_pinned(source))
         else:
-            self.device.note("to host", f"copy_ of {tuple(to.shape)}", blocks=not non_blocking)
+            is_pinned = _is_pinned(to)
+            self.device.note("to host", f"copy_ of {tuple(to.shape)}", blocks=not (non_blocking and is_pinned), is_pinned=is_pinned)
 
     @contextmanager
     def _own_generator(self) -> Iterator[None]:
@@ -252,6 +286,8 @@ class _Calls(TorchFunctionMode):
                 self.operators.looks = False
         if func is Tensor.is_pinned:
             return _is_pinned(args[0])
+        if kwargs.pop("pin_memory", False):
+            return self._pin(func(*args, **kwargs))
         given = kwargs.get("device")
         if given is not None and torch.device(given).type in (self.device.kind, "cpu"):
             on_device = torch.device(given).type == self.device.kind

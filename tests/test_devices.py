@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import os
+import sys
 from collections import Counter
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,14 +27,16 @@ import kdcache.methods
 from kdcache import open_cache
 from kdcache.checkpoint import load_checkpoint
 from kdcache.dataset import Decoder
-from kdcache.device import resolve_device
+from kdcache.device import HostCopies, resolve_device
 from kdcache.distributed import joined
 from kdcache.encodings import Encoding, TargetShape, build_encoding
-from kdcache.errors import CorruptError
+from kdcache.errors import CorruptError, TeacherError
 from kdcache.evaluate import Evaluator
 from kdcache.feature_maps import Noise
+from kdcache.jobs import TargetSegment
 from kdcache.join import to_device
 from kdcache.methods.scalekd import ScaleKD
+from kdcache.teacher import Teacher
 from kdcache.workers import Room, pack
 from pipelines.extract import ExtractConfig, extract
 from pipelines.train import TrainConfig, train, train_configs
@@ -74,6 +81,105 @@ def test_a_cache_made_on_a_gpu_is_the_one_made_on_the_cpu(folder: Path, kind: st
     assert open_cache(folder / kind).root == open_cache(folder / "cache").root
     if kind == "mps":
         assert all(one.blocks for one in device.transfers if one.kind == "to device")
+
+
+# --- stage one -------------------------------------------------------------------------------------------------------
+
+
+def make_twice(folder: Path, cache: Path, device: str) -> None:
+    """Views are added to a cache whose targets are not all in the first: a job then has two segments. Batches do not divide them."""
+    for views, targets in ((1, ("logits",)), (3, ("logits", "features@norm:int8"))):
+        extract(
+            ExtractConfig(
+                shards=str(folder / "shards"), cache=str(cache), teacher=f"local-dir:{folder / 'teacher'}", name="a", targets=targets, views=views,
+                workers=0, device=device, batch_size=5,
+            )
+        )  # fmt: skip
+
+
+def measured(cache: Path) -> dict[str, Any]:
+    return {path.name: json.loads(path.read_bytes())["measured"] for path in sorted(cache.glob("teachers/a/*.json"))}
+
+
+def at_each_batch(monkeypatch: pytest.MonkeyPatch, then: Callable[[int, dict[str, dict[str, Tensor]]], None]) -> None:
+    """Call `then` with the number and the values of each batch of a segment when the teacher has been run; not of calibration."""
+    call, numbers = Teacher.__call__, count()
+
+    def calling(teacher: Teacher, *arguments: Any) -> dict[str, dict[str, Tensor]]:
+        values = call(teacher, *arguments)
+        if sys._getframe(1).f_globals["__name__"] == "kdcache.jobs":
+            then(next(numbers), values)
+        return values
+
+    monkeypatch.setattr(Teacher, "__call__", calling)
+
+
+def test_a_gpu_has_its_next_batch_before_the_host_waits_for_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_twice(folder, tmp_path / "cpu", "cpu")
+    segments: dict[Path, list[Transfer]] = {}
+    with Pretended() as device, monkeypatch.context() as patches:
+        at_each_batch(patches, lambda number, values: device.note("forward", f"batch {number}", blocks=False))
+
+        def noting(work: Callable[..., None]) -> Callable[..., None]:
+            def call(segment: TargetSegment, *arguments: Any, **options: Any) -> None:
+                with device.noted() as found:
+                    work(segment, *arguments, **options)
+                segments.setdefault(segment.folder, []).extend(found)
+
+            return call
+
+        patches.setattr(TargetSegment, "add", noting(TargetSegment.add))
+        patches.setattr(TargetSegment, "finish", noting(TargetSegment.finish))
+        make_twice(folder, tmp_path / "cuda", "cuda")
+    turns = ["".join(one.kind[0] for one in found if one.kind in ("forward", "wait")) for found in segments.values()]
+    assert turns == ["ffwfww", "ffwfww", "ffwfwfwfww"]
+    for found in segments.values():
+        later = found[[one.what for one in found].index("event") :]  # the first batch moves constants there
+        assert not any(one.blocks for one in later)
+        assert all(one.is_pinned for one in later if one.kind in ("to device", "to host"))
+    assert open_cache(tmp_path / "cuda").root == open_cache(tmp_path / "cpu").root
+    assert measured(tmp_path / "cuda") == measured(tmp_path / "cpu"), "sums of float64, to the last bit"
+
+
+def test_values_that_are_not_finite_in_a_batch_on_its_way_are_told_with_their_own_key(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[int] = []
+
+    def spoil(number: int, values: dict[str, dict[str, Tensor]]) -> None:
+        launched.append(number)
+        if number == 1:
+            with torch.inference_mode():
+                values["logits"]["logits"][3, 2] = torch.inf
+
+    with Pretended(), monkeypatch.context() as patches:
+        at_each_batch(patches, spoil)
+        with pytest.raises(TeacherError, match=r"shard train-0000: key 's0008', view 0: .* 'logits' that are not finite"):
+            make_twice(folder, tmp_path / "cache", "cuda")
+    assert launched == [0, 1, 2]
+    require_nothing_of_the_shard(tmp_path / "cache")
+
+
+def test_a_batch_on_its_way_is_dropped_with_its_job(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(number: int, values: dict[str, dict[str, Tensor]]) -> None:
+        if number == 1:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with Pretended() as device:
+        with monkeypatch.context() as patches:
+            at_each_batch(patches, fail)
+            with pytest.raises(RuntimeError, match="launch failure") as raised:
+                make_twice(folder, tmp_path / "cuda", "cuda")
+        gc.collect()
+        assert device.underway and not [one for one in gc.get_objects() if type(one) is HostCopies], raised
+        require_nothing_of_the_shard(tmp_path / "cuda")
+        make_twice(folder, tmp_path / "cuda", "cuda")
+    make_twice(folder, tmp_path / "cpu", "cpu")
+    assert open_cache(tmp_path / "cuda").root == open_cache(tmp_path / "cpu").root
+
+
+def require_nothing_of_the_shard(cache: Path) -> None:
+    assert not [path for path in cache.rglob("*") if "train-0000" in path.name or "spool" in path.name], "no group, record or spool"
 
 
 # --- stage two -------------------------------------------------------------------------------------------------------
