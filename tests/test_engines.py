@@ -370,9 +370,9 @@ def test_runs_of_a_node_that_is_lost_go_on_on_another(folder: Path, alone: list[
         "log_interval": 1, "recovery_interval": 2, "out": str(tmp_path / "runs"),
     }  # fmt: skip
     (tmp_path / "sweep.yaml").write_text(json.dumps({"base": base, "runs": MORTALS[:1]}))
-    ray_nodes.start("--head", "--port", "0", "--num-cpus", "0", "--include-dashboard", "false", RAY_AUTH_MODE="token")  # the newest do so unasked
+    environ = {"RAY_AUTH_MODE": "token", "RAY_health_check_period_ms": "300"}  # the newest ask for tokens unasked; Ray's period is 3 s
+    ray_nodes.start("--head", "--port", "0", "--num-cpus", "0", "--include-dashboard", "false", **environ)
     join = "--address", ray_nodes.address, "--num-cpus", "1"
-    ray_nodes.start(*join, RAY_AUTH_MODE="token")
     command = [sys.executable, "-m", "cli.main", "train", str(folder / "cache"), "--sweep", str(tmp_path / "sweep.yaml"), "--json"]
     command += ["--engine", "ray", "--ray-address", ray_nodes.address, "--retries", "1"]
     if hasattr(importlib.import_module("ray.exceptions"), "AuthenticationError"):  # Ray has tokens since 2.52
@@ -381,16 +381,22 @@ def test_runs_of_a_node_that_is_lost_go_on_on_another(folder: Path, alone: list[
         assert refused.returncode == 2, refused.stderr
         assert "asks for a token: it was shown none, since RAY_AUTH_MODE is not set; set RAY_AUTH_MODE=token, and put the" in refused.stderr
         assert not (tmp_path / "runs").exists()
-    sweep = subprocess.Popen(command, env=ray_nodes.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    told = tmp_path / "told"
+    with open(told, "wb") as file:
+        sweep = subprocess.Popen(command, env=ray_nodes.environ, stdout=subprocess.PIPE, stderr=file)
     try:
+        # connected while the head is alone: nodes of one address are all the driver's own to Ray, which may attach it to the one that dies
+        wait_for(lambda: "waiting for one" in told.read_text() or sweep.poll() is not None)
+        ray_nodes.start(*join, RAY_AUTH_MODE="token")
         wait_for(lambda: not (folder / "orders" / "2").exists() or sweep.poll() is not None)
         ray_nodes.start(*join, RAY_AUTH_MODE="token")
-        output, told = sweep.communicate(timeout=300)
+        output = sweep.communicate(timeout=300)[0]
     finally:
         sweep.kill()
-    assert sweep.returncode == 0, told
+    assert sweep.returncode == 0, told.read_text()
+    assert "no node has the 1 CPUs and 0 GPUs of a job now; waiting for one" in told.read_text()
     assert_same_runs(json.loads(output)["runs"], alone)
-    assert told.count("goes on, attempt 2 of 2; its process, worker or node died (node ") == 1
+    assert told.read_text().count("goes on, attempt 2 of 2; its process, worker or node died (node ") == 1
     (log,) = (tmp_path / "runs" / "logs").iterdir()
     assert [f"attempt {number} of 2" in log.read_text() for number in (1, 2, 3)] == [True, True, False]
 
