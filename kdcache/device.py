@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -29,7 +30,11 @@ def resolve_device(name: str | None) -> torch.device:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"device {name!r}: this machine can't use it ({str(error).splitlines()[0]})") from error
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") if name.startswith("cuda") else None
+        seen = f"; CUDA_VISIBLE_DEVICES is {visible!r}" if visible is not None else ""
+        raise UsageError(
+            f"device {name!r}: this machine can't use it ({str(error).splitlines()[0]}{seen}); expected one that works here, e.g. --device cpu"
+        ) from error
     return device
 
 

@@ -175,7 +175,7 @@ def test_children_end_with_their_parent(folder: Path, tmp_path: Path, number: si
             list(Local(1).run(jobs))
 
     parent = Forked(command, tmp_path / "log")
-    child = int(wait_for(lambda: _holder(jobs[0])))
+    child = int(wait_for(lambda: _holder(jobs[0].folders[0])))
     wait_for(lambda: (jobs[0].folders[0] / "last" / "checkpoint.pt").exists())
     parent.kill(number)
     assert parent.wait() == (-number if number == signal.SIGKILL else 70), parent.output()
@@ -203,9 +203,9 @@ def test_a_process_that_is_to_end_is_waited_for_while_it_finishes_its_step_and_s
     assert "saved after 0 epochs and 3 steps" in (tmp_path / "log").read_text()
 
 
-def _holder(job: Job) -> str:
+def _holder(run: Path) -> str:
     """The process that a run's lock names, once it does."""
-    path = job.folders[0] / ".lock"
+    path = run / ".lock"
     words = path.read_text().split() if path.exists() else []
     return words[1] if len(words) == 4 else ""
 
@@ -222,7 +222,7 @@ def test_two_processes_never_train_one_run_at_once(folder: Path, tmp_path: Path,
     (job,) = jobs_of(folder, tmp_path / "runs", {"epochs": 40})
     config = job.configs[0]
     first = Forked(lambda: train(config) and None, tmp_path / "log")
-    process = wait_for(lambda: _holder(job))
+    process = wait_for(lambda: _holder(job.folders[0]))
     monkeypatch.setattr(pipelines.training.lock, "PATIENCE_S", 0.0)
     resumed = TrainConfig(**{**vars(config), "resume": True})
     with pytest.raises(StudentError, match=rf"is being trained by process {process} on .*; nothing of it was changed"):
@@ -278,7 +278,8 @@ def test_each_process_has_its_gpu_and_its_share_of_the_cores(folder: Path, tmp_p
 
 def test_a_job_whose_gpu_is_gone_fails_and_is_not_trained_on_the_cpu(folder: Path, tmp_path: Path) -> None:
     (entry,) = Local(2, gpus=("-1",)).run(jobs_of(folder, tmp_path, {"device": None}))
-    assert entry["status"] == "failed" and "device 'cuda': this machine can't use it" in entry["error"]
+    assert entry["status"] == "failed"
+    assert "device 'cuda': this machine can't use it" in entry["error"] and "CUDA_VISIBLE_DEVICES is '-1'" in entry["error"]
 
 
 @pytest.mark.timeout(600)
@@ -363,16 +364,19 @@ def ray_nodes(tmp_path: Path) -> Iterator[RayNodes]:
 
 @pytest.mark.timeout(600)
 def test_runs_of_a_node_that_is_lost_go_on_on_another(folder: Path, alone: list[Entry], tmp_path: Path, ray_nodes: RayNodes) -> None:
-    """The raylet of the only node that trains is killed, then one joins. The cluster asks for a token, which is shown at an address of this machine."""
+    """The raylet of the only node that trains is killed, then one joins. The cluster asks for a token, which is shown at an address of this machine.
+
+    Then a driver is told to end: its child saves, and nothing is left.
+    """
     (folder / "orders" / "2").write_text("its node")
     base = {
         "student": TINY_VIT, "model_kwargs": STUDENT_ARGS, "val": str(folder / "val"), "epochs": 3, "batch_size": 2, "workers": 0, "device": "cpu",
         "log_interval": 1, "recovery_interval": 2, "out": str(tmp_path / "runs"),
     }  # fmt: skip
     (tmp_path / "sweep.yaml").write_text(json.dumps({"base": base, "runs": MORTALS[:1]}))
-    ray_nodes.start("--head", "--port", "0", "--num-cpus", "0", "--include-dashboard", "false", RAY_AUTH_MODE="token")  # the newest do so unasked
+    environ = {"RAY_AUTH_MODE": "token", "RAY_health_check_period_ms": "300"}  # the newest ask for tokens unasked; Ray's period is 3 s
+    ray_nodes.start("--head", "--port", "0", "--num-cpus", "0", "--include-dashboard", "false", **environ)
     join = "--address", ray_nodes.address, "--num-cpus", "1"
-    ray_nodes.start(*join, RAY_AUTH_MODE="token")
     command = [sys.executable, "-m", "cli.main", "train", str(folder / "cache"), "--sweep", str(tmp_path / "sweep.yaml"), "--json"]
     command += ["--engine", "ray", "--ray-address", ray_nodes.address, "--retries", "1"]
     if hasattr(importlib.import_module("ray.exceptions"), "AuthenticationError"):  # Ray has tokens since 2.52
@@ -381,18 +385,37 @@ def test_runs_of_a_node_that_is_lost_go_on_on_another(folder: Path, alone: list[
         assert refused.returncode == 2, refused.stderr
         assert "asks for a token: it was shown none, since RAY_AUTH_MODE is not set; set RAY_AUTH_MODE=token, and put the" in refused.stderr
         assert not (tmp_path / "runs").exists()
-    sweep = subprocess.Popen(command, env=ray_nodes.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    told = tmp_path / "told"
+    with open(told, "wb") as file:
+        sweep = subprocess.Popen(command, env=ray_nodes.environ, stdout=subprocess.PIPE, stderr=file)
     try:
+        # connected while the head is alone: nodes of one address are all the driver's own to Ray, which may attach it to the one that dies
+        wait_for(lambda: "waiting for one" in told.read_text() or sweep.poll() is not None)
+        ray_nodes.start(*join, RAY_AUTH_MODE="token")
         wait_for(lambda: not (folder / "orders" / "2").exists() or sweep.poll() is not None)
         ray_nodes.start(*join, RAY_AUTH_MODE="token")
-        output, told = sweep.communicate(timeout=300)
+        output = sweep.communicate(timeout=300)[0]
     finally:
         sweep.kill()
-    assert sweep.returncode == 0, told
+    assert sweep.returncode == 0, told.read_text()
+    assert "no node has the 1 CPUs and 0 GPUs of a job now; waiting for one" in told.read_text()
     assert_same_runs(json.loads(output)["runs"], alone)
-    assert told.count("goes on, attempt 2 of 2; its process, worker or node died (node ") == 1
+    assert told.read_text().count("goes on, attempt 2 of 2; its process, worker or node died (node ") == 1
     (log,) = (tmp_path / "runs" / "logs").iterdir()
     assert [f"attempt {number} of 2" in log.read_text() for number in (1, 2, 3)] == [True, True, False]
+
+    (tmp_path / "sweep.yaml").write_text(json.dumps({"base": {**base, "epochs": 100_000}, "runs": GOOD[:1]}))
+    endless = subprocess.Popen(command, env=ray_nodes.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        (checkpoint,) = wait_for(lambda: list(tmp_path.glob("runs/*-kd-*/last/checkpoint.pt")))
+        child = int(_holder(checkpoint.parents[1]))
+        endless.terminate()
+        complaint = endless.communicate(timeout=60)[1]
+    finally:
+        endless.kill()
+    assert (endless.returncode, _group_is_gone(child), _holder(checkpoint.parents[1])) == (1, True, ""), complaint
+    assert "1 job is told to end" in complaint and "Error: stopped by " in complaint
+    assert checkpoint.exists() and not list((tmp_path / "runs" / "logs").glob(".ray-*"))
 
 
 def test_a_node_that_does_not_see_what_the_driver_sees_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

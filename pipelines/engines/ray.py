@@ -125,6 +125,9 @@ class OnRay:
                     self._say_busy(meeting)
         finally:
             with finishing_first():  # their children save, as a command does
+                if refs:
+                    jobs_are = "1 job is" if len(refs) == 1 else f"{len(refs)} jobs are"
+                    say(f"{jobs_are} told to end: what trains finishes its step and saves; a second signal ends all at once")
                 for ref in refs:
                     self._ray.cancel(ref)
                 left = list(refs)
