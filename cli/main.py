@@ -39,7 +39,7 @@ class LazyGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-        if args[0] not in COMMANDS and near and not args[0].startswith("-"):
+        if args[0] not in COMMANDS and near and not args[0].startswith("-") and not ctx.resilient_parsing:  # the last: a shell completes
             raise click.UsageError(f"No such command {args[0]!r}. (Did you mean {near[0]!r}?)", ctx=ctx)
         return super().resolve_command(ctx, args)
 

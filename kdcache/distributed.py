@@ -265,33 +265,32 @@ def _join(launch: Launch, device: torch.device) -> Processes:
 
 
 def _check_own_gpu(store: Store, launch: Launch, device: torch.device) -> None:
-    """Raise UsageError for two processes of a machine on one GPU, which NCCL would tell as a process that is gone; in the others of the machine ToldError.
+    """Raise UsageError for two processes on one GPU, which NCCL would tell as a process that is gone; in all but the first ToldError.
 
-    Which GPU a number means differs between processes that were shown different ones; its UUID does not.
+    Which GPU a number means differs between processes that were shown different ones; its UUID does not. All are compared: not every launcher
+    says how many processes a machine has.
     """
-    if device.type != "cuda" or launch.local_world_size == 1:
+    is_gpu = device.type == "cuda"
+    store.set(f"gpu/{launch.rank}", str(torch.cuda.get_device_properties(device).uuid) if is_gpu else "")
+    if not is_gpu:
         return
-    store.set(f"gpu/{launch.rank}", f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}")
-    first = launch.rank - launch.local_rank
-    here = range(first, min(first + launch.local_world_size, launch.world_size))
     rank_of: dict[bytes, int] = {}
     error: UsageError | None = None
-    for rank in here:
+    for rank in range(launch.world_size):
         gpu = store.get(f"gpu/{rank}")
-        if rank_of.setdefault(gpu, rank) != rank:
+        if gpu and rank_of.setdefault(gpu, rank) != rank:
             error = error or UsageError(
-                f"ranks {rank_of[gpu]} and {rank} would train on one GPU ({gpu.decode().rpartition(' ')[2]}); expected one for each: start at most as"
-                f" many processes on a machine as it has GPUs (torchrun --nproc-per-node), or show each its own (CUDA_VISIBLE_DEVICES)"
+                f"ranks {rank_of[gpu]} and {rank} would train on one GPU ({gpu.decode()}); expected one for each: start at most as many processes on a"
+                f" machine as it has GPUs (torchrun --nproc-per-node), or show each its own (CUDA_VISIBLE_DEVICES)"
             )
     if error is None:
         return
-    looked = f"gpu/looked/{first}"
-    store.add(looked, 1)
-    if launch.local_rank != 0:
+    store.add("gpu/looked", 1)
+    if launch.rank != 0:
         _be_silent()
         raise ToldError(str(error))
     deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline and store.add(looked, 0) < len(here):  # the store may end with this one
+    while time.monotonic() < deadline and store.add("gpu/looked", 0) < launch.world_size:  # the store may end with this one
         time.sleep(0.01)
     raise error
 

@@ -177,7 +177,7 @@ def _near_name(name: str, base: str) -> str:
     """A hint at what lies in the same folder under nearly the same name, or nothing."""
     folder, _, last = os.path.join(base, name).rstrip("/").rpartition("/")
     with contextlib.suppress(OSError):
-        near = difflib.get_close_matches(last, sorted(os.listdir(folder or ".")), n=1)
+        near = difflib.get_close_matches(last, sorted({*os.listdir(folder or ".")} - {last}), n=1)  # itself: a link to nothing
         if near:
             return f"; did you mean {printable(os.path.join(folder, near[0]))!r}?"
     return ""

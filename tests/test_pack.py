@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 from helpers import image_bytes, make_image
 
@@ -86,6 +87,7 @@ def test_folders_of_splits_are_refused_and_no_classes(images: Path, tmp_path: Pa
 
 def test_a_mistyped_command_names_the_near_one() -> None:
     assert CliRunner().invoke(main, ["pakc"]).output.endswith("No such command 'pakc'. (Did you mean 'pack'?)\n")
+    assert ShellComplete(main, {}, "kdcache", "").get_completions(["pakc"], "")  # what a shell asks for is no error
 
 
 def test_files_that_are_not_packed_are_counted_and_said(images: Path, tmp_path: Path) -> None:

@@ -13,7 +13,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,10 +32,10 @@ import pipelines.training.gang
 import pipelines.training.loop
 from cli.main import main
 from kdcache.distributed import ALONE, Processes, joined, slurm_meeting_place
-from kdcache.errors import DriftError, StudentError, UsageError
+from kdcache.errors import DriftError, KDCacheError, StudentError, UsageError
 from kdcache.evaluate import EvaluationSet, Evaluator
 from kdcache.join import CachedViews, EpochBatches
-from kdcache.launch import Launch
+from kdcache.launch import Launch, read_launch
 from kdcache.methods import METHODS
 from kdcache.methods.kd import KD
 from kdcache.shards import scan_shard
@@ -617,3 +620,27 @@ def test_torchrun_restarts_a_run_whose_process_was_killed_and_it_ends_with_the_s
     assert ("(exitcode: -9) local_rank: 1" in result.stderr, result.stderr.count("Error: ")) == (True, 1), result.stderr
     assert re.search("Error: (another process of this run is gone|stopped by SIGTERM)", result.stderr)
     assert_same_run(the_run(tmp_path / "runs"), undisturbed)
+
+
+@pytest.mark.parametrize("uuids", [("a", "b"), ("a", "a")])
+def test_gpus_are_compared_where_a_launcher_tells_no_number_of_processes(monkeypatch: pytest.MonkeyPatch, uuids: tuple[str, str]) -> None:
+    """Of two with LOCAL_RANK alone the first takes itself to be the only one of its machine."""
+    monkeypatch.setattr(kdcache.distributed, "SILENCE_S", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuids[device.index]))
+    store = torch.distributed.HashStore()
+    store.set_timeout(timedelta(seconds=20))
+
+    def compare(rank: int) -> str:
+        launch = read_launch({"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)})
+        try:
+            kdcache.distributed._check_own_gpu(store, launch, torch.device("cuda", rank))
+        except KDCacheError as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        told = list(pool.map(compare, range(2)))
+    if uuids == ("a", "b"):
+        assert told == ["", ""]
+    else:
+        assert told[0].startswith("UsageError: ranks 0 and 1 would train on one GPU (a)") and told[1].startswith("ToldError")

@@ -185,6 +185,7 @@ def test_an_info_file_that_says_nothing_is_a_usage_error(tmp_path: Path, content
         ("{0}/train-0000}}.tar", "braces are not balanced"),
         ("{0}/train-0000.tar::{0}/absent.tar", "no file or folder .*absent.tar.*; expected a tar, a folder of tars or a list file"),
         ("{0}/train-00000.tar", "no file or folder .*/train-00000.tar; did you mean '.*/train-0000.tar'"),
+        ("{0}/gone.link", r"no file or folder \S*/gone.link; expected"),
         ("{0}:train", "no _info.json in .*, hence no split 'train'.*'train-\\*.tar'"),
         ("{0}/empty", r"no shards: '.*/empty' holds no .tar file; expected a folder of tars"),
         ("{0}/above", r"sub-folders hold some \(a, b\): name one of them, or all as '.*/above/\*/\*.tar'"),
@@ -208,6 +209,7 @@ def test_shards_that_cannot_be_are_usage_errors(tmp_path: Path, monkeypatch: pyt
     make_shards(tmp_path / "above" / "a", num_shards=1, num_samples=1)
     make_shard(tmp_path / "above" / "b" / "TRAIN-0000.tar", num_samples=1)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "gone.link").symlink_to("nowhere")
     (tmp_path / "bad.list").write_text("# one is there\ntrain-0000.tar\nabsent-{0..1}.tar\n")
     (tmp_path / "nested.list").write_text("bad.list\n")
     (tmp_path / "comments.list").write_text("# nothing\n\n")

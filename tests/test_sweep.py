@@ -29,6 +29,7 @@ from kdcache.join import CachedViews
 from kdcache.methods.kd import KD
 from kdcache.model_cost import cost_of
 from pipelines.engines import Job, config_from_json, config_to_json, open_runs
+from pipelines.engines.ray_address import check_address, show_token_here
 from pipelines.sweep import plan_sweep, read_sweep, settle
 from pipelines.sweep.report import build_report, front_of
 from pipelines.sweep.results import read_results
@@ -531,3 +532,12 @@ def test_the_table_of_runs_fits_on_paper(chromium: Browser, trained: tuple[Resul
     chromium.call("Emulation.setEmulatedMedia", media="print")
     assert chromium.run("document.querySelector('table.runs').getBoundingClientRect().right") <= 718
     assert chromium.run("Math.min(...[...document.querySelectorAll('.runs .value')].map((cell) => cell.clientWidth))") >= 36
+
+
+@pytest.mark.parametrize("address", ["ray..cluster:6379", "x" * 64 + ":6379", "localhost:²", "localhost:99999", "localhost", "ray://localhost:10001"])
+def test_an_address_that_no_cluster_can_have_is_a_usage_error(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    show_token_here(address)
+    with pytest.raises(UsageError, match=f"--engine ray: .*{re.escape(address)}"):
+        check_address(address)

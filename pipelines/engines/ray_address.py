@@ -34,11 +34,11 @@ def check_address(address: str | None) -> None:
             f" RAY_ADDRESS), as 'ray start --head' says it, and the command on one of its nodes"
         )
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isascii() and port.isdigit()):
         raise UsageError(f"--engine ray: address {address!r}: expected HOST:PORT, as 'ray start --head' says it")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last of a name that no host can have
         raise UsageError(
             f"--engine ray: nothing answers at {address}: {error}; expected the address that 'ray start --head' has said (--ray-address, RAY_ADDRESS)"
         ) from error
@@ -76,7 +76,7 @@ def _is_here(host: str) -> bool:
     """Whether a name or number is one of this machine's: only its own can be bound."""
     try:
         places = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, UnicodeError):
         return False
     for family, kind, protocol, _, place in places:
         with socket.socket(family, kind, protocol) as probe:

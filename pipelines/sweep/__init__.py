@@ -69,7 +69,11 @@ def _publish(plan: SweepPlan, errors: Mapping[str, str]) -> None:
 
 def _say_end(entry: Entry, planned: PlannedRun, ended: int, total: int) -> None:
     top1 = f", top-1 {entry['top1']:.2f} %" if entry["top1"] is not None else ""
-    how = f"failed: {entry['error']}" if entry["status"] == "failed" else f"{entry['epochs']} epochs in {human_seconds(entry['seconds'])}{top1}"
+    how = (
+        f"failed: {entry['error']}"
+        if entry["status"] == "failed"
+        else f"{counted(entry['epochs'], 'epoch')} in {human_seconds(entry['seconds'])}{top1}"
+    )
     say(f"{ended}/{total} {' '.join(filter(None, (entry['id'], _differing_in_words(planned))))}: {how}")
 
 

@@ -383,8 +383,8 @@ class StudentLoop:
                 self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # what torch raises for another model's state
             raise StudentError(
-                f"run {self.folder}: its checkpoint does not hold this run's weights and optimizer ({error}); it was not written by this run:"
-                f" delete the folder to begin again"
+                f"run {self.folder}: its checkpoint does not hold this run's weights and optimizer ({error}); another run has written it, or"
+                f" another version of kdcache: delete the folder to begin again, or go on with that version"
             ) from error
         self.epoch, self.history, self.seconds = state["epoch"], list(state["history"]), state["seconds"]
         self.own_seconds = state.get("own_seconds", 0.0)
