@@ -15,6 +15,7 @@ from typing import IO, Any
 import torch
 
 from .errors import CorruptError, FormatVersionError, MismatchError, StoreError
+from .store.local import sync_folder
 from .timm_models import UNPICKLING_ERRORS
 
 CHECKPOINT_VERSION = 2
@@ -76,15 +77,6 @@ def _write(body: dict[str, Any], file: IO[bytes]) -> None:
         if failed:
             raise failed[0] from error
         raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last through a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_checkpoint(path: Path, *, fingerprint: str | None = None) -> dict[str, Any]:

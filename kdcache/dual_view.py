@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .losses import at_least_float32
+
 NORM_EPS = 1e-12
 
 View = Literal["spatial", "frequency"]
@@ -43,14 +45,10 @@ def in_view(tokens_BTC: Tensor, view: View) -> Tensor:
 def directions(tokens_BTC: Tensor) -> Tensor:
     """Each token over its L2 norm (at least 1e-12); at least float32, also under autocast."""
     with torch.autocast(tokens_BTC.device.type, enabled=False):
-        return F.normalize(_at_least_float32(tokens_BTC), dim=2, eps=NORM_EPS)
+        return F.normalize(at_least_float32(tokens_BTC), dim=2, eps=NORM_EPS)
 
 
 def without_mean(tokens_BTC: Tensor) -> Tensor:
     """The tokens minus each channel's mean over them."""
-    tokens = _at_least_float32(tokens_BTC)
+    tokens = at_least_float32(tokens_BTC)
     return tokens - tokens.mean(dim=1, keepdim=True)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -29,7 +29,7 @@ def kd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) ->
     """
     _check(student_logits, teacher_logits, temperature)
     with torch.autocast(student_logits.device.type, enabled=False):
-        log_student_BK = F.log_softmax(_at_least_float32(student_logits) / temperature, dim=1)
+        log_student_BK = F.log_softmax(at_least_float32(student_logits) / temperature, dim=1)
         log_teacher_BK = F.log_softmax(_as_teacher(teacher_logits) / temperature, dim=1)
         return _divergence(log_teacher_BK, log_student_BK).mean() * temperature**2
 
@@ -38,7 +38,7 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temper
     """-T² · Σ p_t log p_s, mean over the batch; a scalar: `kd` as cls_KD and ScaleKD write it (`kd.py`). Raises ValueError as `kd`."""
     _check(student_logits, teacher_logits, temperature)
     with torch.autocast(student_logits.device.type, enabled=False):
-        log_student_BK = F.log_softmax(_at_least_float32(student_logits) / temperature, dim=1)
+        log_student_BK = F.log_softmax(at_least_float32(student_logits) / temperature, dim=1)
         log_teacher_BK = F.log_softmax(_as_teacher(teacher_logits) / temperature, dim=1)
         return _cross_entropy_of(log_teacher_BK, log_student_BK).mean() * temperature**2
 
@@ -51,7 +51,7 @@ def dkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, alpha
     """
     label_B = _check(student_logits, teacher_logits, temperature, labels)
     with torch.autocast(student_logits.device.type, enabled=False):
-        student_BK, teacher_BK = _at_least_float32(student_logits) / temperature, _as_teacher(teacher_logits) / temperature
+        student_BK, teacher_BK = at_least_float32(student_logits) / temperature, _as_teacher(teacher_logits) / temperature
         target_B = _divergence(_log_split(teacher_BK, label_B), _log_split(student_BK, label_B))
         other_B = _divergence(_log_softmax_without(teacher_BK, label_B), _log_softmax_without(student_BK, label_B))
         return (alpha * target_B + beta * other_B).mean() * temperature**2
@@ -65,7 +65,7 @@ def nkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, gamma
     """
     label_B = _check(student_logits, teacher_logits, temperature, labels)
     with torch.autocast(student_logits.device.type, enabled=False):
-        student_BK, teacher_BK = _at_least_float32(student_logits), _as_teacher(teacher_logits)
+        student_BK, teacher_BK = at_least_float32(student_logits), _as_teacher(teacher_logits)
         log_student_B, log_teacher_B = (_at(F.log_softmax(logits, dim=1), label_B) for logits in (student_BK, teacher_BK))
         target_B = -log_teacher_B.exp() * log_student_B
         log_other_student_BK = _log_softmax_without(student_BK / temperature, label_B)
@@ -83,7 +83,7 @@ def wsld(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, alph
     """
     _check(student_logits, teacher_logits, temperature, labels)
     with torch.autocast(student_logits.device.type, enabled=False):
-        student_BK, teacher_BK = _at_least_float32(student_logits), _as_teacher(teacher_logits)
+        student_BK, teacher_BK = at_least_float32(student_logits), _as_teacher(teacher_logits)
         ratio_B = _label_loss(student_BK.detach(), labels) / (_label_loss(teacher_BK, labels) + 1e-7)
         weight_B = -torch.expm1(-ratio_B)
         soft_B = _cross_entropy_of(F.log_softmax(teacher_BK / temperature, dim=1), F.log_softmax(student_BK / temperature, dim=1))
@@ -97,7 +97,7 @@ def cross_entropy(student_logits: Tensor, labels: Tensor, *, smoothing: float = 
     over all K classes, as timm's LabelSmoothingCrossEntropy and, for shares, its mixup_target do.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
-        logits_BK = _at_least_float32(student_logits)
+        logits_BK = at_least_float32(student_logits)
         return F.cross_entropy(logits_BK, labels.to(logits_BK.dtype) if labels.is_floating_point() else labels, label_smoothing=smoothing)
 
 
@@ -114,13 +114,14 @@ def soft_labels(labels_B: Tensor, partner_labels_B: Tensor, weights_B: Tensor, n
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """float32, or float64 as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _as_teacher(logits_BK: Tensor) -> Tensor:
     """Without a gradient, and -inf as a number that has no probability beside any other logit."""
-    return _at_least_float32(logits_BK.detach()).clamp_min(_RULED_OUT)
+    return at_least_float32(logits_BK.detach()).clamp_min(_RULED_OUT)
 
 
 def _at(values_BK: Tensor, label_B: Tensor) -> Tensor:

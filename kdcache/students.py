@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .checkpoint import sync_folder
 from .errors import StoreError, StudentError, UsageError
 from .pixels import Normalize
+from .store.local import sync_folder
 from .timm_models import build_model, built_size_of, input_size_of, mean_std_of, model_args_of
 
 _OF_OTHER_WEIGHTS = ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes")

@@ -201,7 +201,7 @@ class LocalStore(Store):
         try:
             target.unlink()
             if not any(part.endswith(".zarr") for part in path.split("/")[:-1]):  # a document: gone for good before what it named may go
-                _sync(folder)
+                sync_folder(folder)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -375,12 +375,12 @@ def _link_new(source: Path, target: Path) -> bool:
         os.rename(source, target)
     else:
         source.unlink()
-    _sync(target.parent)
+    sync_folder(target.parent)
     return True
 
 
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last through a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

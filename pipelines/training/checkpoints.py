@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.cache import Cache
-from kdcache.checkpoint import load_checkpoint, save_checkpoint, sync_folder
+from kdcache.checkpoint import load_checkpoint, save_checkpoint
 from kdcache.console import say
 from kdcache.errors import CorruptError, MismatchError, StoreError
+from kdcache.store.local import sync_folder
 
 from .recipes import differences
 
