@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from helpers import TINY_VIT, Forked, assert_same_state, make_cache, make_shard,
 
 import pipelines.training.lock
 from cli.main import main
+from kdcache.checkpoint import load_checkpoint
 from kdcache.errors import StoreError, StudentError, UsageError
 from kdcache.interrupt import stopping_cleanly
 from pipelines.engines import Entry, InProcess, Job, open_runs, plan_jobs
@@ -405,17 +408,42 @@ def test_runs_of_a_node_that_is_lost_go_on_on_another(folder: Path, alone: list[
     assert [f"attempt {number} of 2" in log.read_text() for number in (1, 2, 3)] == [True, True, False]
 
     (tmp_path / "sweep.yaml").write_text(json.dumps({"base": {**base, "epochs": 100_000}, "runs": GOOD[:1]}))
-    endless = subprocess.Popen(command, env=ray_nodes.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with open(told, "wb") as file:
+        endless = subprocess.Popen(command, env=ray_nodes.environ, stdout=subprocess.DEVNULL, stderr=file)
     try:
         (checkpoint,) = wait_for(lambda: list(tmp_path.glob("runs/*-kd-*/last/checkpoint.pt")))
         child = int(_holder(checkpoint.parents[1]))
         endless.terminate()
-        complaint = endless.communicate(timeout=60)[1]
+        with suppress(subprocess.TimeoutExpired):
+            endless.wait(120)
     finally:
         endless.kill()
+        endless.wait()
+    complaint = told.read_text()
     assert (endless.returncode, _group_is_gone(child), _holder(checkpoint.parents[1])) == (1, True, ""), complaint
     assert "1 job is told to end" in complaint and "Error: stopped by " in complaint
     assert checkpoint.exists() and not list((tmp_path / "runs" / "logs").glob(".ray-*"))
+
+
+def test_a_task_that_did_not_hear_its_cancellation_ends_by_a_file(folder: Path, tmp_path: Path) -> None:
+    """Ray's is an exception in a worker's main thread, which Python drops where a destructor runs. The child saves, as on a signal."""
+    (endless,) = jobs_of(folder, tmp_path / "runs", {**GOOD[0], "epochs": 100_000})
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+
+    def end_when_it_trains() -> None:
+        wait_for(lambda: list(tmp_path.glob("runs/*/last/checkpoint.pt")))
+        (meeting / "end").touch()
+
+    thread = threading.Thread(target=end_when_it_trains)
+    thread.start()
+    there = {"meeting": str(meeting), "cwd": "/", "version": "0.1.0", "gpus": 0, "cpus": 1, "retries": 1, "progress": False}
+    result = train_on_node(endless.to_json(), 0, there)
+    thread.join()
+    assert result == {"entries": [], "problem": "the command was told to end"}
+    (checkpoint,) = tmp_path.glob("runs/*/last/checkpoint.pt")
+    assert _holder(checkpoint.parents[1]) == "" and load_checkpoint(checkpoint)["step"] + load_checkpoint(checkpoint)["epoch"] > 0
+    assert train_on_node(endless.to_json(), 0, there) == result  # Ray's second attempt, if it makes one
 
 
 def test_a_node_that_does_not_see_what_the_driver_sees_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class JobProcess:
         self._reported: dict[str, str] = {}
         """Id → status of the job's runs whose entry has come."""
         self._rest = b""
+        self._is_told = False
+        """To end: a second word would end it at once."""
         with _naming(log), _open_log(log) as file:
             self._events, events = os.pipe()
             try:
@@ -118,11 +120,13 @@ class JobProcess:
         self._reported |= {event["entry"]["id"]: event["entry"]["status"] for event in events if "entry" in event}
         return events
 
-    def events(self) -> Iterator[Event]:
-        """Each as it comes, to the end of the job or of the child."""
+    def events(self, *, is_unwanted: Callable[[], bool] | None = None) -> Iterator[Event]:
+        """Each as it comes, to the end of the job or of the child. is_unwanted: asked on the way; the child is told to end where it says so."""
         has_ended = False
         while self.left is not None and not has_ended:
             select.select([self], [], [], _POLL_S)
+            if is_unwanted is not None and is_unwanted():
+                self.stop()
             has_ended = self.has_ended
             yield from self.receive()
 
@@ -160,9 +164,10 @@ class JobProcess:
         return f"{how}; its log {self.log} ends: {_last_words(self.log)}"
 
     def stop(self) -> None:
-        """Ask it to end: within a job as a command is asked, between two by ending its loop."""
-        if self.has_ended:
+        """Ask it to end, once: within a job as a command is asked, between two by ending its loop."""
+        if self.has_ended or self._is_told:
             return
+        self._is_told = True
         if self.is_busy:
             self.process.terminate()
         else:

@@ -27,7 +27,7 @@ from typing import Any
 
 from kdcache.console import say
 from kdcache.errors import StoreError, StudentError, UsageError
-from kdcache.interrupt import Stopped, finishing_first
+from kdcache.interrupt import Stopped, finishing_first, raise_if_dropped
 
 from ..training.lock import RunLock
 from ..training.run import describe_error
@@ -40,6 +40,11 @@ _BUSY_S = 30.0
 """Ray's workers have imported torch by then; a cluster that has begun no job is in others' hands, which is said."""
 _PATIENCE_S = 120.0
 """How long a node waits for runs that one which Ray has lost still trains: one cut off from the cluster gives itself up after a minute."""
+_HEARD_S = 3.0
+"""How long tasks have to hear Ray's cancellation, an exception in their main thread: Python drops one that comes while a destructor runs."""
+_END = "end"
+"""A file that tells them then."""
+_UNWANTED = "the command was told to end"
 _MAX_CPUS = 9
 """Of a job by default: eight loading processes and the one that they feed."""
 
@@ -130,9 +135,11 @@ class OnRay:
                     say(f"{jobs_are} told to end: what trains finishes its step and saves; a second signal ends all at once")
                 for ref in refs:
                     self._ray.cancel(ref)
-                left = list(refs)
+                left, unheard_at = list(refs), time.monotonic() + _HEARD_S
                 while left:
                     left = self._ray.wait(left, num_returns=len(left), timeout=_WAIT_S)[1]
+                    if time.monotonic() > unheard_at:
+                        (meeting / _END).touch()
             shutil.rmtree(meeting, ignore_errors=True)
             self._disconnect()
 
@@ -144,6 +151,7 @@ class OnRay:
             raise
         except KeyboardInterrupt as error:
             raise Stopped("a signal") from error
+        raise_if_dropped()
         return ended
 
     def _entries_of(self, ref: Any, job: Job) -> Iterator[Entry]:
@@ -306,7 +314,9 @@ def train_on_node(body: Mapping[str, Any], number: int, there: Mapping[str, Any]
     problem = _find_problem(job, node, there)
     if problem is not None:
         return {"entries": [], "problem": problem}
-    place = Path(there["meeting"]) / str(number)
+    place, is_unwanted = Path(there["meeting"]) / str(number), (Path(there["meeting"]) / _END).exists
+    if is_unwanted():
+        return {"entries": [], "problem": _UNWANTED}
     before, attempts = _count_attempt(place, node), 1 + there["retries"]
     attempt, names = 1 + len(before), ", ".join(job.ids)
     if attempt > attempts:
@@ -320,13 +330,15 @@ def train_on_node(body: Mapping[str, Any], number: int, there: Mapping[str, Any]
     entries: list[Entry] = []
     try:
         process.begin(job, log=log, title=f"node {node}, attempt {attempt} of {attempts}: {names}")
-        for event in process.events():
+        for event in process.events(is_unwanted=is_unwanted):
             if "entry" in event:
                 entries.append(_of_this_sweep(event["entry"], node, is_again=attempt > 1))
             elif there["progress"]:
                 _tell(place, f"node {node}: {describe_epoch(event['epoch'])}")
         if process.left is None:
             return {"entries": entries, "problem": None}
+        if is_unwanted():
+            return {"entries": entries, "problem": _UNWANTED}
         if process.was_killed:
             died = JobDied(f"node {node}: {process.describe_end()}")
             _tell(place, f"{names}: {died}")
