@@ -43,7 +43,8 @@ def session_of(folder: Path, *options: str) -> tuple[int, list[str]]:
     """The exit status of a session of the tests in a folder, with this project's conftest, and which of them it names as skipped."""
     shutil.copy(Path(__file__).with_name("conftest.py"), folder / "conftest.py")
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a device\n")
-    child = Forked(lambda: pytest.main(["-q", "-p", "no:cacheprovider", *options, str(folder)]), folder / "log")
+    # -rN: no summary at the end, which repeats the messages on a wide terminal, and on any where CI is set
+    child = Forked(lambda: pytest.main(["-q", "-rN", "-p", "no:cacheprovider", *options, str(folder)]), folder / "log")
     status = child.wait()
     said = [line for line in child.output().splitlines() if "SKIPPED WITHOUT THE gpu MARK" in line]
     return status, [line.rpartition(": ")[2] for line in said]
