@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 from kdcache.errors import StoreError
 from kdcache.plan import CenterCrop, ColorJitter, MixedViews, Policy, RandAugment, RandomErasing, RandomResizedCrop, ThreeAugment
@@ -194,6 +196,7 @@ class Forked:
         status = 70
         try:
             os.setpgid(0, 0)
+            tqdm.set_lock(threading.RLock())  # the inherited one is shared by all: a child that is killed while it writes would keep it for ever
             signal.signal(signal.SIGINT, signal.default_int_handler)
             descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
             os.dup2(descriptor, 1)

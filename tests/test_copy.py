@@ -145,12 +145,14 @@ def test_a_flipped_byte_in_the_source_is_refused_and_nothing_half_lands(made: Pa
 
 
 KILLED = """
-import itertools, os, shutil, signal, sys
+import itertools, os, shutil, signal, sys, threading
 from pathlib import Path
+from tqdm import tqdm
 from kdcache.store import LocalStore
 from pipelines.verify import verify
 
 os.fsync = lambda descriptor: None  # a killed process loses nothing that the kernel has; only a crash of the machine would
+tqdm.set_lock(threading.RLock())  # tqdm's own is shared with children: one that is killed while it writes would keep it for ever
 
 def killed_at(moment, action):
     \"\"\"Run `action` in a child that kills itself at its moment-th change of the store, before or after it in turn; whether it did.\"\"\"
