@@ -56,7 +56,7 @@ def verify(
     if store.size("cache.json") is None:
         if not index_paths(store):
             raise NotACacheError(f"{store.url}: no cache.json; expected a folder that 'kdcache extract' wrote")
-        verdict.problems.append(Problem("missing", "", "", "cache.json is not there; the index holds a copy: pass --repair", "cache.json"))
+        verdict.problems.append(Problem("missing", "", "", "cache.json is not there; the index holds a copy", "cache.json"))
         return verdict
     documents = _read_documents(store, verdict)
     if "cache.json" not in documents:

@@ -354,6 +354,18 @@ def test_a_plan_of_before_another_process_changed_the_cache_is_not_carried_out(s
     assert tree(cache) == before
 
 
+def test_what_is_repaired_is_not_advised_to_be(setup: Path) -> None:
+    swap_groups(setup, "cache/views/train-*.zarr")  # told of each file, and of the arrays that readers refuse with a hint
+    flip(one(setup, TARGET), 20)
+    assert invoke("verify", setup / "cache").stderr.count("kdcache verify CACHE --repair") > 2
+    result = invoke("verify", setup / "cache", "--repair", "--yes", "-j", 0, "--model", "local-dir:/nowhere")
+    assert result.exit_code == 1
+    before, after = result.stderr.split("failed", 1)
+    assert "see below what the repair does about it" in before
+    assert "the repair did not mend it: 'failed' above says why" in after
+    assert "--repair" not in result.stderr
+
+
 def test_a_repair_leaves_the_views_that_were_found_to_differ_in_the_verdict(setup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kdcache.views, "resize", brighter)
     flip(one(setup, "cache/index/index.*.json"))
