@@ -376,6 +376,14 @@ def test_settings_decide_what_is_recorded_and_train_names_those_that_matter(vit:
         methods.build("scalekd", student=student, cache=cache, settings=needs_both)
     methods.build("scalekd", student=student, cache=cache, settings=needs_both | {"logits": "head", "s3_blocks": 1, "s4_blocks": 1})
     assert "kd_alpha=0.0 --set s3_blocks=1" in str(error.value)
+    with pytest.raises(MissingError, match=r"serves with --set scalekd\.logits=head, or with --set scalekd\.kd_alpha=0\.0$"):
+        methods.build("mimic+scalekd", student=student, cache=cache)
+    of_sum = {"s4_blocks": 1, "alpha_s4": (0.1, 0.1)}  # what was given stays, in all that is tried
+    with pytest.raises(MissingError, match=r"serves with --set scalekd\.logits=head --set scalekd\.s3_blocks=2 --set scalekd\.s4_blocks=0, or"):
+        methods.build("mimic+scalekd", student=student, cache=cache, settings=of_sum)
+    methods.build("mimic+scalekd", student=student, cache=cache, settings={"scalekd.logits": "head"})
+    with pytest.raises(MissingError, match=r"no target 'logits'.* to add it$"):  # kd has no way without them
+        methods.build("kd+scalekd", student=student, cache=cache)
     repeating = asked | {"s4_repeats": True}  # the last block serves both stages: the tail that is there is enough
     method = methods.build("scalekd", student=student, cache=cache, settings=repeating)
     assert (method.s3_modules, method.s4_modules) == (["blocks.2", "blocks.3"], ["blocks.3", "norm"])
