@@ -187,6 +187,9 @@ class _Run:
         self.views = max(self.wanted_views, *self.wanted.values())
         plans = plan_targets(self.store, resolved, layer, teacher_name=self.teacher_name)
         self.pending = [source for source in self.sources if not self._is_complete(source)]
+        lost = [self._views_lost(source) for source in self.sources]
+        if all(lost):  # before anything is written that no shard would use
+            raise ShardError(f"{lost[0]}; {len(lost)} of {counted(len(lost), 'shard')} can't be done, and nothing was extracted")
         statistics: dict[str, dict[str, Tensor]] = {}
         if self.pending or any(plan.needs_statistics for plan in plans):
             statistics = self._preflight(plans)
@@ -515,19 +518,31 @@ class _Run:
 
     def _index(self, source: ShardSource, known: ViewsIdentity | None) -> ShardIndex:
         """The shard's samples: from its tar, or from the cache if the tar is gone and all views that are wanted are stored. Raises ShardError."""
-        if known is not None and self.plan.stored_views is not None and not os.path.exists(source.path):
-            lacking = [view for views in self._missing(source.name).views for view in views.numbers]
-            if lacking:
-                raise ShardError(
-                    f"shard {source.name}: {source.path} is gone, and views {lacking} are not stored; expected the tar, to render them from:"
-                    f" restore it, or ask for at most {lacking[0]} views"
-                )
+        if lost := self._views_lost(source):
+            raise ShardError(lost)
+        if known is not None and self._is_gone(source):
             assert self.cache is not None
             return index_of_stored(self.cache, source)
         index = self._scan(source)
         if known is not None:
             check_same_tar(index, known)
         return index
+
+    def _is_gone(self, source: ShardSource) -> bool:
+        """Whether a tar is not there, of a cache that may do without."""
+        return self.plan.stored_views is not None and not os.path.exists(source.path)
+
+    def _views_lost(self, source: ShardSource) -> str:
+        """That the tar is gone from which views that a shard lacks would be rendered; '' if it is not, or none are lacking."""
+        if not self._records(source.name) or not self._is_gone(source):
+            return ""
+        lacking = [view for views in self._missing(source.name).views for view in views.numbers]
+        if not lacking:
+            return ""
+        return (
+            f"shard {source.name}: {source.path} is gone, and views {lacking} are not stored; expected the tar, to render them from:"
+            f" restore it, or ask for at most {counted(lacking[0], 'view')}"
+        )
 
     # --- after the work ---
 
@@ -572,7 +587,8 @@ def _report(config: ExtractConfig, summary: ExtractSummary, launch: Launch) -> N
     """The summary for people, on stderr; of ranks but the first only the problems."""
     who = f"rank {launch.rank}: " if launch.world_size > 1 else ""
     for problem in summary.problems:
-        say(f"{who}problem: shard {problem['shard']}: {problem['detail']}")
+        where = f"shard {problem['shard']}: "
+        say(f"{who}problem: {where}{problem['detail'].removeprefix(where)}")
     if launch.rank > 0:
         return
     say(

@@ -88,7 +88,9 @@ class Sum(Method[Any]):
     @classmethod
     def alternatives(cls, settings: Any, teacher: TeacherCard, tail: Sequence[str]) -> Iterator[Mapping[str, Any]]:
         """Those of the parts, alone and together: {part: {field: value}}."""
-        of_parts = [[{}, *({name: fields} for fields in method.alternatives(getattr(settings, name), teacher, tail))] for name, method in cls.parts.items()]
+        of_parts = [
+            [{}, *({name: fields} for fields in method.alternatives(getattr(settings, name), teacher, tail))] for name, method in cls.parts.items()
+        ]
         for chosen in product(*of_parts):
             yield {name: fields for part in chosen for name, fields in part.items()}
 
