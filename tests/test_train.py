@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -359,6 +360,11 @@ def test_an_evaluation_is_made_in_eval_mode_and_leaves_the_student_as_it_was(fol
         assert (found.top1, found.images) == (10.0 * int((logits.argmax(1) == labels).sum()), 10)
         assert found.top5 == 10.0 * int((logits.topk(5).indices == labels[:, None]).sum())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with_worker = Evaluator(dataset, batch_size=4, num_workers=1)
+    for _ in range(2):  # closed in between: it begins a new worker
+        assert with_worker(model, torch.device("cpu")) == found
+        with_worker.close()
+    assert not multiprocessing.active_children()
 
 
 # --- labels and classes ---
