@@ -293,7 +293,7 @@ class _Run:
         wanted, num_classes = self.config.min_teacher_top1, self.teacher.identity.num_classes
         if found.highest_label >= num_classes:
             say(
-                f"the teacher has {num_classes} classes, labels reach {found.highest_label}: its classes are not the dataset's; only losses"
+                f"the teacher has {counted(num_classes, 'class')}, labels reach {found.highest_label}: its classes are not the dataset's; only losses"
                 f" that need no label match apply"
             )
         if not found.labelled:
@@ -302,10 +302,10 @@ class _Run:
             return
         top1 = 100 * found.correct / found.labelled
         if self.progress:
-            say(f"teacher: {top1:.1f} % top-1 on the first {found.labelled} labelled views")
+            say(f"teacher: {top1:.1f} % top-1 on the first {counted(found.labelled, 'labelled view')}")
         if top1 < wanted:
             raise TeacherError(
-                f"teacher {self.config.teacher}: {top1:.1f} % top-1 on the first {found.labelled} labelled views, expected at least"
+                f"teacher {self.config.teacher}: {top1:.1f} % top-1 on the first {counted(found.labelled, 'labelled view')}, expected at least"
                 f" {wanted:g} %; check its normalisation, its class order and the labels; nothing was extracted"
             )
 
@@ -331,7 +331,7 @@ class _Run:
         say(f"teacher {self.teacher_name!r} gives {', '.join(f'{plan.target.name}:{plan.encoding.full_name}' for plan in plans)}{resized}")
         each = f"{views / max(1, samples):.3g}"
         say(
-            f"{len(self.pending)} of {len(self.sources)} shards to do: about {samples:,} samples x {each} view{'' if each == '1' else 's'};"
+            f"{len(self.pending)} of {counted(len(self.sources), 'shard')} to do: about {counted(samples, 'sample')} x {each} view{'' if each == '1' else 's'};"
             f" the teacher needs about {human_seconds(passes * seconds_per_view / ranks)} ({1e3 * seconds_per_view:.1f} ms a view)"
             + (f" on each of {ranks} ranks" if ranks > 1 else "")
         )
@@ -343,7 +343,7 @@ class _Run:
         cached = max(self.wanted.values())
         students = -(-cached // TYPICAL_EPOCHS)
         say(
-            f"break-even: {cached} teacher pass{'' if cached == 1 else 'es'} an image once, in place of {TYPICAL_EPOCHS} for each student trained online for {TYPICAL_EPOCHS}"
+            f"break-even: {counted(cached, 'teacher pass')} an image once, in place of {TYPICAL_EPOCHS} for each student trained online for {TYPICAL_EPOCHS}"
             f" epochs: it pays from {'the first student' if students == 1 else f'{students} students'} on"
         )
 

@@ -271,7 +271,7 @@ def test_an_array_of_a_later_version_is_cut_by_its_shape_or_refused(made: Path, 
     [
         (["--target", "logitz"], "teacher teacher has: features@blocks.0, features@norm, logits"),
         (["--teacher", "other"], "the cache has: teacher"),
-        (["--views", "6"], "6 views were asked for, the cache has 5"),
+        (["--views", "6"], "--views 6: the cache has 5 views"),
     ],
 )
 def test_what_the_cache_does_not_have_is_a_usage_error_that_says_what_it_has(made: Path, tmp_path: Path, options: list[str], text: str) -> None:

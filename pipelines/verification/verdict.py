@@ -139,9 +139,9 @@ def as_lines(verdict: Verdict, path: str, *, repair: Literal["planned", "done"] 
     )
     if verdict.views_replayed:
         drift = any(problem.kind in ("pixels", "source") for problem in verdict.problems)
-        read += f", {verdict.views_replayed:,} views compared{'' if drift else ': no drift'}"
+        read += f", {counted(verdict.views_replayed, 'view')} compared{'' if drift else ': no drift'}"
     if verdict.rows_recomputed:
         drift = any(problem.kind == "teacher" for problem in verdict.problems)
-        read += f", {verdict.rows_recomputed:,} views seen again by their teacher{'' if drift else ': no drift'}"
+        read += f", {counted(verdict.rows_recomputed, 'view')} seen again by the teacher{'' if drift else ': no drift'}"
     yield read
     yield verdict.line
