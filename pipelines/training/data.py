@@ -33,9 +33,10 @@ _METHOD_OPTIONS = {
 """Options that stand for a field of the method."""
 
 NOT_OF_DATA = (
-    "students", "pretrained", "model_kwargs", "epochs", "opt", "lr", "weight_decay", "momentum", "opt_betas", "clip_grad", "sched", "warmup_epochs",
-    "min_lr", "amp", "amp_dtype", "model_ema", "model_ema_decay", "model_ema_warmup", "val_interval", "val_crop_pct", "channels_last",
-    "log_interval", "log_tensorboard", "log_wandb", "wandb_project", "recovery_interval", "out", "resume", "allow_other_cache",
+    "students", "pretrained", "model_kwargs", "epochs", "grad_accum_steps", "opt", "lr", "weight_decay", "momentum", "opt_betas", "clip_grad", "sched",
+    "warmup_epochs", "min_lr", "amp", "amp_dtype", "sync_bn", "torchcompile", "model_ema", "model_ema_decay", "model_ema_warmup", "val_interval",
+    "val_crop_pct", "check_views", "workers", "prefetch_bytes", "device", "channels_last", "log_interval", "log_tensorboard", "log_wandb",
+    "wandb_project", "recovery_interval", "out", "resume", "allow_other_cache",
 )  # fmt: skip
 """Fields of TrainConfig that `open_data` does not look at: configs that differ in these alone have the same TrainingData."""
 
