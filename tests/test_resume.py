@@ -19,17 +19,19 @@ import pytest
 import timm
 import torch
 from helpers import (
-    TIMES,
     TINY_VIT,
     Forked,
-    assert_same_state,
+    Killed,
+    assert_same_run,
     die_at,
     kdcache_command,
     leaves,
+    lines_of,
     make_cache,
     make_shard,
     run_python,
     state_of,
+    wandb_history,
     where_files_end_at,
 )
 from hypothesis import given, settings
@@ -75,25 +77,6 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     """The run that nothing interrupts."""
     (run,) = train(TrainConfig(**options_of(folder, tmp_path_factory.mktemp("whole"))))
     return run
-
-
-def lines_of(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """metrics.jsonl, times aside."""
-    return [{**json.loads(line), **TIMES} for line in Path(run["path"], "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert (found["id"], found["top1"], found["status"]) == (expected["id"], expected["top1"], "done")
-    for name in ("last", "best"):
-        assert_same_state(state_of(found, name), state_of(expected, name))
-    for file in ("summary.csv", "export/model.safetensors", "export/config.json", "export/README.md"):
-        assert Path(found["path"], file).read_bytes() == Path(expected["path"], file).read_bytes(), file
-    assert lines_of(found) == lines_of(expected)
-    assert not list(Path(found["path"]).rglob("*.tmp"))
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL where a process of its own would tell no more."""
 
 
 def die_after(monkeypatch: pytest.MonkeyPatch, updates: int, die: Callable[[], None]) -> None:
@@ -514,28 +497,6 @@ def test_tensorboard_shows_one_curve_of_a_run_that_was_killed(folder: Path, whol
         expected = [(line["epoch"] * STEPS + line.get("step", STEPS), line[key or "lr"]) for line in measured]
         assert [step for step, _ in shown] == [step for step, _ in expected], name
         assert [value for _, value in shown] == pytest.approx([value for _, value in expected], rel=1e-6)
-
-
-def wandb_history(path: Path) -> tuple[Any, dict[int, dict[str, Any]]]:
-    """(the run's record, update → what was logged) of a .wandb file: 7 bytes, then LevelDB's log format of 32 kB blocks."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, place, parts, run, history = path.read_bytes(), 7, b"", None, {}
-    while place < len(data):
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768
-            continue
-        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        parts += data[place + 7 : place + 7 + size]
-        place += 7 + size
-        if kind not in (1, 4):  # first or middle part
-            continue
-        record, parts = wandb_internal_pb2.Record.FromString(parts), b""
-        run = record.run if record.WhichOneof("record_type") == "run" else run
-        if record.WhichOneof("record_type") == "history":
-            items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-            history[items["_step"]] = items
-    return run, history
 
 
 def test_wandb_shows_whole_curves_of_a_run_that_was_killed_offline(folder: Path, whole: dict[str, Any], tmp_path: Path) -> None:

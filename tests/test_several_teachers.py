@@ -11,8 +11,7 @@ import timm
 import torch
 import yaml
 from click.testing import CliRunner
-from helpers import TINY_VIT, assert_same_state, make_shards, make_teacher_dir, save_local_dir, state_of, tiny_model
-from test_tail import SWIN_ARGS
+from helpers import SWIN_ARGS, TINY_VIT, assert_same_state, make_shards, make_teacher_dir, save_local_dir, state_of, tiny_model
 
 import pipelines.training.checkpoints
 from cli.main import main

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from caches import FEATURES, groups, replay, run, tree
 from click.testing import CliRunner
 from helpers import TINY_VIT, Forked, die_at, make_image, make_shard, make_shards, make_teacher_dir
 from hypothesis import given
 from hypothesis import strategies as st
-from test_extract import FEATURES, groups, replay, run, tree
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 from cli.main import main

@@ -14,12 +14,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from browser import Browser, browser
+from browser import CONTRAST, OUTSIDE, Browser, Parsed, browser
 from click.testing import CliRunner, Result
 from helpers import TINY_VIT, Forked, die_at, kdcache_command, make_cache, make_shard, save_local_dir, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_page import CONTRAST, OUTSIDE, Parsed
 from torch import nn
 
 from cli.main import main

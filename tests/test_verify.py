@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from caches import flip, groups, one, read_everything, run, tree
 from click.testing import CliRunner
 from helpers import TINY_VIT_ARGS, make_shard, make_shards, make_teacher_dir, run_python, save_local_dir, tiny_model
 from PIL import Image
-from test_extract import groups, run, tree
-from test_repair import flip, one, read_everything
 
 import kdcache.teacher
 import kdcache.views
