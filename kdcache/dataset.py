@@ -200,7 +200,7 @@ class CachedDataset(Dataset[Sample]):
         again = int(self._again.sum())
         if again > _LOOKS + len(self) // _LOOKS:
             raise UsageError(
-                f"CachedDataset: {counted(again, 'row')} read again and no epoch was ever chosen, so that each gave view 0 of {self.num_views} again; call"
+                f"CachedDataset: {counted(again, 'row')} were read again and no epoch was ever chosen, so that each gave view 0 of {self.num_views} again; call"
                 f" dataset.set_epoch(epoch) before every epoch, or pass views=1 to train on the first view only"
             )
 

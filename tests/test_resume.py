@@ -41,6 +41,7 @@ import pipelines.training.checkpoints
 import pipelines.training.gang
 import pipelines.training.loop
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
+from kdcache.console import counted
 from kdcache.errors import CorruptError, KDCacheError, MismatchError, StudentError, UsageError
 from kdcache.evaluate import Evaluator
 from kdcache.join import BatchLoader, CachedViews, EpochBatches
@@ -242,7 +243,7 @@ def test_a_signal_saves_what_was_done_and_the_run_goes_on_from_there(
     assert (state["epoch"], state["step"]) == where
     said = child.output()
     if moment != "save":
-        assert f"saved after {where[0]} epochs and {where[1]} steps, in {run / 'last' / 'checkpoint.pt'}" in said
+        assert f"saved after {counted(where[0], 'epoch')} and {counted(where[1], 'step')}, in {run / 'last' / 'checkpoint.pt'}" in said
     assert f"stopped by {number.name}; the last checkpoint is kept: run the same command again with --resume to go on" in said
     assert "Traceback" not in said
     (tmp_path / "log").unlink()
@@ -293,7 +294,7 @@ def test_a_torn_checkpoint_is_noticed_and_the_one_before_used_and_said(
     said = capsys.readouterr().err
     assert str(last) in said
     assert f"going on from {previous}" in said
-    assert "after 1 epochs" in said
+    assert "after 1 epoch" in said
     assert_same_run(found, whole)
 
 
@@ -455,7 +456,7 @@ def test_a_run_refuses_another_cache_and_says_what_differs_unless_allowed(folder
     record = json.loads((stopped / "export" / "config.json").read_text())["kdcache"]
     assert record["fingerprint"] == second
     assert [(cache["fingerprint"], cache["epoch"]) for cache in record["other_caches"]] == [(first, 1)]
-    assert f"Its first 1 epochs: cache `{first}`" in (stopped / "export" / "README.md").read_text()
+    assert f"Its first 1 epoch: cache `{first}`" in (stopped / "export" / "README.md").read_text()
     steps = [(line["epoch"], line.get("step")) for line in lines_of(found)]
     assert steps == [(epoch, step) for epoch in range(3) for step in [*range(1, STEPS + 1), None]]  # the second epoch was begun again
     assert train(TrainConfig(**options))[0] == {**found, "status": "already done"}

@@ -258,7 +258,7 @@ def test_a_run_of_two_teachers_that_was_killed_resumes_to_the_same_bits(config: 
 def test_only_views_that_every_teacher_has_are_trained_on(config: Any) -> None:
     (run,) = train(config(teacher=("swin", "twin"), epochs=1))
     assert state_of(run)["recipe"]["data"]["views"] == 1
-    with pytest.raises(MissingError, match="--views 2: the cache has 1 views of all that is trained on"):
+    with pytest.raises(MissingError, match="--views 2: the cache has 1 view of all that is trained on"):
         train(config(teacher=("swin", "twin"), views=2))
 
 

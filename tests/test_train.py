@@ -403,7 +403,7 @@ def test_few_labels_leave_the_number_of_classes_alone(config: Any, folder: Path)
 def test_images_that_cannot_be_read_are_left_out_of_validation_and_counted(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_shard(tmp_path / "val" / "val-00.tar", num_samples=4, corrupt=[2])
     train(config(val=str(tmp_path / "val"), epochs=2))
-    assert capsys.readouterr().err.count("--val: 1 images can't be read and are left out; first: shard val-00: key 's0002': damaged image") == 1
+    assert capsys.readouterr().err.count("--val: 1 image can't be read and is left out; first: shard val-00: key 's0002': damaged image") == 1
 
 
 @pytest.mark.parametrize(
@@ -535,7 +535,7 @@ def test_tars_that_moved_are_found_with_data(folder: Path, tmp_path: Path, confi
     shutil.copytree(folder / "shards", tmp_path / "moved")
     (run,) = train(config(data=str(tmp_path / "moved"), epochs=1))
     (tmp_path / "moved" / "train-0001.tar").unlink()
-    with pytest.raises(UsageError, match="shard train-0001: not among the 1 tars given with --data"):
+    with pytest.raises(UsageError, match="shard train-0001: not among the 1 tar given with --data"):
         train(config(data=str(tmp_path / "moved"), epochs=2))
     assert run["status"] == "done"
 
