@@ -38,7 +38,9 @@ def command(images: str, out: str, name: str | None, samples_per_shard: int, shu
 
         seed = None if no_shuffle else shuffle_seed
         summary = pack(PackConfig(images=images, out=out, name=name, samples_per_shard=samples_per_shard, shuffle_seed=seed), progress=True)
-        say(f"{out}: {summary.samples:,} images of {summary.classes} classes in {counted(summary.shards, 'shard')}, {human_bytes(summary.bytes)}")
+        say(
+            f"{out}: {counted(summary.samples, 'image')} of {counted(summary.classes, 'class')} in {counted(summary.shards, 'shard')}, {human_bytes(summary.bytes)}"
+        )
         if as_json:
             print_json(summary.to_json())
 

@@ -32,7 +32,7 @@ def train_sweep(
 
     Raises UsageError for a file that can't be right, KDCacheError that names the runs that failed, after all others ended.
     """
-    from kdcache.console import say, visible
+    from kdcache.console import counted, say, visible
     from kdcache.errors import KDCacheError, UsageError
     from kdcache.launch import read_launch
     from pipelines.sweep import describe_plan, leaderboard_as_text, plan_as_text, plan_sweep, predict, read_sweep, run_sweep, settle
@@ -74,7 +74,7 @@ def train_sweep(
             print_json({"runs": entries, "leaderboard": str(plan.out / "leaderboard.csv"), "report": str(plan.out / "report.html")})
     if errors:
         told = "".join(f"\n  {run_id}: {error}" for run_id, error in errors.items())
-        raise KDCacheError(f"{len(errors)} of {len(plan.runs)} runs failed; run the same command again to go on with them:{told}")
+        raise KDCacheError(f"{len(errors)} of {counted(len(plan.runs), 'run')} failed; run the same command again to go on with them:{told}")
 
 
 class _FirstLines(TextIOBase):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -87,7 +87,7 @@ def command(
         if recompute is not None:
             how = Recompute(rows=recompute, teacher=teacher, model=model, checkpoint=checkpoint, device=device, batch_size=batch_size or 64)
         verdict = verify(cache, views=views, recompute=how, data=data, workers=workers, progress=True)  # type: ignore[arg-type]  # parsed above
-        _tell(verdict, cache)
+        _tell(verdict, cache, "planned" if repair else None)
         failed = False
         if repair:
             config = RepairConfig(
@@ -101,11 +101,11 @@ def command(
     raise SystemExit(run_command(action))
 
 
-def _tell(verdict: Verdict, cache: str) -> None:
+def _tell(verdict: Verdict, cache: str, repair: Literal["planned", "done"] | None) -> None:
     from kdcache.console import say
     from pipelines.verification.verdict import as_lines
 
-    for line in as_lines(verdict, cache):
+    for line in as_lines(verdict, cache, repair=repair):
         say(line)
 
 
@@ -132,5 +132,5 @@ def _repair(cache: str, verdict: Verdict, config: RepairConfig, *, views: int | 
     for failure in failures:
         say(f"{'failed':>13}  {'':>8}  {failure}")
     verdict = verify(cache, views=views, data=config.data, workers=config.workers, progress=True)  # type: ignore[arg-type]  # parsed above
-    _tell(verdict, cache)
+    _tell(verdict, cache, "done")
     return verdict, bool(failures)

@@ -18,7 +18,7 @@ import numpy as np
 
 from .arrays import STREAM_CHUNK_BYTES, ArrayReader, ArraySpec, ByteLRU, StreamReader, stream_spec
 from .augment import Pixels
-from .console import view_range
+from .console import counted, view_range
 from .errors import CorruptError, DriftError, MissingError, ShardError, UsageError
 from .format import (
     CacheIdentity,
@@ -325,7 +325,7 @@ class Cache:
             if skip.key == key:
                 raise MissingError(f"shard {shard}: key {key!r} was skipped when the cache was made: {skip.reason}")
         near = ", ".join(map(repr, difflib.get_close_matches(key, rows, n=3) or list(rows)[:3]))
-        raise MissingError(f"shard {shard}: no key {key!r}; the shard has {len(rows)} keys, such as {near}")
+        raise MissingError(f"shard {shard}: no key {key!r}; the shard has {counted(len(rows), 'key')}, such as {near}")
 
     def close(self) -> None:
         """Close the files that reading keeps open; the cache can still be used."""
@@ -633,7 +633,7 @@ class Cache:
         if shard in self._given_sources:
             return self.with_labels(self._given_sources[shard])
         if self._given_sources:
-            raise UsageError(f"shard {shard}: not among the {len(self._given_sources)} tars given with --data")
+            raise UsageError(f"shard {shard}: not among the {counted(len(self._given_sources), 'tar')} given with --data")
         documents = self.views.get(shard) or []
         if not documents:
             raise MissingError(f"{self.store.url}: no shard {shard!r}")

@@ -39,8 +39,8 @@ def one_line(value: Any) -> Any:
 
 
 def counted(number: int, noun: str) -> str:
-    """1 view, 1,200 views."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """1 view, 1,200 views, 2 passes."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int | None = None) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from .cache import Cache
+from .console import counted
 from .encodings import Encoding
 from .errors import MissingError, ShardError, UsageError
 from .images import IMAGE_EXTENSIONS
@@ -116,7 +117,7 @@ class CachedDataset(Dataset[Sample]):
         """(N,) the number in Cache.rows of each index."""
         if len(self.row_numbers) == 0:
             raise MissingError(
-                f"{self.cache.store.url}: its {len(self.shards)} shards have no rows; every sample was skipped when the cache was made"
+                f"{self.cache.store.url}: no rows in its {counted(len(self.shards), 'shard')}; every sample was skipped when the cache was made"
             )
         for shard in self.shards if self.cache.plan.stored_views is None else ():
             if os.path.exists(self.cache.source(shard).path):  # one that is elsewhere may come through a pipeline
@@ -151,7 +152,7 @@ class CachedDataset(Dataset[Sample]):
             raise UsageError(f"views={wanted}: expected at least 1")
         if wanted is not None and wanted > usable:
             raise MissingError(
-                f"{self.cache.store.url}: views={wanted}: the cache has {usable} views of all that is read; expected at most that, or run 'kdcache"
+                f"{self.cache.store.url}: views={wanted}: the cache has {counted(usable, 'view')} of all that is read; expected at most that, or run 'kdcache"
                 f" extract' again with --views {wanted} to add them"
             )
         return usable if wanted is None else wanted
@@ -199,7 +200,7 @@ class CachedDataset(Dataset[Sample]):
         again = int(self._again.sum())
         if again > _LOOKS + len(self) // _LOOKS:
             raise UsageError(
-                f"CachedDataset: {again} rows were read again and no epoch was ever chosen, so that each gave view 0 of {self.num_views} again; call"
+                f"CachedDataset: {counted(again, 'row')} were read again and no epoch was ever chosen, so that each gave view 0 of {self.num_views} again; call"
                 f" dataset.set_epoch(epoch) before every epoch, or pass views=1 to train on the first view only"
             )
 
@@ -318,7 +319,9 @@ class CachedDataset(Dataset[Sample]):
         for name in (url.rpartition("/")[2].removesuffix(".tar"), *reversed(in_command)):
             if name in known:
                 return name
-        raise MissingError(f"{self.cache.store.url}: join: no shard of {url!r}; the cache has {len(known)} shards, from {self.shards[:1]} on")
+        raise MissingError(
+            f"{self.cache.store.url}: join: no shard of {url!r}; the cache has {counted(len(known), 'shard')}, from {self.shards[:1]} on"
+        )
 
     def _image_key(self, sample: Mapping[str, Any], number: int, files: _ImagesAtHand) -> str:
         """Under what key the sample has its image, whose bytes are kept at hand where views are rendered."""

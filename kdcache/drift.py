@@ -95,7 +95,7 @@ def libraries_then_and_now(provenance: Mapping[str, Any], plan: ViewPlan) -> str
 
 
 @dataclass(frozen=True)
-class Distance:
+class PixelDistance:
     """How far two renderings of a view are from each other, in levels of 0 to 255."""
 
     most: int
@@ -105,9 +105,9 @@ class Distance:
         return f"at most {self.most} of 255 levels, {self.mean:.2g} on average"
 
 
-def distance(a: Pixels, b: Pixels) -> Distance:
+def pixel_distance(a: Pixels, b: Pixels) -> PixelDistance:
     difference = np.abs(a.astype(np.int16) - b.astype(np.int16))
-    return Distance(int(difference.max(initial=0)), float(difference.mean()))
+    return PixelDistance(int(difference.max(initial=0)), float(difference.mean()))
 
 
 def other_resizers() -> Iterator[tuple[str, Resizer]]:
@@ -137,21 +137,21 @@ def _torch_resize(image: Decoded, size: int, planned: Image.Resampling, *, antia
     return Image.fromarray(resized.round().clamp(0, 255).to(torch.uint8)[0].permute(1, 2, 0).numpy())
 
 
-def resizer_of(cache: Cache, shard: str, view: int, row: int, digest: int, image_of: Callable[[int], Decoded]) -> tuple[str, Distance] | None:
+def resizer_of(cache: Cache, shard: str, view: int, row: int, digest: int, image_of: Callable[[int], Decoded]) -> tuple[str, PixelDistance] | None:
     """The resizer that renders a view with this digest, and how far from it the view is that is rendered now; None if no known one does."""
     replay: Replay = next(islice(cache.read_replays(shard, view, [row]), 1))
     now = replay.render(image_of)
     for name, resizer in other_resizers():
         then = replay.render(image_of, resizer)
         if pixel_digest(then) == digest:
-            return name, distance(then, now)
+            return name, pixel_distance(then, now)
     return None
 
 
-def distance_from_stored(cache: Cache, shard: str, view: int, row: int, now: Pixels) -> Distance | None:
+def distance_from_stored(cache: Cache, shard: str, view: int, row: int, now: Pixels) -> PixelDistance | None:
     """How far a view that is rendered now is from the stored one; None if that can't be read, which is told elsewhere."""
     try:
         (stored,) = cache.read_stored(shard, view, [row])
     except KDCacheError:
         return None
-    return distance(stored, now)
+    return pixel_distance(stored, now)

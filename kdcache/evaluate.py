@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from .console import counted
 from .device import autocast, moved
 from .distributed import ALONE, Processes
 from .errors import ShardError
@@ -88,7 +89,7 @@ def _check_label(source: ShardSource, sample: Sample, num_classes: int) -> None:
         raise ShardError(f"shard {source.name}: key {sample.key!r} has no label; --val needs a .cls or .json label for every sample")
     if sample.label >= num_classes:
         raise ShardError(
-            f"shard {source.name}: key {sample.key!r} has label {sample.label}, the student has {num_classes} classes (0 to {num_classes - 1});"
+            f"shard {source.name}: key {sample.key!r} has label {sample.label}, the student has {counted(num_classes, 'class')} (0 to {num_classes - 1});"
             f" pass --num-classes, or --val shards of the same classes"
         )
 
@@ -163,11 +164,11 @@ class Evaluator:
             loss, top1, top5, images = loss + sums.loss, top1 + sums.top1, top5 + sums.top5, images + sums.images
             skipped += sums.skipped
         if images == 0:
-            raise ShardError(f"--val: none of the {len(skipped)} images can be read; first: {skipped[0] if skipped else 'there is none'}")
+            raise ShardError(f"--val: none of {counted(len(skipped), 'image')} can be read; first: {skipped[0] if skipped else 'there is none'}")
         return Evaluation(loss=loss / images, top1=100 * top1 / images, top5=100 * top5 / images, images=images, skipped=tuple(skipped))
 
     def close(self) -> None:
-        """End the worker processes. No pass follows."""
+        """End the worker processes. A pass that follows begins new ones."""
         end_workers(self._loader)
 
     def _batches(self) -> Iterator[Any]:

@@ -541,7 +541,7 @@ class BatchLoader:
         self._batches = batches
         self.num_workers, self.prefetched = plan_prefetch(batches.batch_size * dataset.row_bytes, num_workers, prefetch_bytes)
         """Worker processes, and batches under way of each."""
-        self._loader: DataLoader[Any] | None = DataLoader(
+        self._loader: DataLoader[Any] = DataLoader(
             _CarryErrors(dataset.handed_over()),
             batch_sampler=batches,
             num_workers=self.num_workers,
@@ -587,7 +587,6 @@ class BatchLoader:
             yield batch
 
     def _begin(self, epoch: int, start: int, until: int) -> Generator[Batch, None, None]:
-        assert self._loader is not None, "the loader is closed"
         self._end_stream()
         self._batches.set_epoch(epoch, start=start, until=until)
         return iterate(self._loader)
@@ -598,11 +597,9 @@ class BatchLoader:
         self._stream = None
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes. An epoch that is asked for later begins new ones."""
         self._end_stream()
-        if self._loader is not None:
-            end_workers(self._loader)
-        self._loader = None
+        end_workers(self._loader)
 
 
 def to_device(components: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
+from .console import counted
 from .draws import draw
 from .encodings import Calibrator, TargetShape
 from .errors import ShardError
@@ -99,7 +100,9 @@ def first_views(
     if not views and first_error is not None:
         raise first_error
     if not views:
-        raise ShardError(f"no sample of {num_shards} of the {len(sources)} shards can be decoded; the first is {sources[0].path}; look at its images")
+        raise ShardError(
+            f"no sample of {num_shards} of {counted(len(sources), 'shard')} can be decoded; the first is {sources[0].path}; look at its images"
+        )
     return torch.from_numpy(np.stack(views)), labels, [source.name for source in chosen]
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .console import counted
 from .errors import StoreError, StudentError, UsageError
 from .pixels import Normalize
 from .store.local import sync_folder
@@ -195,7 +196,7 @@ def _card(student: Student, record: Mapping[str, Any], figures: Mapping[str, flo
     taught = f"distilled from a cached {named}" if teachers else "trained on labels, with no teacher"
     recipe = "\n".join(f"| {name} | `{value}` |" for name, value in record.get("recipe", {}).items())
     measured = "\n".join(f"| {name} | {value:.6g} |" for name, value in figures.items())
-    before = "".join(f" Its first {other['epoch']} epochs: cache `{other['fingerprint']}`." for other in record.get("other_caches", []))
+    before = "".join(f" Its first {counted(other['epoch'], 'epoch')}: cache `{other['fingerprint']}`." for other in record.get("other_caches", []))
     averaged = " The weights are a moving average." if "model_ema_decay" in record.get("recipe", {}) else ""
     return f"""---
 library_name: timm
@@ -213,7 +214,7 @@ model = timm.create_model("local-dir:PATH/TO/THIS/FOLDER", pretrained=True)
 ```
 
 Trained with kdcache, method `{record.get("method")}`, on the views of cache `{record.get("fingerprint")}` (root `{record.get("root")}`).{before}{averaged}
-Input: {student.input_size} × {student.input_size} pixels, mean {student.mean}, std {student.std}; {student.num_classes} classes.
+Input: {student.input_size} × {student.input_size} pixels, mean {student.mean}, std {student.std}; {counted(student.num_classes, "class")}.
 The teacher's licence and the images' apply to this model as they do to any made from them.
 
 | figure | value |

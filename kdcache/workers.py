@@ -72,13 +72,14 @@ def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
 
 
 def end_workers(loader: DataLoader[Any]) -> None:
-    """End the processes that a loader keeps, if it has begun any, whoever still holds it.
+    """End the processes that a loader keeps, if it has begun any, whoever still holds it. It begins new ones if it is asked for items again.
 
     Left to its last reference they would be there while an error's traceback is, and at the interpreter's end, which sends them a SIGTERM and waits:
     for ever for those that `outlast_a_signal`.
     """
     if isinstance(items := loader._iterator, _MultiProcessingDataLoaderIter):
         items._shutdown_workers()
+        loader._iterator = None
 
 
 def hand_over(item: Any) -> Any:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.commit import create_document
-from kdcache.console import human_bytes, human_seconds, say
+from kdcache.console import counted, human_bytes, human_seconds, say
 from kdcache.errors import StoreError, UsageError
 from kdcache.format import DigestField, Document, SourceIdentity
 from kdcache.index import MAX_DOCUMENT_BYTES, drop_index, is_current, load_documents, read_document
@@ -118,7 +118,7 @@ def _select(config: CopyConfig, cache: Cache) -> Selection:
             raise UsageError(f"{cache.store.url}: no target {target!r}; {_what_there_is(layers)}")
     highest = max((record.identity.views.stop for records in cache.views.values() for record in records), default=0)
     if config.views is not None and config.views > highest:
-        raise UsageError(f"{cache.store.url}: {config.views} views were asked for, the cache has {highest}")
+        raise UsageError(f"{cache.store.url}: --views {config.views}: the cache has {counted(highest, 'view')}")
     targets = {layer.name: frozenset(set(layer.targets) & set(config.targets) if config.targets else layer.targets) for layer in layers}
     for name in [name for name, chosen in targets.items() if config.targets and not chosen]:
         say(f"teacher {name} has none of these targets and is not copied")
@@ -261,7 +261,7 @@ def _copy_segments(cache: Cache, parts: Sequence[Part], dest: Store, *, progress
 def _report(config: CopyConfig, summary: CopySummary, cache: Cache) -> None:
     """The summary for people, on stderr."""
     say(
-        f"{config.dest}: {summary.shards} shards, {summary.rows:,} rows x {summary.views} views, {_teachers_in_words(summary)};"
+        f"{config.dest}: {counted(summary.shards, 'shard')}, {counted(summary.rows, 'row')} x {counted(summary.views, 'view')}, {_teachers_in_words(summary)};"
         f" added {human_bytes(summary.bytes)} in {human_seconds(summary.seconds)}"
     )
     for line in _segments_in_words(summary):
@@ -278,6 +278,6 @@ def _teachers_in_words(summary: CopySummary) -> str:
 def _segments_in_words(summary: CopySummary) -> Iterator[str]:
     if summary.cut_segments:
         others = "; the others are the same to the byte" if summary.cut_segments < summary.segments else ""
-        yield f"{summary.cut_segments} of {summary.segments} segments are cut out of larger ones{others}"
+        yield f"{summary.cut_segments} of {counted(summary.segments, 'segment')} are cut out of larger ones{others}"
     if summary.resumed_segments:
-        yield f"{summary.resumed_segments} of {summary.segments} segments were there already"
+        yield f"{summary.resumed_segments} of {counted(summary.segments, 'segment')} were there already"

@@ -187,6 +187,9 @@ class _Run:
         self.views = max(self.wanted_views, *self.wanted.values())
         plans = plan_targets(self.store, resolved, layer, teacher_name=self.teacher_name)
         self.pending = [source for source in self.sources if not self._is_complete(source)]
+        lost = [self._views_lost(source) for source in self.sources]
+        if all(lost):  # before anything is written that no shard would use
+            raise ShardError(f"{lost[0]}; {len(lost)} of {counted(len(lost), 'shard')} can't be done, and nothing was extracted")
         statistics: dict[str, dict[str, Tensor]] = {}
         if self.pending or any(plan.needs_statistics for plan in plans):
             statistics = self._preflight(plans)
@@ -290,7 +293,7 @@ class _Run:
         wanted, num_classes = self.config.min_teacher_top1, self.teacher.identity.num_classes
         if found.highest_label >= num_classes:
             say(
-                f"the teacher has {num_classes} classes, labels reach {found.highest_label}: its classes are not the dataset's; only losses"
+                f"the teacher has {counted(num_classes, 'class')}, labels reach {found.highest_label}: its classes are not the dataset's; only losses"
                 f" that need no label match apply"
             )
         if not found.labelled:
@@ -299,10 +302,10 @@ class _Run:
             return
         top1 = 100 * found.correct / found.labelled
         if self.progress:
-            say(f"teacher: {top1:.1f} % top-1 on the first {found.labelled} labelled views")
+            say(f"teacher: {top1:.1f} % top-1 on the first {counted(found.labelled, 'labelled view')}")
         if top1 < wanted:
             raise TeacherError(
-                f"teacher {self.config.teacher}: {top1:.1f} % top-1 on the first {found.labelled} labelled views, expected at least"
+                f"teacher {self.config.teacher}: {top1:.1f} % top-1 on the first {counted(found.labelled, 'labelled view')}, expected at least"
                 f" {wanted:g} %; check its normalisation, its class order and the labels; nothing was extracted"
             )
 
@@ -328,7 +331,7 @@ class _Run:
         say(f"teacher {self.teacher_name!r} gives {', '.join(f'{plan.target.name}:{plan.encoding.full_name}' for plan in plans)}{resized}")
         each = f"{views / max(1, samples):.3g}"
         say(
-            f"{len(self.pending)} of {len(self.sources)} shards to do: about {samples:,} samples x {each} view{'' if each == '1' else 's'};"
+            f"{len(self.pending)} of {counted(len(self.sources), 'shard')} to do: about {counted(samples, 'sample')} x {each} view{'' if each == '1' else 's'};"
             f" the teacher needs about {human_seconds(passes * seconds_per_view / ranks)} ({1e3 * seconds_per_view:.1f} ms a view)"
             + (f" on each of {ranks} ranks" if ranks > 1 else "")
         )
@@ -340,7 +343,7 @@ class _Run:
         cached = max(self.wanted.values())
         students = -(-cached // TYPICAL_EPOCHS)
         say(
-            f"break-even: {cached} teacher pass{'' if cached == 1 else 'es'} an image once, in place of {TYPICAL_EPOCHS} for each student trained online for {TYPICAL_EPOCHS}"
+            f"break-even: {counted(cached, 'teacher pass')} an image once, in place of {TYPICAL_EPOCHS} for each student trained online for {TYPICAL_EPOCHS}"
             f" epochs: it pays from {'the first student' if students == 1 else f'{students} students'} on"
         )
 
@@ -515,19 +518,31 @@ class _Run:
 
     def _index(self, source: ShardSource, known: ViewsIdentity | None) -> ShardIndex:
         """The shard's samples: from its tar, or from the cache if the tar is gone and all views that are wanted are stored. Raises ShardError."""
-        if known is not None and self.plan.stored_views is not None and not os.path.exists(source.path):
-            lacking = [view for views in self._missing(source.name).views for view in views.numbers]
-            if lacking:
-                raise ShardError(
-                    f"shard {source.name}: {source.path} is gone, and views {lacking} are not stored; expected the tar, to render them from:"
-                    f" restore it, or ask for at most {lacking[0]} views"
-                )
+        if lost := self._views_lost(source):
+            raise ShardError(lost)
+        if known is not None and self._is_gone(source):
             assert self.cache is not None
             return index_of_stored(self.cache, source)
         index = self._scan(source)
         if known is not None:
             check_same_tar(index, known)
         return index
+
+    def _is_gone(self, source: ShardSource) -> bool:
+        """Whether a tar is not there, of a cache that may do without."""
+        return self.plan.stored_views is not None and not os.path.exists(source.path)
+
+    def _views_lost(self, source: ShardSource) -> str:
+        """That the tar is gone from which views that a shard lacks would be rendered; '' if it is not, or none are lacking."""
+        if not self._records(source.name) or not self._is_gone(source):
+            return ""
+        lacking = [view for views in self._missing(source.name).views for view in views.numbers]
+        if not lacking:
+            return ""
+        return (
+            f"shard {source.name}: {source.path} is gone, and views {lacking} are not stored; expected the tar, to render them from:"
+            f" restore it, or ask for at most {counted(lacking[0], 'view')}"
+        )
 
     # --- after the work ---
 
@@ -572,7 +587,8 @@ def _report(config: ExtractConfig, summary: ExtractSummary, launch: Launch) -> N
     """The summary for people, on stderr; of ranks but the first only the problems."""
     who = f"rank {launch.rank}: " if launch.world_size > 1 else ""
     for problem in summary.problems:
-        say(f"{who}problem: shard {problem['shard']}: {problem['detail']}")
+        where = f"shard {problem['shard']}: "
+        say(f"{who}problem: {where}{problem['detail'].removeprefix(where)}")
     if launch.rank > 0:
         return
     say(

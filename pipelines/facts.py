@@ -20,6 +20,7 @@ import numpy as np
 
 from kdcache.cache import Cache, TeacherLayer, count_contiguous
 from kdcache.class_names import ClassNames, teacher_class_names
+from kdcache.console import counted
 from kdcache.distance import log_softmax
 from kdcache.errors import UsageError
 from kdcache.fidelity import combine_fidelity
@@ -166,7 +167,7 @@ def check_names(cache: Cache, names: ClassNames | None) -> None:
     classes = sorted({layer.document.identity.num_classes for layer in cache.teachers.values()})
     if names is not None and len(names) <= highest and len(names) not in classes:
         raise UsageError(
-            f"class names {names.source!r}: it names {len(names)} classes; expected {' or '.join(map(str, classes)) or 'more'} as the teacher has,"
+            f"class names {names.source!r}: it names {counted(len(names), 'class')}; expected {' or '.join(map(str, classes)) or 'more'} as the teacher has,"
             f" or at least {highest + 1}, since labels reach {highest}"
         )
 

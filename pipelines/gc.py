@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kdcache.cache import Cache
-from kdcache.console import human_bytes, say, view_range
+from kdcache.console import counted, human_bytes, say, view_range
 from kdcache.errors import CorruptError, StoreError, UsageError
 from kdcache.format import Document
 from kdcache.index import drop_index
@@ -172,7 +172,7 @@ class _Collection:
         for one in found.garbage:
             shown[one.kind] += 1
             if shown[one.kind] <= MAX_LISTED:
-                count = f"{len(one.files)} files" if len(one.files) > 1 else ""
+                count = counted(len(one.files), "file") if len(one.files) > 1 else ""
                 say(f"{_IN_WORDS[one.kind]:>13}  {human_bytes(one.size):>8}  {count:>9}  {one.path}")
             elif shown[one.kind] == counts[one.kind]:
                 say(f"{'':>13}  and {counts[one.kind] - MAX_LISTED} more of this kind")
@@ -189,9 +189,9 @@ class _Collection:
             return "nothing to remove: records own every file"
         things = f"{len(found.garbage)} things that no record owns"
         if found.removed_records:
-            things += f", {found.removed_records} segments"
+            things += f", {counted(found.removed_records, 'segment')}"
         if found.rewritten_records:
-            things += f", parts of {found.rewritten_records} segments"
+            things += f", parts of {counted(found.rewritten_records, 'segment')}"
         if found.deleted:
             return f"removed {things}: about {human_bytes(found.bytes)}; root {found.root}"
         return f"{things}: about {human_bytes(found.bytes)}. Nothing was changed: pass --delete to remove all of this"
@@ -215,7 +215,7 @@ def _select(config: GcConfig, cache: Cache) -> Selection:
         kept.get(owner, set()).discard(target)
     highest = max((record.identity.views.stop for records in cache.views.values() for record in records), default=0)
     if config.keep_views is not None and config.keep_views > highest:
-        raise UsageError(f"{cache.store.url}: --keep-views {config.keep_views}: the cache has {highest} views")
+        raise UsageError(f"{cache.store.url}: --keep-views {config.keep_views}: the cache has {counted(highest, 'view')}")
     targets = {name: frozenset(names) for name, names in kept.items()}
     shards = {document.identity.shard for document in cache.documents.values() if document.kind in ("views", "targets")}
     return Selection(shards=frozenset(shards), views=config.keep_views, targets=targets)
@@ -256,14 +256,14 @@ def _drops_in_words(config: GcConfig, cache: Cache, selection: Selection, change
         if name not in selection.targets:
             size = sum(change.size for change in of_teacher)
             tail = f", and its tail, {human_bytes(layer.tail.identity.weights.size)}" if layer.tail is not None else ""
-            yield f"teacher {name} ({', '.join(sorted(layer.targets)) or 'no targets'}): {len(of_teacher)} segments, {human_bytes(size)}{tail}"
+            yield f"teacher {name} ({', '.join(sorted(layer.targets)) or 'no targets'}): {counted(len(of_teacher), 'segment')}, {human_bytes(size)}{tail}"
             continue
         for target in sorted(set(layer.targets) - selection.targets[name]):
             holding = [change for change in of_teacher if target in change.document.identity.targets]
             size = sum(change.document.identity.group.size_of(target) for change in holding)
-            yield f"target {target} of teacher {name}: in {len(holding)} segments, {human_bytes(size)}"
+            yield f"target {target} of teacher {name}: in {counted(len(holding), 'segment')}, {human_bytes(size)}"
     keep = config.keep_views
     cut = [change for change in changes if keep is not None and change.document.identity.views.stop > keep]
     if keep is not None and cut:
         stop = max(change.document.identity.views.stop for change in cut)
-        yield f"{view_range(keep, stop)}, and what teachers gave: in {len(cut)} segments"
+        yield f"{view_range(keep, stop)}, and what teachers gave: in {counted(len(cut), 'segment')}"

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kdcache.console import say
+from kdcache.console import counted, say
 from kdcache.errors import ShardError, StoreError, UsageError
 from kdcache.images import IMAGE_EXTENSIONS
 from kdcache.shards import printable, split_member
@@ -76,7 +76,7 @@ def pack(config: PackConfig, *, progress: bool = False) -> PackSummary:
     if ignored:
         kinds = Counter(_kind(path) for path in ignored)
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        say(f"{config.images}: {len(ignored)} files are not packed ({printable(counts)}); first: {printable(str(ignored[0]))}")
+        say(f"{config.images}: {counted(len(ignored), 'file')} not packed ({printable(counts)}); first: {printable(str(ignored[0]))}")
     if config.shuffle_seed is not None:
         random.Random(config.shuffle_seed).shuffle(samples)
     keys = _keys(root, [path for path, _ in samples])  # all of them before the first shard is written

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from kdcache.console import human_bytes, human_seconds, say
+from kdcache.console import counted, human_bytes, human_seconds, say
 from kdcache.draws import draw
 from kdcache.errors import KDCacheError, StoreError, UsageError
 from kdcache.images import decode_image
@@ -327,4 +327,6 @@ def _report(out: Path, facts: Mapping[str, Any], verdict: Verdict) -> None:
     say(f"  kdcache extract {out}/shards/train {out}/cache --teacher local-dir:{out}/teacher --target features@blocks.0:int8")
     say(f"  kdcache train {out}/cache --student test_convnext --method kd --task-loss-weight 0 --epochs 30 --val {out}/shards/val --out {out}/runs")
     if not verdict.ok:
-        raise KDCacheError(f"the cache in {out}/cache is not sound: {len(verdict.problems)} problems, the first: {verdict.problems[0].detail}")
+        raise KDCacheError(
+            f"the cache in {out}/cache is not sound: {counted(len(verdict.problems), 'problem')}, the first: {verdict.problems[0].detail}"
+        )

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from kdcache.console import say
+from kdcache.console import counted, say
 from kdcache.distributed import Processes, joined
 from kdcache.errors import KDCacheError, StudentError, UsageError
 
@@ -97,6 +97,6 @@ def _train_with(processes: Processes, configs: Sequence[TrainConfig], *, gang: i
 def _failed(entries: Collection[Mapping[str, Any]], count: int) -> StudentError:
     listed = "\n".join(f"  {entry['path']}: {entry['error']}" for entry in entries)
     return StudentError(
-        f"{len(entries)} of {count} runs failed:\n{listed}\n{ERROR_FILE} in each of these folders has the traceback; all others are done. Mend the"
+        f"{len(entries)} of {counted(count, 'run')} failed:\n{listed}\n{ERROR_FILE} in each of these folders has the traceback; all others are done. Mend the"
         f" cause and run the same command again with --resume: what is done is left alone, what failed goes on from its last checkpoint"
     )

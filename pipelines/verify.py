@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kdcache.cache import Cache
+from kdcache.console import counted
 from kdcache.digests import find_changed
 from kdcache.errors import CacheError, CorruptError, FormatVersionError, KDCacheError, MisplacedError, MissingError, NotACacheError
 from kdcache.format import (
@@ -56,7 +57,7 @@ def verify(
     if store.size("cache.json") is None:
         if not index_paths(store):
             raise NotACacheError(f"{store.url}: no cache.json; expected a folder that 'kdcache extract' wrote")
-        verdict.problems.append(Problem("missing", "", "", "cache.json is not there; the index holds a copy: pass --repair", "cache.json"))
+        verdict.problems.append(Problem("missing", "", "", "cache.json is not there; the index holds a copy", "cache.json"))
         return verdict
     documents = _read_documents(store, verdict)
     if "cache.json" not in documents:
@@ -185,7 +186,9 @@ def _check_index(store: Store, cache: Cache, verdict: Verdict) -> None:
             verdict.problems.append(Problem("index", "", "", detail, path))
         behind = cache.documents.keys() - index.documents.keys()
         if behind:
-            verdict.notes.append(f"{path} is behind: it lacks {len(behind)} documents; run 'kdcache extract' again to finish the cache and its index")
+            verdict.notes.append(
+                f"{path} is behind: it lacks {counted(len(behind), 'document')}; run 'kdcache extract' again to finish the cache and its index"
+            )
         for shard, expected in table.items():
             if shard in cache.views and not _table_agrees(cache, shard, expected):
                 verdict.problems.append(Problem("index", shard, "", f"{index.table_path}: the rows of this shard differ from its views group", path))

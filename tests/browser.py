@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,59 @@ def browser(folder: Path) -> Iterator[Browser]:
         process.wait()
         os.close(command_write)
         os.close(answer_read)
+
+
+VOID = {"meta", "link", "img", "input", "br", "wbr"}
+
+
+class Parsed(HTMLParser):
+    """A page's elements; fails on tags that do not match."""
+
+    def __init__(self, page: bytes) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(page.decode("utf-8"))
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def text(self) -> str:
+        """What a reader sees, white space as one space."""
+        return " ".join("".join(text for tag, text in self.texts if tag not in ("script", "style")).split())
+
+
+CONTRAST = """(() => {
+  const channel = (v) => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const luminance = ([r, g, b]) => .2126 * channel(r) + .7152 * channel(g) + .0722 * channel(b);
+  const ground = (node) => { for (; node; node = node.parentElement) { const c = parse(getComputedStyle(node).backgroundColor); if (c.length < 4 || c[3] === 1) return c; } };
+  const poor = [];
+  for (const node of document.querySelectorAll("body *:not(svg *, dialog *, .stack *, .skip, script, .hidden)")) {
+    if (![...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim())) continue;
+    const [a, b] = [luminance(parse(getComputedStyle(node).color)), luminance(ground(node))];
+    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    if (ratio < 4.5) poor.push(`${node.tagName}.${node.className} ${ratio.toFixed(2)} ${node.textContent.slice(0, 30)}`);
+  }
+  return [...new Set(poor)];
+})()"""
+
+
+OUTSIDE = """[...document.querySelectorAll("main .card *, main .sample *")].filter((node) => {
+  const frame = node.closest(".view, .card, .sample").getBoundingClientRect(), own = node.getBoundingClientRect();
+  return own.width && !node.closest(".scroll, .stack, .hidden, svg *") && (own.right > frame.right + 1 || own.left < frame.left - 1);
+}).map((node) => `${node.tagName}.${node.className} ${node.textContent.slice(0, 30)}`)"""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from helpers import make_shards, make_teacher_dir
 from hypothesis import settings
 
 torch.set_num_threads(1)
@@ -101,3 +103,11 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError("KDCACHE_BROWSER=1, and there is no chromium on the PATH; install it, on Debian with: apt-get install chromium")
     config.pluginmanager.register(NoSkips(), "no-skips")
     config.pluginmanager.register(Browsers(), "browsers")
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Path:
+    """Two shards of six samples and a teacher."""
+    make_shards(tmp_path / "shards", num_shards=2, num_samples=6)
+    make_teacher_dir(tmp_path / "teacher")
+    return tmp_path

@@ -10,10 +10,10 @@ import os
 import resource
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +25,6 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from kdcache.errors import StoreError
 from kdcache.plan import CenterCrop, ColorJitter, MixedViews, Policy, RandAugment, RandomErasing, RandomResizedCrop, ThreeAugment
@@ -196,7 +195,6 @@ class Forked:
         status = 70
         try:
             os.setpgid(0, 0)
-            tqdm.set_lock(threading.RLock())  # the inherited one is shared by all: a child that is killed while it writes would keep it for ever
             signal.signal(signal.SIGINT, signal.default_int_handler)
             descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
             os.dup2(descriptor, 1)
@@ -394,3 +392,108 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(item, f"{path}.{key}")
     else:
         yield path, value
+
+
+# --- models, processes and runs that several files of tests use --------------------------------------------------------
+
+
+def slurm(rank: int, world: int = 2) -> dict[str, str]:
+    return {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(world), "SLURM_LOCALID": str(rank), "SLURM_STEP_ID": "0"}
+
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def load_golden(name: str) -> dict[str, Any]:
+    with np.load(GOLDENS / f"{name}.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+SWIN_ARGS: dict[str, Any] = {
+    "img_size": 64,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": (1, 1, 1, 2),
+    "num_heads": (1, 1, 2, 2),
+    "num_classes": 10,
+}
+"""Maps of 8 × 8 × 64 behind stage 3 and 4 × 4 × 128 behind stage 4."""
+
+
+SWIN = "swin_tiny_patch4_window7_224"
+
+
+STUDENTS: dict[str, tuple[str, dict[str, Any], tuple[str, str]]] = {
+    "cnn": ("resnet10t", {"channels": (8, 16, 24, 32)}, ("layer3", "norm")),
+    "mobilenet": ("mobilenetv3_small_050", {}, ("blocks.3", "norm")),
+    "convnext": ("convnext_atto", {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}, ("stages.2", "norm")),
+    "vit": ("vit_tiny_patch16_224", {"patch_size": 16, "embed_dim": 24, "depth": 4, "num_heads": 2}, ("blocks.2", "norm")),
+    "mixer": ("mixer_s32_224", {"mlp_ratio": (0.5, 0.5)}, ("blocks.5", "norm")),
+    "swin": (SWIN, {"patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}, ("layers.2", "norm")),
+}  # fmt: skip
+
+
+def lines_of(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """metrics.jsonl, times aside."""
+    return [{**json.loads(line), **TIMES} for line in Path(run["path"], "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert (found["id"], found["top1"], found["status"]) == (expected["id"], expected["top1"], "done")
+    for name in ("last", "best"):
+        assert_same_state(state_of(found, name), state_of(expected, name))
+    for file in ("summary.csv", "export/model.safetensors", "export/config.json", "export/README.md"):
+        assert Path(found["path"], file).read_bytes() == Path(expected["path"], file).read_bytes(), file
+    assert lines_of(found) == lines_of(expected)
+    assert not list(Path(found["path"]).rglob("*.tmp"))
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where a process of its own would tell no more."""
+
+
+def wandb_history(path: Path) -> tuple[Any, dict[int, dict[str, Any]]]:
+    """(the run's record, update → what was logged) of a .wandb file: 7 bytes, then LevelDB's log format of 32 kB blocks."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, parts, run, history = path.read_bytes(), 7, b"", None, {}
+    while place < len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        parts += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind not in (1, 4):  # first or middle part
+            continue
+        record, parts = wandb_internal_pb2.Record.FromString(parts), b""
+        run = record.run if record.WhichOneof("record_type") == "run" else run
+        if record.WhichOneof("record_type") == "history":
+            items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            history[items["_step"]] = items
+    return run, history
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def start(action: Callable[[], int | None], logs: Path, *, world: int = 2) -> list[Forked]:
+    """Processes that meet as those of torchrun do, but are forked: a fresh interpreter would need seconds for torch."""
+    logs.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    return [
+        Forked(
+            action,
+            logs / f"log-{rank}",
+            {
+                **{"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            },
+        )
+        for rank in range(world)
+    ]

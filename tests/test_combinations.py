@@ -11,12 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import Forked, die_at, kdcache_command, make_shard, make_shards, make_teacher_dir
-from test_copy import stored
-from test_extract import groups, run, tree
-from test_launch import slurm
-from test_mixing import MIXED, check_every_way_to_a_view
-from test_repair import flip, one
+from caches import MIXED, check_every_way_to_a_view, flip, groups, one, run, stored, tree
+from helpers import Forked, die_at, kdcache_command, make_shard, make_shards, make_teacher_dir, slurm
 
 from kdcache import open_cache
 from kdcache.cache import Cache

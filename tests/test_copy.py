@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from caches import BLOCK, KILLED, NORM, flip, one, read_everything, record, stored, tree
 from click.testing import CliRunner
 from helpers import make_shard, make_shards, make_teacher_dir, run_python
-from test_extract import run, tree
-from test_repair import flip, one, read_everything
 
 from cli.main import main
 from kdcache import open_cache
@@ -25,29 +24,14 @@ from kdcache.opening import refresh_index
 from kdcache.paths import views_record_path
 from kdcache.store import open_store
 from pipelines.copy import CopyConfig, CopySummary, copy
-from pipelines.extract import ExtractSummary
 from pipelines.facts import owned_bytes
 from pipelines.inspect import inspect_cache, inspect_shard
 from pipelines.inspection.inspect_text import cache_as_text, shard_as_text
 from pipelines.verify import verify
 
-BLOCK = "features@blocks.0"
-NORM = "features@norm"
-
-
-def record(setup: Path, cache: str, targets: tuple[str, ...], views: int, **options: Any) -> ExtractSummary:
-    """Extract with one view a batch, so that a segment of fewer views is made of the same passes and hence the same bytes."""
-    specs = {BLOCK: f"{BLOCK}:fp16", NORM: f"{NORM}:int8"}
-    return run(setup, cache, targets=tuple(specs.get(target, target) for target in targets), views=views, batch_size=1, **options)
-
 
 def take(setup: Path, dest: str = "copy", **options: Any) -> CopySummary:
     return copy(CopyConfig(**{"cache": str(setup / "cache"), "dest": str(setup / dest), **options}))
-
-
-def stored(folder: Path) -> dict[str, str]:
-    """Path → digest of the groups and calibration files of a cache."""
-    return {path: digest for path, digest in tree(folder).items() if ".zarr/" in path or path.endswith(".safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -142,37 +126,6 @@ def test_a_flipped_byte_in_the_source_is_refused_and_nothing_half_lands(made: Pa
         if number % 8 < 2:  # and the same command finishes what it had begun
             assert copy(CopyConfig(cache=str(tmp_path / "cache"), dest=str(dest), views=views, limit_shards=1)).root == expected[views]
         shutil.rmtree(dest, ignore_errors=True)
-
-
-KILLED = """
-import itertools, os, shutil, signal, sys, threading
-from pathlib import Path
-from tqdm import tqdm
-from kdcache.store import LocalStore
-from pipelines.verify import verify
-
-os.fsync = lambda descriptor: None  # a killed process loses nothing that the kernel has; only a crash of the machine would
-tqdm.set_lock(threading.RLock())  # tqdm's own is shared with children: one that is killed while it writes would keep it for ever
-
-def killed_at(moment, action):
-    \"\"\"Run `action` in a child that kills itself at its moment-th change of the store, before or after it in turn; whether it did.\"\"\"
-    pid = os.fork()
-    if pid == 0:
-        numbers = itertools.count(1)  # several threads count
-        def counted(change):
-            def wrapped(*args):
-                is_the_one = next(numbers) == moment // 2
-                if is_the_one and moment % 2: os.kill(os.getpid(), signal.SIGKILL)
-                done = change(*args)
-                if is_the_one: os.kill(os.getpid(), signal.SIGKILL)
-                return done
-            return wrapped
-        LocalStore.put_new, LocalStore.delete = counted(LocalStore.put_new), counted(LocalStore.delete)
-        action()
-        os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-"""
-"""For a script of its own without threads: fork is then safe, and a moment costs milliseconds."""
 
 
 def test_a_copy_killed_at_any_moment_is_sound_and_the_same_command_finishes_it(made: Path, tmp_path: Path) -> None:
@@ -273,7 +226,7 @@ def test_an_array_of_a_later_version_is_cut_by_its_shape_or_refused(made: Path, 
     [
         (["--target", "logitz"], "teacher teacher has: features@blocks.0, features@norm, logits"),
         (["--teacher", "other"], "the cache has: teacher"),
-        (["--views", "6"], "6 views were asked for, the cache has 5"),
+        (["--views", "6"], "--views 6: the cache has 5 views"),
     ],
 )
 def test_what_the_cache_does_not_have_is_a_usage_error_that_says_what_it_has(made: Path, tmp_path: Path, options: list[str], text: str) -> None:

@@ -16,10 +16,9 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_VIT, make_shards, make_teacher_dir
+from helpers import TINY_VIT, make_shards, make_teacher_dir, start
 from pretended_device import SYNC_BN_KERNELS, Pretended, Transfer, is_on_device
 from safetensors.torch import load_file
-from test_processes import start
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from caches import run, tree
 from click.testing import CliRunner
 from helpers import make_shard, make_shards, make_teacher_dir
-from test_extract import run, tree
 
 from cli.main import main
 from kdcache import open_cache

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from caches import replay, run
 from helpers import make_cache, make_shard
-from test_extract import replay, run, setup  # noqa: F401 - setup is a fixture
 
 import kdcache.cards
 from kdcache import open_cache
@@ -27,7 +27,7 @@ from pipelines.verify import verify
 KLT = "features@blocks.0:klt=0.99"
 
 
-def test_what_each_encoding_keeps_of_a_real_teacher(setup: Path) -> None:  # noqa: F811
+def test_what_each_encoding_keeps_of_a_real_teacher(setup: Path) -> None:
     targets = ("logits:topk=3", KLT, "features@blocks.1:dct", "features@norm:bf16")
     run(setup, targets=targets)
     cache = open_cache(setup / "cache")
@@ -51,7 +51,7 @@ def test_what_each_encoding_keeps_of_a_real_teacher(setup: Path) -> None:  # noq
         run(setup, targets=("features@blocks.0:klt=0.995",))
 
 
-def test_a_cosine_that_can_not_be_met_stops_before_a_cache_is_made(setup: Path) -> None:  # noqa: F811
+def test_a_cosine_that_can_not_be_met_stops_before_a_cache_is_made(setup: Path) -> None:
     with pytest.raises(UsageError, match=r"'features@blocks\.1': encoding 'klt=0\.9999999999999' can't be met"):
         run(setup, targets=("features@blocks.-1:klt=0.9999999999999",))
     with pytest.raises(UsageError, match="'topk=11': the teacher has 10 classes"):
@@ -59,11 +59,11 @@ def test_a_cosine_that_can_not_be_met_stops_before_a_cache_is_made(setup: Path) 
     assert not (setup / "cache" / "cache.json").exists()
 
 
-def calibration_file(setup: Path, cache: str = "cache") -> Path:  # noqa: F811
+def calibration_file(setup: Path, cache: str = "cache") -> Path:
     return setup / cache / calibration_path("teacher", "features@blocks.0")
 
 
-def test_a_target_added_later_is_calibrated_on_the_shards_its_neighbours_were(setup: Path) -> None:  # noqa: F811
+def test_a_target_added_later_is_calibrated_on_the_shards_its_neighbours_were(setup: Path) -> None:
     run(setup, targets=("features@blocks.1",))
     for number in (2, 3):
         make_shard(setup / "shards" / f"train-000{number}.tar", num_samples=6, seed=number)
@@ -81,7 +81,7 @@ def test_a_target_added_later_is_calibrated_on_the_shards_its_neighbours_were(se
 
 
 @pytest.mark.parametrize("near", [True, False])
-def test_the_loser_of_a_race_takes_the_winners_basis_if_it_is_of_the_same_teacher(setup: Path, near: bool) -> None:  # noqa: F811
+def test_the_loser_of_a_race_takes_the_winners_basis_if_it_is_of_the_same_teacher(setup: Path, near: bool) -> None:
     run(setup, targets=(KLT,))
     tensors = safetensors.torch.load(calibration_file(setup).read_bytes())
     if near:
@@ -103,7 +103,7 @@ def test_the_loser_of_a_race_takes_the_winners_basis_if_it_is_of_the_same_teache
 
 @pytest.mark.parametrize("moment", ["before its file", "before its card", "after its card"])
 def test_of_two_runs_over_other_shards_that_race_on_a_new_target_both_go_on_with_one_calibration(
-    setup: Path,  # noqa: F811
+    setup: Path,
     moment: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -12,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 import zarr
+from caches import FEATURES, groups, replay, run, tree
 from click.testing import CliRunner
 from helpers import make_shard, make_shards, make_teacher_dir, save_local_dir, tiny_model
 
@@ -27,46 +26,8 @@ from kdcache.format import ViewRange
 from kdcache.jobs import find_missing
 from kdcache.plan import POLICIES, MixedViews, Policy, RandomResizedCrop
 from kdcache.teacher import Teacher, load_teacher
-from pipelines.extract import ExtractConfig, ExtractSummary, extract
+from pipelines.extract import ExtractConfig, extract
 from pipelines.verify import verify
-
-FEATURES = "features@blocks.-1:int8"
-
-
-def run(tmp_path: Path, cache: str = "cache", **options: Any) -> ExtractSummary:
-    """Extract with small defaults: 2 views of 32 pixels, one process."""
-    given: dict[str, Any] = {"shards": str(tmp_path / "shards"), "cache": str(tmp_path / cache), "teacher": f"local-dir:{tmp_path / 'teacher'}"}
-    given |= {"views": 2, "workers": 0, "batch_size": 5, "device": "cpu"}
-    return extract(ExtractConfig(**{**given, **options}))
-
-
-@pytest.fixture
-def setup(tmp_path: Path) -> Path:
-    """Two shards of six samples and a teacher."""
-    make_shards(tmp_path / "shards", num_shards=2, num_samples=6)
-    make_teacher_dir(tmp_path / "teacher")
-    return tmp_path
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Path → digest of every file of a cache."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def groups(folder: Path) -> dict[str, str]:
-    """As `tree`, without the JSON documents, whose provenance names times and versions."""
-    return {path: digest for path, digest in tree(folder).items() if ".zarr/" in path}
-
-
-def replay(cache: Any, teacher_dir: Path, shard: str, keys: list[str], view: int) -> dict[str, torch.Tensor]:
-    """What the teacher gives for these views now, by timm alone: no code of ours between the pixels and the values."""
-    model = timm.create_model(f"local-dir:{teacher_dir}", pretrained=True).eval()
-    pixels = torch.from_numpy(np.stack([cache.view(shard, key, view) for key in keys]))
-    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
-    x = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
-    with torch.inference_mode():
-        final, (block,) = model.forward_intermediates(x, indices=[1], norm=False, output_fmt="NLC")
-        return {"logits": model(x), "block": block, "norm": final}
 
 
 def test_cached_targets_are_what_timm_gives_for_the_replayed_views(setup: Path) -> None:

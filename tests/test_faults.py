@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from caches import FEATURES, groups, run, tree
 from click.testing import CliRunner
 from helpers import (
     TINY_VIT,
@@ -38,7 +39,6 @@ from helpers import (
     write_tar,
 )
 from PIL import Image
-from test_extract import FEATURES, groups, run, tree
 from torch.utils.data import DataLoader
 
 import kdcache.commit

@@ -12,10 +12,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import TINY_VIT, TINY_VIT_ARGS, assert_same_state, make_cache, perturb, state_of, tiny_model
+from helpers import TINY_VIT, TINY_VIT_ARGS, assert_same_state, load_golden, make_cache, perturb, state_of, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_losses import load
 from torch import Tensor, nn
 
 import pipelines.training.checkpoints
@@ -67,7 +66,7 @@ def outputs_of(seed: int = 1) -> dict[str, Tensor]:
 
 
 def vitkd_golden() -> tuple[dict[str, Any], ViTKDLoss, dict[str, Tensor]]:
-    arrays = load("vitkd_align_unitweights")
+    arrays = load_golden("vitkd_align_unitweights")
     loss = ViTKDLoss(arrays["low_s"].shape[-1], arrays["low_t"].shape[-1]).double()
     loss.load_state_dict({name[2:]: torch.tensor(array) for name, array in arrays.items() if name.startswith("p.")})
     inputs = {name: torch.tensor(arrays[name], dtype=torch.float64) for name in ("low_s", "high_s", "low_t", "high_t", "noise")}
@@ -218,7 +217,7 @@ def test_frequency_is_blind_to_dc_unless_asked(cache: Cache) -> None:
 
 @pytest.mark.parametrize("size", [7, 14, 16])
 def test_the_dct_is_scalekds_made_orthonormal(size: int) -> None:
-    arrays = load("scalekd_dct")
+    arrays = load_golden("scalekd_dct")
     x, theirs = torch.tensor(arrays[f"x{size}"], dtype=torch.float64), torch.tensor(arrays[f"dct{size}"])
     ours = dct2(x)
     scale = torch.full((size,), (2 / size) ** 0.5 / 2, dtype=torch.float64)  # theirs has 2·cos and no norm

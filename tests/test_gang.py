@@ -17,10 +17,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import TINY_VIT, Forked, kdcache_command, make_shard, make_shards, make_teacher_dir
+from helpers import TINY_VIT, Forked, Killed, assert_same_run, kdcache_command, make_shard, make_shards, make_teacher_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_resume import Killed, assert_same_run
 from torch import Tensor
 
 import pipelines.training.checkpoints
@@ -530,7 +529,7 @@ def run_command(arguments: Sequence[object], folder: Path) -> list[dict[str, Any
 
 
 def test_each_member_has_a_wandb_run_of_its_own(folder: Path, tmp_path: Path) -> None:
-    from test_resume import wandb_history
+    from helpers import wandb_history
 
     configs = {name: config for name, config in configs_of(folder, tmp_path / "runs", log_wandb=True).items() if name in ("bands", "two")}
 

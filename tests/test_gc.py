@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from caches import BLOCK, KILLED, NORM, flip, one, record, run, stored, tree
 from click.testing import CliRunner
 from helpers import make_shards, make_teacher_dir, run_python
-from test_copy import BLOCK, KILLED, NORM, record, stored
-from test_extract import run, tree
-from test_repair import flip, one
 
 import pipelines.extract
 from cli.main import main

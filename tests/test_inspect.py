@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from caches import run, tree
 from click.testing import CliRunner
 from helpers import TINY_VIT, TINY_VIT_ARGS, make_cache, make_shard, make_shards, make_teacher_dir, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_extract import run, tree
 
 from cli.main import main
 from kdcache import open_cache

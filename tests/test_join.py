@@ -159,6 +159,19 @@ def test_epochs_of_one_stream_have_the_batches_that_they_have_alone(cache: Cache
     loader.close()
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_loader_that_was_closed_begins_anew(cache: Cache, num_workers: int) -> None:
+    loader = BatchLoader(CachedViews(cache), EpochBatches(np.arange(8), batch_size=4, num_views=3, seed=5), num_workers=num_workers)
+    first, _ = loader.epoch(0)
+    assert len(multiprocessing.active_children()) == num_workers
+    loader.close()
+    assert not multiprocessing.active_children()
+    again, _ = loader.epoch(0)
+    torch.testing.assert_close(again["views"], first["views"], rtol=0, atol=0)
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
 def test_the_next_epochs_batches_are_made_while_one_ends(cache: Cache) -> None:
     """And none after the last; what goes wrong in one of them is raised in its place, and not kept."""
     batches = EpochBatches(np.arange(8), batch_size=4, num_views=3, seed=5)

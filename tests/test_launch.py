@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from caches import FEATURES, groups, run, tree
 from click.testing import CliRunner
-from helpers import Forked, kdcache_command, make_shards, make_teacher_dir
+from helpers import Forked, kdcache_command, make_shards, make_teacher_dir, slurm
 from hypothesis import given
 from hypothesis import strategies as st
-from test_extract import FEATURES, groups, run, tree
 
 import kdcache.rendering
 import pipelines.extraction.turns
@@ -142,10 +142,6 @@ def arguments(setup: Path, cache: Path, *more: object) -> list[object]:
     """As `test_extract.run` extracts."""
     given = ["extract", setup / "shards", cache, "--teacher", f"local-dir:{setup / 'teacher'}", "--target", "logits", "--target", FEATURES]
     return [*given, "--views", 2, "-b", 5, "--device", "cpu", "-j", 0, *more]
-
-
-def slurm(rank: int, world: int = 2) -> dict[str, str]:
-    return {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(world), "SLURM_LOCALID": str(rank), "SLURM_STEP_ID": "0"}
 
 
 def assert_as_if_one_process_had_made_it(cache: Path, setup: Path) -> None:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import load_golden
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from kdcache.losses import cross_entropy, dkd, kd, nkd, soft_labels, wsld
-
-GOLDENS = Path(__file__).parent / "goldens"
-
-
-def load(name: str) -> dict[str, Any]:
-    with np.load(GOLDENS / f"{name}.npz", allow_pickle=False) as arrays:
-        return dict(arrays)
 
 
 def logits(arrays: dict[str, Any], *, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -29,7 +22,7 @@ def logits(arrays: dict[str, Any], *, dtype: torch.dtype = torch.float64) -> tup
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_kd_and_its_gradient_equal_mdistiller(temperature: float) -> None:
-    arrays = load("mdistiller_kd_dkd")
+    arrays = load_golden("mdistiller_kd_dkd")
     student, teacher = logits(arrays)
     loss = kd(student, teacher, temperature=temperature)
     loss.backward()
@@ -39,7 +32,7 @@ def test_kd_and_its_gradient_equal_mdistiller(temperature: float) -> None:
 
 @pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.5), (4.0, 0.5), (4.0, 1.0)])
 def test_cross_entropy_form_of_cls_kd_differs_by_the_teachers_entropy_only(temperature: float, alpha: float) -> None:
-    arrays = load("kd_clskd_scalekd")
+    arrays = load_golden("kd_clskd_scalekd")
     name = f"clskd_T{temperature}_a{alpha}"
     student, teacher = logits(arrays)
     loss = alpha * kd(student, teacher, temperature=temperature)
@@ -59,7 +52,7 @@ def check_golden(arrays: dict[str, Any], name: str, loss: Tensor, student: Tenso
 
 @pytest.mark.parametrize(("temperature", "beta"), [(1.0, 0.5), (4.0, 8.0)])
 def test_dkd_and_its_gradient_equal_mdistiller(temperature: float, beta: float) -> None:
-    arrays = load("mdistiller_kd_dkd")
+    arrays = load_golden("mdistiller_kd_dkd")
     student, teacher = logits(arrays)
     loss = dkd(student, teacher, torch.tensor(arrays["label"]), alpha=1.0, beta=beta, temperature=temperature)
     check_golden(arrays, f"dkd_T{temperature}_a1.0_b{beta}", loss, student)
@@ -70,14 +63,14 @@ def test_dkd_and_its_gradient_equal_mdistiller(temperature: float, beta: float) 
     [("nkd", "label", 1.0, 1.5), ("nkd", "label", 1.0, 1.0), ("nkd", "label", 2.0, 1.5), ("nkd_softlabel", "soft_label", 1.0, 1.0)],
 )
 def test_nkd_and_its_gradient_equal_cls_kd(name: str, labels: str, temperature: float, gamma: float) -> None:
-    arrays = load("nkd")
+    arrays = load_golden("nkd")
     student, teacher = logits(arrays)
     loss = nkd(student, teacher, torch.tensor(arrays[labels]), gamma=gamma, temperature=temperature)
     check_golden(arrays, f"{name}_T{temperature}_g{gamma}", loss, student)
 
 
 def test_wsld_equals_its_formula_written_out() -> None:
-    arrays = load("nkd")
+    arrays = load_golden("nkd")
     student, teacher = logits(arrays)
     labels = arrays["label"]
     s, t = student.detach().numpy(), teacher.numpy()
@@ -158,7 +151,7 @@ def test_extreme_logits_give_finite_losses_and_gradients(name: str, dtype: torch
 
 @pytest.mark.parametrize("name", ALL)
 def test_half_precision_under_autocast_and_a_teacher_without_gradient(name: str) -> None:
-    arrays = load("nkd")
+    arrays = load_golden("nkd")
     student, teacher = (tensor.detach().bfloat16() for tensor in logits(arrays))
     labels = torch.tensor(arrays["label"])
     expected = ALL[name](student.float(), teacher.float(), labels, 2.0)
@@ -173,7 +166,7 @@ def test_half_precision_under_autocast_and_a_teacher_without_gradient(name: str)
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_one_hot_soft_label_is_the_hard_one(name: str) -> None:
-    arrays = load("nkd")
+    arrays = load_golden("nkd")
     student, teacher = logits(arrays)
     labels = torch.tensor(arrays["label"])
     soft = F.one_hot(labels, student.shape[1]).float()
@@ -182,7 +175,7 @@ def test_a_one_hot_soft_label_is_the_hard_one(name: str) -> None:
 
 
 def test_wsld_weighs_by_the_soft_label_itself() -> None:
-    arrays = load("nkd")
+    arrays = load_golden("nkd")
     student, teacher = (tensor.detach() for tensor in logits(arrays))
     soft = torch.tensor(arrays["soft_label"], dtype=torch.float64)
     found = wsld(student, teacher, soft, alpha=1.0, temperature=1.0)
@@ -202,13 +195,13 @@ def test_labels_of_another_shape_are_refused(labels: Tensor) -> None:
 
 
 def test_float32_inputs_agree_with_float64() -> None:
-    arrays = load("mdistiller_kd_dkd")
+    arrays = load_golden("mdistiller_kd_dkd")
     wide, narrow = (kd(*logits(arrays, dtype=dtype), temperature=4.0).item() for dtype in (torch.float64, torch.float32))
     assert narrow == pytest.approx(wide, rel=1e-5)
 
 
 def test_half_precision_logits_under_autocast_are_upcast() -> None:
-    student, teacher = (tensor.detach().bfloat16() for tensor in logits(load("mdistiller_kd_dkd")))
+    student, teacher = (tensor.detach().bfloat16() for tensor in logits(load_golden("mdistiller_kd_dkd")))
     expected = kd(student.float(), teacher.float(), temperature=2.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = kd(student, teacher, temperature=2.0)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from caches import MIXED, check_every_way_to_a_view
 from helpers import make_shards, make_teacher_dir, random_policies
 from hypothesis import given, settings
 
@@ -21,7 +22,7 @@ from kdcache.images import decode_image
 from kdcache.join import CachedViews
 from kdcache.losses import soft_labels
 from kdcache.opening import open_cache
-from kdcache.plan import POLICIES, MixedViews, Policy, ViewPlan
+from kdcache.plan import MixedViews, Policy, ViewPlan
 from kdcache.preflight import first_views
 from kdcache.shards import scan_shard
 from kdcache.view_params import CUTMIX, MIXUP, ViewParams
@@ -32,8 +33,6 @@ from pipelines.inspect import inspect_cache, inspect_row
 from pipelines.inspection.inspect_text import cache_as_text, row_as_text
 from pipelines.verify import verify
 
-MIX = MixedViews(prob=0.7, mixup_alpha=0.8, cutmix_alpha=1.0)
-MIXED = POLICIES["strong"].model_copy(update={"mix": MIX})
 CORRUPT = 1
 YAML = "base: weak\ncrop: {scale: [0.3, 1]}\nerase: {mode: constant, color: [9, 8, 7], prob: 1}\nrand_augment: {num_ops: 3, prob: 1}\n"
 
@@ -68,17 +67,6 @@ def all_params(cache: Cache) -> list[tuple[str, int, int, ViewParams]]:
         for view in range(cache.num_views)
         for row, params in enumerate(cache.read_params(shard, view, range(5)))
     ]
-
-
-def check_every_way_to_a_view(cache: Cache) -> None:
-    items = [(number, view) for number in range(len(cache.rows)) for view in range(cache.num_views)]
-    batch = CachedViews(cache, check_views=1.0).__getitems__(items)
-    for place, (number, view) in enumerate(items):
-        shard = cache.rows.shards[cache.rows.shard[number]]
-        key = cache.keys(shard)[cache.rows.row[number]]
-        np.testing.assert_array_equal(batch["views"][place].numpy(), cache.view(shard, key, view))
-    verdict = verify(str(cache.store.url.removeprefix("file://")), views="all", workers=0)
-    assert (verdict.problems, verdict.views_replayed) == ([], len(items))
 
 
 @pytest.mark.parametrize("name", ["strong", "3aug", "p.yaml"])

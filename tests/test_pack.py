@@ -99,7 +99,7 @@ def test_files_that_are_not_packed_are_counted_and_said(images: Path, tmp_path: 
     result = CliRunner().invoke(main, ["pack", str(images), str(tmp_path / "out"), "--name", "x", "--samples-per-shard", "4", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {"shards": 3, "samples": 9, "classes": 3, "bytes": sum(map(len, expected.values())), "ignored": 7}
-    assert "7 files are not packed (1 .bmp, 2 .gif, 1 hidden, 1 link to a folder, 1 link to nothing, 1 no extension); first:" in result.stderr
+    assert "7 files not packed (1 .bmp, 2 .gif, 1 hidden, 1 link to a folder, 1 link to nothing, 1 no extension); first:" in result.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
 
 

@@ -8,13 +8,12 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import Browser, browser
+from browser import CONTRAST, OUTSIDE, Browser, Parsed, browser
 from click.testing import CliRunner
 from helpers import image_bytes, make_cache, make_teacher_dir, write_tar
 from hypothesis import given
@@ -46,7 +45,6 @@ POLICY = Policy(
     erase=RandomErasing(prob=0.5),
     mix=MixedViews(prob=0.5, mixup_alpha=0.8, cutmix_alpha=1.0),
 )
-VOID = {"meta", "link", "img", "input", "br", "wbr"}
 
 
 def _noise_image(seed: int, size_wh: tuple[int, int]) -> Image.Image:
@@ -89,37 +87,6 @@ NAMES = ClassNames((HOSTILE_CLASS, *(f"class {i}" for i in range(1, 10))), "the 
 def page(photos: Path) -> Path:
     write_page(str(photos / "cache"), str(photos / "page.html"), PageConfig(class_names=NAMES))
     return photos / "page.html"
-
-
-class Parsed(HTMLParser):
-    """A page's elements; fails on tags that do not match."""
-
-    def __init__(self, page: bytes) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.feed(page.decode("utf-8"))
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append((self.open[-1] if self.open else "", data))
-
-    def text(self) -> str:
-        """What a reader sees, white space as one space."""
-        return " ".join("".join(text for tag, text in self.texts if tag not in ("script", "style")).split())
 
 
 def test_page_of_a_224_px_cache_is_below_two_megabytes_and_the_same_wherever_and_whenever_it_is_made(
@@ -454,28 +421,6 @@ def test_samples_0_and_a_file_that_can_not_be_written(plain: Path, tmp_path: Pat
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with browser(tmp_path_factory.mktemp("browser")) as opened:
         yield opened
-
-
-CONTRAST = """(() => {
-  const channel = (v) => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
-  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
-  const luminance = ([r, g, b]) => .2126 * channel(r) + .7152 * channel(g) + .0722 * channel(b);
-  const ground = (node) => { for (; node; node = node.parentElement) { const c = parse(getComputedStyle(node).backgroundColor); if (c.length < 4 || c[3] === 1) return c; } };
-  const poor = [];
-  for (const node of document.querySelectorAll("body *:not(svg *, dialog *, .stack *, .skip, script, .hidden)")) {
-    if (![...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim())) continue;
-    const [a, b] = [luminance(parse(getComputedStyle(node).color)), luminance(ground(node))];
-    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-    if (ratio < 4.5) poor.push(`${node.tagName}.${node.className} ${ratio.toFixed(2)} ${node.textContent.slice(0, 30)}`);
-  }
-  return [...new Set(poor)];
-})()"""
-
-
-OUTSIDE = """[...document.querySelectorAll("main .card *, main .sample *")].filter((node) => {
-  const frame = node.closest(".view, .card, .sample").getBoundingClientRect(), own = node.getBoundingClientRect();
-  return own.width && !node.closest(".scroll, .stack, .hidden, svg *") && (own.right > frame.right + 1 || own.left < frame.left - 1);
-}).map((node) => `${node.tagName}.${node.className} ${node.textContent.slice(0, 30)}`)"""
 
 
 @pytest.mark.browser

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,10 +21,23 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import CNN, CNN_ARGS, TINY_VIT, Forked, kdcache_command, leaves, make_cache, make_shard, state_of
+from helpers import (
+    CNN,
+    CNN_ARGS,
+    TINY_VIT,
+    Forked,
+    assert_same_run,
+    free_port,
+    kdcache_command,
+    leaves,
+    lines_of,
+    make_cache,
+    make_shard,
+    start,
+    state_of,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from test_resume import assert_same_run, lines_of
 
 import kdcache.distributed
 import pipelines.training.gang
@@ -69,30 +81,6 @@ def options_of(folder: Path, out: Path, **overrides: Any) -> dict[str, Any]:
         "epochs": 2, "batch_size": 8, "workers": 0, "device": "cpu", "log_interval": 1, "recovery_interval": 1, "warmup_epochs": 0, "seed": 3,
     }  # fmt: skip
     return {**options, **overrides}
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
-
-
-def start(action: Callable[[], int | None], logs: Path, *, world: int = 2) -> list[Forked]:
-    """Processes that meet as those of torchrun do, but are forked: a fresh interpreter would need seconds for torch."""
-    logs.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    return [
-        Forked(
-            action,
-            logs / f"log-{rank}",
-            {
-                **{"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)},
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            },
-        )
-        for rank in range(world)
-    ]
 
 
 def as_an_interpreter_ends(action: Callable[[], int]) -> int:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from caches import FEATURES, flip, groups, one, run, tree
 from helpers import Forked, make_shard, make_shards, make_teacher_dir, run_python
-from test_extract import FEATURES, groups, run, setup, tree  # noqa: F401 - setup is a fixture
 
 import kdcache.preflight
 import pipelines.extract
@@ -25,22 +25,11 @@ from kdcache.teacher import load_teacher
 from pipelines.verify import verify
 
 
-def flip(path: Path, position: int = -1) -> None:
-    """Change one byte."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2 if position < 0 else position] ^= 0x10
-    path.write_bytes(data)
-
-
 def kinds(cache: Path) -> set[str]:
     return {problem.kind for problem in verify(str(cache)).problems}
 
 
-def one(folder: Path, pattern: str) -> Path:
-    return next(iter(sorted(folder.glob(pattern))))
-
-
-def test_damaged_group_is_replaced_once_its_record_is_deleted(setup: Path) -> None:  # noqa: F811
+def test_damaged_group_is_replaced_once_its_record_is_deleted(setup: Path) -> None:
     run(setup)
     expected = groups(setup / "cache")
     flip(one(setup / "cache", "teachers/teacher/train-0000.*.zarr/logits/codes/c/0/0/0"))
@@ -53,7 +42,7 @@ def test_damaged_group_is_replaced_once_its_record_is_deleted(setup: Path) -> No
     assert verify(str(setup / "cache"), views="all", workers=0).ok
 
 
-def test_recreated_record_with_other_content_is_what_readers_see(setup: Path) -> None:  # noqa: F811
+def test_recreated_record_with_other_content_is_what_readers_see(setup: Path) -> None:
     """The index remembers the old record: it must neither shadow the new one nor survive."""
     run(setup, batch_size=1)
     layer = setup / "cache" / "teachers" / "teacher"
@@ -70,7 +59,7 @@ def test_recreated_record_with_other_content_is_what_readers_see(setup: Path) ->
 
 
 @pytest.mark.parametrize("damage", ["index-missing", "index-flipped", "table-missing", "table-flipped"])
-def test_damaged_index_is_told_and_rebuilt_by_extract(setup: Path, damage: str) -> None:  # noqa: F811
+def test_damaged_index_is_told_and_rebuilt_by_extract(setup: Path, damage: str) -> None:
     run(setup)
     before = groups(setup / "cache")
     what, how = damage.split("-")
@@ -91,7 +80,7 @@ def test_damaged_index_is_told_and_rebuilt_by_extract(setup: Path, damage: str) 
     assert len(list((setup / "cache" / "index").iterdir())) == 2
 
 
-def test_deleted_views_record_is_extracted_again_and_joins_its_targets(setup: Path) -> None:  # noqa: F811
+def test_deleted_views_record_is_extracted_again_and_joins_its_targets(setup: Path) -> None:
     run(setup)
     before = groups(setup / "cache")
     flip(one(setup / "cache", "views/train-0000.*.json"), 200)
@@ -104,7 +93,7 @@ def test_deleted_views_record_is_extracted_again_and_joins_its_targets(setup: Pa
     assert verify(str(setup / "cache"), views="all", workers=0).ok
 
 
-def test_missing_calibration_is_computed_again_and_must_come_out_the_same(setup: Path) -> None:  # noqa: F811
+def test_missing_calibration_is_computed_again_and_must_come_out_the_same(setup: Path) -> None:
     run(setup, targets=("logits", FEATURES))
     before = tree(setup / "cache")
     path = setup / "cache" / "teachers" / "teacher" / "targets" / "features@blocks.1.calibration.safetensors"
@@ -120,7 +109,7 @@ def test_missing_calibration_is_computed_again_and_must_come_out_the_same(setup:
     }
 
 
-def test_shards_that_a_later_run_asked_for_are_remembered(setup: Path) -> None:  # noqa: F811
+def test_shards_that_a_later_run_asked_for_are_remembered(setup: Path) -> None:
     """A cache begun with one tar and then killed early on the whole folder is unfinished, and says so."""
     run(setup, shards=str(setup / "shards" / "train-0000.tar"))
     make_shard(setup / "shards" / "train-0002.tar", num_samples=6, seed=2)
@@ -129,7 +118,7 @@ def test_shards_that_a_later_run_asked_for_are_remembered(setup: Path) -> None: 
     assert any("2 of 3 shards are done, train-0002" in note for note in verify(str(setup / "cache")).notes)
 
 
-def test_finished_run_with_another_model_for_the_same_checkpoint_is_refused(setup: Path) -> None:  # noqa: F811
+def test_finished_run_with_another_model_for_the_same_checkpoint_is_refused(setup: Path) -> None:
     torch.save(load_teacher(f"local-dir:{setup / 'teacher'}").model.state_dict(), setup / "w.pth")
     args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     run(setup, teacher="vit_tiny_patch16_224", checkpoint=str(setup / "w.pth"), model_args=args, name="t")
@@ -139,21 +128,21 @@ def test_finished_run_with_another_model_for_the_same_checkpoint_is_refused(setu
         run(setup, teacher="vit_tiny_patch16_224", checkpoint=str(setup / "w.pth"), name="t")
 
 
-def test_minimum_accuracy_counts_when_only_features_are_asked_for_and_leaves_no_cache(setup: Path) -> None:  # noqa: F811
+def test_minimum_accuracy_counts_when_only_features_are_asked_for_and_leaves_no_cache(setup: Path) -> None:
     with pytest.raises(TeacherError, match="nothing was extracted"):
         run(setup, targets=("features@norm",), min_teacher_top1=99.0)
     assert not (setup / "cache" / "cache.json").exists()
     run(setup, size=24)  # no plan was pinned by the failure
 
 
-def test_more_views_than_any_target_are_kept_for_methods_without_targets(setup: Path) -> None:  # noqa: F811
+def test_more_views_than_any_target_are_kept_for_methods_without_targets(setup: Path) -> None:
     summary = run(setup, targets=("logits,views=2",), views=5)
     cache = open_cache(setup / "cache")
     assert (summary.views, cache.num_views, cache.target_views("teacher", "logits")) == (5, 5, 2)
     assert run(setup, targets=("logits,views=2",), views=5).resumed_shards == 2
 
 
-def test_changed_labels_are_source_drift(setup: Path) -> None:  # noqa: F811
+def test_changed_labels_are_source_drift(setup: Path) -> None:
     run(setup)
     path = setup / "shards" / "train-0000.tar"
     data = path.read_bytes()
@@ -164,7 +153,7 @@ def test_changed_labels_are_source_drift(setup: Path) -> None:  # noqa: F811
     assert run(setup, views=3).problems[0]["shard"] == "train-0000"
 
 
-def test_touched_tars_and_negative_nodes_need_no_teacher_on_a_finished_cache(setup: Path) -> None:  # noqa: F811
+def test_touched_tars_and_negative_nodes_need_no_teacher_on_a_finished_cache(setup: Path) -> None:
     run(setup, targets=("logits", FEATURES))
     for tar in (setup / "shards").iterdir():
         os.utime(tar)
@@ -192,7 +181,7 @@ def test_first_shard_s_own_error_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_tar_that_shrinks_while_it_is_read_is_a_problem_of_its_shard_only(setup: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:  # noqa: F811
+def test_tar_that_shrinks_while_it_is_read_is_a_problem_of_its_shard_only(setup: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     original = pipelines.extract.scan_shard
 
     def scan_then_cut(source: Any) -> Any:
@@ -233,7 +222,7 @@ def test_two_extractions_of_different_teachers_into_one_empty_cache_lose_nothing
 
 
 def test_an_index_that_another_run_replaces_at_any_moment_stops_neither_writers_nor_readers(
-    setup: Path,  # noqa: F811
+    setup: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The moments: after this run found its own index there already, and between a reader's look at an index and its reading."""
@@ -263,7 +252,7 @@ def test_an_index_that_another_run_replaces_at_any_moment_stops_neither_writers_
     assert open_cache(setup / "cache").num_rows > 0
 
 
-def test_descriptors_are_given_back(setup: Path) -> None:  # noqa: F811
+def test_descriptors_are_given_back(setup: Path) -> None:
     run(setup)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
@@ -275,7 +264,7 @@ def test_descriptors_are_given_back(setup: Path) -> None:  # noqa: F811
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
-def test_min_top1_without_a_classifier_is_a_usage_error(setup: Path) -> None:  # noqa: F811
+def test_min_top1_without_a_classifier_is_a_usage_error(setup: Path) -> None:
     make_teacher_dir(setup / "headless", num_classes=0)
     with pytest.raises(UsageError, match="no classifier"):
         run(setup, teacher=f"local-dir:{setup / 'headless'}", targets=("features@norm",), min_teacher_top1=10.0)
@@ -283,22 +272,7 @@ def test_min_top1_without_a_classifier_is_a_usage_error(setup: Path) -> None:  #
         run(setup, teacher=f"local-dir:{setup / 'headless'}")
 
 
-def read_everything(folder: Path) -> list[bytes]:
-    """Every label, parameter and component of a cache, as training reads them."""
-    with open_cache(folder) as cache:
-        found = [cache.rows.label.tobytes(), cache.rows.offset.tobytes()]
-        for shard in cache.shards:
-            rows = range(len(cache.keys(shard)))
-            for view in range(cache.num_views):
-                found += [params.to_row().tobytes() for params in cache.read_params(shard, view, rows)]
-                found.append(cache.read_pixel_digests(shard, view, rows).tobytes())
-                for name, layer in cache.teachers.items():
-                    for target in layer.targets:
-                        found += [part.tobytes() for part in cache.read_components(name, target, shard, view, rows).values()]
-    return found
-
-
-def test_shard_that_fails_late_leaves_the_others_whole_while_chunks_are_queued(setup: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_shard_that_fails_late_leaves_the_others_whole_while_chunks_are_queued(setup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The failed shard's chunks are still in the pool that the next shard uses."""
     import kdcache.arrays
     from kdcache.shards import ShardFiles
@@ -325,7 +299,7 @@ def test_shard_that_fails_late_leaves_the_others_whole_while_chunks_are_queued(s
     assert not (setup / "cache" / "tmp").exists()
 
 
-def test_unreadable_tar_stops_no_other_shard(setup: Path) -> None:  # noqa: F811
+def test_unreadable_tar_stops_no_other_shard(setup: Path) -> None:
     (setup / "shards" / "train-0000a.tar").symlink_to("nowhere.tar")
     summary = run(setup)
     assert (summary.rows, [problem["shard"] for problem in summary.problems]) == (12, ["train-0000a"])
@@ -333,7 +307,7 @@ def test_unreadable_tar_stops_no_other_shard(setup: Path) -> None:  # noqa: F811
     assert (summary.resumed_shards, [problem["shard"] for problem in summary.problems]) == (2, ["train-0000a"])
 
 
-def test_damaged_shard_does_not_stop_the_extraction_of_another(setup: Path) -> None:  # noqa: F811
+def test_damaged_shard_does_not_stop_the_extraction_of_another(setup: Path) -> None:
     run(setup, limit_shards=1)
     flip(one(setup / "cache", "views/train-0000.*.zarr/labels/c/0"), 5)
     assert "corrupt" in kinds(setup / "cache")
@@ -347,7 +321,7 @@ def test_damaged_shard_does_not_stop_the_extraction_of_another(setup: Path) -> N
     assert verify(str(setup / "cache"), views="all", workers=0).ok
 
 
-def test_two_spellings_of_a_node_are_one_target(setup: Path) -> None:  # noqa: F811
+def test_two_spellings_of_a_node_are_one_target(setup: Path) -> None:
     run(setup, targets=("features@blocks.-1:fp16,views=2", "features@blocks.1:fp16,views=1"))
     assert open_cache(setup / "cache").target_views("teacher", "features@blocks.1") == 2
     with pytest.raises(UsageError, match="one encoding a name"):
@@ -358,7 +332,7 @@ def test_two_spellings_of_a_node_are_one_target(setup: Path) -> None:  # noqa: F
 
 
 @pytest.mark.parametrize("position", [20, -5])
-def test_damaged_calibration_that_no_card_vouches_for_is_made_anew(setup: Path, position: int) -> None:  # noqa: F811
+def test_damaged_calibration_that_no_card_vouches_for_is_made_anew(setup: Path, position: int) -> None:
     run(setup, targets=(FEATURES,))
     before = groups(setup / "cache")
     teacher = setup / "cache" / "teachers" / "teacher"
@@ -373,7 +347,7 @@ def test_damaged_calibration_that_no_card_vouches_for_is_made_anew(setup: Path, 
     assert verify(str(setup / "cache")).ok
 
 
-def test_calibration_of_a_grown_cache_comes_out_the_same(setup: Path) -> None:  # noqa: F811
+def test_calibration_of_a_grown_cache_comes_out_the_same(setup: Path) -> None:
     run(setup, targets=(FEATURES,), limit_shards=1)
     run(setup, targets=(FEATURES,))
     path = one(setup / "cache", "teachers/teacher/targets/*.safetensors")

@@ -19,17 +19,19 @@ import pytest
 import timm
 import torch
 from helpers import (
-    TIMES,
     TINY_VIT,
     Forked,
-    assert_same_state,
+    Killed,
+    assert_same_run,
     die_at,
     kdcache_command,
     leaves,
+    lines_of,
     make_cache,
     make_shard,
     run_python,
     state_of,
+    wandb_history,
     where_files_end_at,
 )
 from hypothesis import given, settings
@@ -39,6 +41,7 @@ import pipelines.training.checkpoints
 import pipelines.training.gang
 import pipelines.training.loop
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
+from kdcache.console import counted
 from kdcache.errors import CorruptError, KDCacheError, MismatchError, StudentError, UsageError
 from kdcache.evaluate import Evaluator
 from kdcache.join import BatchLoader, CachedViews, EpochBatches
@@ -75,25 +78,6 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     """The run that nothing interrupts."""
     (run,) = train(TrainConfig(**options_of(folder, tmp_path_factory.mktemp("whole"))))
     return run
-
-
-def lines_of(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """metrics.jsonl, times aside."""
-    return [{**json.loads(line), **TIMES} for line in Path(run["path"], "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert (found["id"], found["top1"], found["status"]) == (expected["id"], expected["top1"], "done")
-    for name in ("last", "best"):
-        assert_same_state(state_of(found, name), state_of(expected, name))
-    for file in ("summary.csv", "export/model.safetensors", "export/config.json", "export/README.md"):
-        assert Path(found["path"], file).read_bytes() == Path(expected["path"], file).read_bytes(), file
-    assert lines_of(found) == lines_of(expected)
-    assert not list(Path(found["path"]).rglob("*.tmp"))
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL where a process of its own would tell no more."""
 
 
 def die_after(monkeypatch: pytest.MonkeyPatch, updates: int, die: Callable[[], None]) -> None:
@@ -259,7 +243,7 @@ def test_a_signal_saves_what_was_done_and_the_run_goes_on_from_there(
     assert (state["epoch"], state["step"]) == where
     said = child.output()
     if moment != "save":
-        assert f"saved after {where[0]} epochs and {where[1]} steps, in {run / 'last' / 'checkpoint.pt'}" in said
+        assert f"saved after {counted(where[0], 'epoch')} and {counted(where[1], 'step')}, in {run / 'last' / 'checkpoint.pt'}" in said
     assert f"stopped by {number.name}; the last checkpoint is kept: run the same command again with --resume to go on" in said
     assert "Traceback" not in said
     (tmp_path / "log").unlink()
@@ -310,7 +294,7 @@ def test_a_torn_checkpoint_is_noticed_and_the_one_before_used_and_said(
     said = capsys.readouterr().err
     assert str(last) in said
     assert f"going on from {previous}" in said
-    assert "after 1 epochs" in said
+    assert "after 1 epoch" in said
     assert_same_run(found, whole)
 
 
@@ -472,7 +456,7 @@ def test_a_run_refuses_another_cache_and_says_what_differs_unless_allowed(folder
     record = json.loads((stopped / "export" / "config.json").read_text())["kdcache"]
     assert record["fingerprint"] == second
     assert [(cache["fingerprint"], cache["epoch"]) for cache in record["other_caches"]] == [(first, 1)]
-    assert f"Its first 1 epochs: cache `{first}`" in (stopped / "export" / "README.md").read_text()
+    assert f"Its first 1 epoch: cache `{first}`" in (stopped / "export" / "README.md").read_text()
     steps = [(line["epoch"], line.get("step")) for line in lines_of(found)]
     assert steps == [(epoch, step) for epoch in range(3) for step in [*range(1, STEPS + 1), None]]  # the second epoch was begun again
     assert train(TrainConfig(**options))[0] == {**found, "status": "already done"}
@@ -514,28 +498,6 @@ def test_tensorboard_shows_one_curve_of_a_run_that_was_killed(folder: Path, whol
         expected = [(line["epoch"] * STEPS + line.get("step", STEPS), line[key or "lr"]) for line in measured]
         assert [step for step, _ in shown] == [step for step, _ in expected], name
         assert [value for _, value in shown] == pytest.approx([value for _, value in expected], rel=1e-6)
-
-
-def wandb_history(path: Path) -> tuple[Any, dict[int, dict[str, Any]]]:
-    """(the run's record, update → what was logged) of a .wandb file: 7 bytes, then LevelDB's log format of 32 kB blocks."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, place, parts, run, history = path.read_bytes(), 7, b"", None, {}
-    while place < len(data):
-        if 32768 - place % 32768 < 7:
-            place += 32768 - place % 32768
-            continue
-        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
-        parts += data[place + 7 : place + 7 + size]
-        place += 7 + size
-        if kind not in (1, 4):  # first or middle part
-            continue
-        record, parts = wandb_internal_pb2.Record.FromString(parts), b""
-        run = record.run if record.WhichOneof("record_type") == "run" else run
-        if record.WhichOneof("record_type") == "history":
-            items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-            history[items["_step"]] = items
-    return run, history
 
 
 def test_wandb_shows_whole_curves_of_a_run_that_was_killed_offline(folder: Path, whole: dict[str, Any], tmp_path: Path) -> None:

@@ -12,11 +12,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import make_shards, save_local_dir, tiny_model
+from helpers import STUDENTS, SWIN, SWIN_ARGS, load_golden, make_shards, save_local_dir, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_losses import load
-from test_tail import SWIN_ARGS
 from torch import Tensor, nn
 
 from kdcache import methods
@@ -69,7 +67,7 @@ def projector_of(arrays: dict[str, Any]) -> CrossAttentionProjector:
 
 @pytest.mark.parametrize("case", ["scalekd_cap_learnedq_bntrain", "scalekd_cap_extq"])
 def test_the_projector_and_its_gradients_equal_the_authors(case: str) -> None:
-    arrays = load(case)
+    arrays = load_golden(case)
     projector = projector_of(arrays)
     x = torch.tensor(arrays["x"], dtype=torch.float64, requires_grad=True)
     query = torch.tensor(arrays["query"], dtype=torch.float64, requires_grad=True) if "query" in arrays else None
@@ -120,7 +118,7 @@ def test_queries_that_are_handed_in_win() -> None:
 
 
 def test_the_dual_view_losses_and_their_gradients_equal_the_authors() -> None:
-    arrays = load("scalekd_dfm_7x7")
+    arrays = load_golden("scalekd_dfm_7x7")
     teacher = map_to_tokens(torch.tensor(arrays["t"], dtype=torch.float64))
     for name, alpha, loss in (("spat", arrays["alpha"][0], spatial_loss), ("freq", arrays["alpha"][1], frequency_loss)):
         student = torch.tensor(arrays["s"], dtype=torch.float64, requires_grad=True)
@@ -132,7 +130,7 @@ def test_the_dual_view_losses_and_their_gradients_equal_the_authors() -> None:
 
 @pytest.mark.parametrize("size", [7, 14, 16])
 def test_the_frequency_view_is_the_map_without_its_mean(size: int) -> None:
-    arrays = load("scalekd_dct")
+    arrays = load_golden("scalekd_dct")
     x = torch.tensor(arrays[f"x{size}"], dtype=torch.float64)
     np.testing.assert_allclose(tokens_to_map(without_mean(map_to_tokens(x)), (size, size)), arrays[f"idct_nodc{size}"], atol=1e-6)
 
@@ -163,16 +161,6 @@ def test_the_spatial_view_is_blind_to_length_and_the_frequency_view_to_the_mean(
 
 
 # --- the method ---
-
-SWIN = "swin_tiny_patch4_window7_224"
-STUDENTS: dict[str, tuple[str, dict[str, Any], tuple[str, str]]] = {
-    "cnn": ("resnet10t", {"channels": (8, 16, 24, 32)}, ("layer3", "norm")),
-    "mobilenet": ("mobilenetv3_small_050", {}, ("blocks.3", "norm")),
-    "convnext": ("convnext_atto", {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}, ("stages.2", "norm")),
-    "vit": ("vit_tiny_patch16_224", {"patch_size": 16, "embed_dim": 24, "depth": 4, "num_heads": 2}, ("blocks.2", "norm")),
-    "mixer": ("mixer_s32_224", {"mlp_ratio": (0.5, 0.5)}, ("blocks.5", "norm")),
-    "swin": (SWIN, {"patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}, ("layers.2", "norm")),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +249,7 @@ def test_the_whole_loss_is_its_formula_written_out(folder: Path, cache: Cache) -
 
 
 def test_the_logits_loss_equals_the_authors() -> None:
-    arrays = load("kd_clskd_scalekd")
+    arrays = load_golden("kd_clskd_scalekd")
     names = [name for name in arrays if re.fullmatch(r"clskd_T[0-9.]+_a[0-9.]+", name)]
     assert names
     for name in names:

@@ -11,8 +11,7 @@ import timm
 import torch
 import yaml
 from click.testing import CliRunner
-from helpers import TINY_VIT, assert_same_state, make_shards, make_teacher_dir, save_local_dir, state_of, tiny_model
-from test_tail import SWIN_ARGS
+from helpers import SWIN_ARGS, TINY_VIT, assert_same_state, make_shards, make_teacher_dir, save_local_dir, state_of, tiny_model
 
 import pipelines.training.checkpoints
 from cli.main import main
@@ -259,7 +258,7 @@ def test_a_run_of_two_teachers_that_was_killed_resumes_to_the_same_bits(config: 
 def test_only_views_that_every_teacher_has_are_trained_on(config: Any) -> None:
     (run,) = train(config(teacher=("swin", "twin"), epochs=1))
     assert state_of(run)["recipe"]["data"]["views"] == 1
-    with pytest.raises(MissingError, match="--views 2: the cache has 1 views of all that is trained on"):
+    with pytest.raises(MissingError, match="--views 2: the cache has 1 view of all that is trained on"):
         train(config(teacher=("swin", "twin"), views=2))
 
 

@@ -1,15 +1,12 @@
-"""The test session itself: what is skipped without a reason that the project knows fails it, and a child that is killed does not."""
+"""The test session itself: what is skipped without a reason that the project knows fails it."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 from helpers import Forked
-from tqdm import tqdm
 
 GPU = "import pytest\n@pytest.mark.gpu\ndef test_on_gpu():\n    pytest.skip('no device')\n"
 
@@ -40,18 +37,6 @@ def test_a_skip_without_the_gpu_mark_fails_the_session(tmp_path: Path, code: str
 def test_so_it_does_where_another_process_runs_the_tests(tmp_path: Path, code: str, named: str) -> None:
     (tmp_path / "test_it.py").write_text(code)
     assert session_of(tmp_path, "-n", "1") == (1, [named])
-
-
-def test_a_child_that_is_killed_while_it_writes_leaves_the_session_its_lock(tmp_path: Path) -> None:
-    lock = tqdm.get_lock()  # before the fork: tqdm makes it at the first use
-
-    def write_and_die() -> None:
-        tqdm.get_lock().acquire()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    assert Forked(write_and_die, tmp_path / "log").wait() == -signal.SIGKILL
-    assert lock.mp_lock.acquire(True, 5)
-    lock.mp_lock.release()
 
 
 def session_of(folder: Path, *options: str) -> tuple[int, list[str]]:

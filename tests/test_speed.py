@@ -9,10 +9,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import CNN, CNN_ARGS, Forked, assert_same_state, make_shard, make_shards, python_script, save_local_dir, state_of, tiny_model
+from helpers import (
+    CNN,
+    CNN_ARGS,
+    STUDENTS,
+    SWIN_ARGS,
+    Forked,
+    assert_same_state,
+    make_shard,
+    make_shards,
+    python_script,
+    save_local_dir,
+    state_of,
+    tiny_model,
+)
 from safetensors.torch import load_file
-from test_scalekd import STUDENTS
-from test_tail import SWIN_ARGS
 from torch import Tensor
 
 import kdcache.evaluate

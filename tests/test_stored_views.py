@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from caches import FEATURES, groups, replay, run, tree
 from click.testing import CliRunner
 from helpers import TINY_VIT, Forked, die_at, make_image, make_shard, make_shards, make_teacher_dir
 from hypothesis import given
 from hypothesis import strategies as st
-from test_extract import FEATURES, groups, replay, run, tree
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 from cli.main import main
@@ -26,7 +26,7 @@ from kdcache import join, open_cache, stored_views
 from kdcache.arrays import STREAM_CHUNK_BYTES, StreamReader, StreamWriter, stream_spec
 from kdcache.commit import ChunkPool
 from kdcache.draws import draw
-from kdcache.errors import CorruptError, DriftError, KDCacheError, MismatchError, UsageError
+from kdcache.errors import CorruptError, DriftError, KDCacheError, MismatchError, ShardError, UsageError
 from kdcache.format import ViewRange
 from kdcache.images import decode_image
 from kdcache.jobs import JobResult, ShardJob
@@ -347,6 +347,14 @@ def test_tars_that_are_neither_there_nor_known_are_an_error(made: Path, tmp_path
     assert "is gone, and views [2] are not stored" in summary.problems[0]["detail"]
     assert summary.shards == 1
     assert verify(str(tmp_path / "cache"), views="all", workers=0).ok
+
+
+def test_nothing_is_written_where_no_shard_can_be_done(without_tars: Path) -> None:
+    before = tree(without_tars / "cache")
+    second = make_teacher_dir(without_tars / "second", seed=3)
+    with pytest.raises(ShardError, match=r"views \[2\] are not stored.*2 of 2 shards can't be done, and nothing was extracted"):
+        run(without_tars, teacher=second, name="second", targets=(FEATURES,), views=3)
+    assert tree(without_tars / "cache") == before
 
 
 def test_views_and_a_target_are_added_in_one_run_with_the_tars(made: Path, tmp_path: Path) -> None:

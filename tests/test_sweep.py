@@ -14,12 +14,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from browser import Browser, browser
+from browser import CONTRAST, OUTSIDE, Browser, Parsed, browser
 from click.testing import CliRunner, Result
 from helpers import TINY_VIT, Forked, die_at, kdcache_command, make_cache, make_shard, save_local_dir, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_page import CONTRAST, OUTSIDE, Parsed
 from torch import nn
 
 from cli.main import main
@@ -35,7 +34,7 @@ from pipelines.sweep.report import build_report, front_of
 from pipelines.sweep.results import read_results
 from pipelines.sweep.speed import time_run
 from pipelines.train import TrainConfig, train
-from pipelines.training.data import NOT_OF_DATA
+from pipelines.training.data import NOT_OF_DATA, open_data
 
 CNN = "resnet18"
 CNN_ARGS: dict[str, Any] = {"channels": [4, 4, 8, 8], "stem_width": 4}
@@ -220,12 +219,31 @@ def test_options_of_the_command_go_before_base_and_clash_with_lists(tmp_path: Pa
 
 
 def test_data_is_shared_by_runs_that_differ_in_what_it_does_not_depend_on(folder: Path, tmp_path: Path) -> None:
-    assert set(NOT_OF_DATA) <= {field.name for field in fields(TrainConfig)}
     config = TrainConfig(cache=str(folder / "cache"), students=("a", "b"), out=str(tmp_path))
     runs = open_runs([config, replace(config, lr=1.0), replace(config, views=1)])
     assert [run.data is runs[0].data for run in runs] == [True, True, True, True, False, False]
     assert {id(run.data.cache) for run in runs} == {id(runs[0].data.cache)}
     assert len({run.id for run in runs}) == 6
+
+
+def test_every_field_of_a_config_decides_the_data_or_is_known_not_to(folder: Path) -> None:
+    read: set[str] = set()
+
+    class Noting(TrainConfig):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    of_data = {
+        "cache", "data", "val", "label_key", "method", "settings", "kd_temperature", "distill_loss_weight", "task_loss_weight", "smoothing", "teacher",
+        "limit_shards", "views", "num_classes", "shuffle", "batch_size", "seed",
+    }  # fmt: skip
+    every = [field.name for field in fields(TrainConfig)]
+    assert sorted([*of_data, *NOT_OF_DATA]) == sorted(every), "a new field belongs to one of the two"
+    config = Noting(cache=str(folder / "cache"), students=("a",), shuffle="block", val=str(folder / "shards"))
+    read.clear()
+    open_data(config)
+    assert read & set(every) == of_data
 
 
 def test_a_job_goes_through_json_whole() -> None:

@@ -15,9 +15,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import Forked, die_at, make_shards, run_python, save_local_dir, tiny_model
-from test_extract import groups
-from test_losses import load
+from caches import groups
+from helpers import SWIN_ARGS, Forked, die_at, load_golden, make_shards, run_python, save_local_dir, tiny_model
 from torch import Tensor, nn
 
 from kdcache import methods
@@ -36,16 +35,6 @@ from pipelines.facts import owned_bytes
 from pipelines.gc import GcConfig, gc
 from pipelines.verify import verify
 
-SWIN_ARGS: dict[str, Any] = {
-    "img_size": 64,
-    "patch_size": 2,
-    "window_size": 4,
-    "embed_dim": 16,
-    "depths": (1, 1, 1, 2),
-    "num_heads": (1, 1, 2, 2),
-    "num_classes": 10,
-}
-"""Maps of 8 × 8 × 64 behind stage 3 and 4 × 4 × 128 behind stage 4."""
 _VIT: dict[str, Any] = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -186,7 +175,7 @@ def test_without_prefix_positions_are_those_of_the_grid() -> None:
 
 
 def test_a_swin_tail_and_its_gradient_equal_the_authors() -> None:
-    arrays = load("scalekd_tpp_tail_swin")
+    arrays = load_golden("scalekd_tpp_tail_swin")
     args = {
         "img_size": 56, "patch_size": 1, "window_size": int(arrays["window"]), "embed_dim": 4, "depths": (1, 1, 1, 2), "num_heads": (1, 1, 1, int(arrays["num_heads"])),
         "num_classes": 0,
@@ -376,6 +365,14 @@ def test_settings_decide_what_is_recorded_and_train_names_those_that_matter(vit:
         methods.build("scalekd", student=student, cache=cache, settings=needs_both)
     methods.build("scalekd", student=student, cache=cache, settings=needs_both | {"logits": "head", "s3_blocks": 1, "s4_blocks": 1})
     assert "kd_alpha=0.0 --set s3_blocks=1" in str(error.value)
+    with pytest.raises(MissingError, match=r"serves with --set scalekd\.logits=head, or with --set scalekd\.kd_alpha=0\.0$"):
+        methods.build("mimic+scalekd", student=student, cache=cache)
+    of_sum = {"s4_blocks": 1, "alpha_s4": (0.1, 0.1)}  # what was given stays, in all that is tried
+    with pytest.raises(MissingError, match=r"serves with --set scalekd\.logits=head --set scalekd\.s3_blocks=2 --set scalekd\.s4_blocks=0, or"):
+        methods.build("mimic+scalekd", student=student, cache=cache, settings=of_sum)
+    methods.build("mimic+scalekd", student=student, cache=cache, settings={"scalekd.logits": "head"})
+    with pytest.raises(MissingError, match=r"no target 'logits'.* to add it$"):  # kd has no way without them
+        methods.build("kd+scalekd", student=student, cache=cache)
     repeating = asked | {"s4_repeats": True}  # the last block serves both stages: the tail that is there is enough
     method = methods.build("scalekd", student=student, cache=cache, settings=repeating)
     assert (method.s3_modules, method.s4_modules) == (["blocks.2", "blocks.3"], ["blocks.3", "norm"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -359,6 +360,11 @@ def test_an_evaluation_is_made_in_eval_mode_and_leaves_the_student_as_it_was(fol
         assert (found.top1, found.images) == (10.0 * int((logits.argmax(1) == labels).sum()), 10)
         assert found.top5 == 10.0 * int((logits.topk(5).indices == labels[:, None]).sum())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with_worker = Evaluator(dataset, batch_size=4, num_workers=1)
+    for _ in range(2):  # closed in between: it begins a new worker
+        assert with_worker(model, torch.device("cpu")) == found
+        with_worker.close()
+    assert not multiprocessing.active_children()
 
 
 # --- labels and classes ---
@@ -397,7 +403,7 @@ def test_few_labels_leave_the_number_of_classes_alone(config: Any, folder: Path)
 def test_images_that_cannot_be_read_are_left_out_of_validation_and_counted(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_shard(tmp_path / "val" / "val-00.tar", num_samples=4, corrupt=[2])
     train(config(val=str(tmp_path / "val"), epochs=2))
-    assert capsys.readouterr().err.count("--val: 1 images can't be read and are left out; first: shard val-00: key 's0002': damaged image") == 1
+    assert capsys.readouterr().err.count("--val: 1 image can't be read and is left out; first: shard val-00: key 's0002': damaged image") == 1
 
 
 @pytest.mark.parametrize(
@@ -529,7 +535,7 @@ def test_tars_that_moved_are_found_with_data(folder: Path, tmp_path: Path, confi
     shutil.copytree(folder / "shards", tmp_path / "moved")
     (run,) = train(config(data=str(tmp_path / "moved"), epochs=1))
     (tmp_path / "moved" / "train-0001.tar").unlink()
-    with pytest.raises(UsageError, match="shard train-0001: not among the 1 tars given with --data"):
+    with pytest.raises(UsageError, match="shard train-0001: not among the 1 tar given with --data"):
         train(config(data=str(tmp_path / "moved"), epochs=2))
     assert run["status"] == "done"
 

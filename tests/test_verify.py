@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from caches import flip, groups, one, read_everything, run, tree
 from click.testing import CliRunner
 from helpers import TINY_VIT_ARGS, make_shard, make_shards, make_teacher_dir, run_python, save_local_dir, tiny_model
 from PIL import Image
-from test_extract import groups, run, tree
-from test_repair import flip, one, read_everything
 
 import kdcache.teacher
 import kdcache.views
@@ -352,6 +351,18 @@ def test_a_plan_of_before_another_process_changed_the_cache_is_not_carried_out(s
     with pytest.raises(StoreError, match="has changed it since it was verified; nothing was changed"):
         carry_out(str(cache), plan, RepairConfig(workers=0))
     assert tree(cache) == before
+
+
+def test_what_is_repaired_is_not_advised_to_be(setup: Path) -> None:
+    swap_groups(setup, "cache/views/train-*.zarr")  # told of each file, and of the arrays that readers refuse with a hint
+    flip(one(setup, TARGET), 20)
+    assert invoke("verify", setup / "cache").stderr.count("kdcache verify CACHE --repair") > 2
+    result = invoke("verify", setup / "cache", "--repair", "--yes", "-j", 0, "--model", "local-dir:/nowhere")
+    assert result.exit_code == 1
+    before, after = result.stderr.split("failed", 1)
+    assert "see below what the repair does about it" in before
+    assert "the repair did not mend it: 'failed' above says why" in after
+    assert "--repair" not in result.stderr
 
 
 def test_a_repair_leaves_the_views_that_were_found_to_differ_in_the_verdict(setup: Path, monkeypatch: pytest.MonkeyPatch) -> None:

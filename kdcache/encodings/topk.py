@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..console import counted
 from ..errors import CorruptError, UsageError
 from ..format import Component
 from .base import Encoding, TargetShape
@@ -48,7 +49,7 @@ class TopKLogits(Encoding):
         self.k = int(argument)
         if self.k > shape.num_classes:
             raise UsageError(
-                f"encoding {self.full_name!r}: the teacher has {shape.num_classes} classes; expected K up to that, or logits:dense, which keeps all"
+                f"encoding {self.full_name!r}: the teacher has {counted(shape.num_classes, 'class')}; expected K up to that, or logits:dense, which keeps all"
             )
         self.num_kept = min(self.k + 1, shape.num_classes)
 

@@ -263,9 +263,10 @@ def _what_would_do(method: type[Method[Any]], settings: MethodSettings, layer: T
     tail = layer.tail.identity.modules if layer.tail is not None else ()
     would_do: list[Mapping[str, Any]] = []
     for fields in method.alternatives(settings, card, tail):
-        other = method.Settings.model_validate({**settings.model_dump(exclude_unset=True), **fields})
-        if not any(_lacking(method, other, layer, card)) and not any(one.items() <= fields.items() for one in would_do):
-            would_do.append(fields)
+        other = method.Settings.model_validate(override(settings.model_dump(exclude_unset=True), fields))
+        options = dict(_flat(fields))
+        if not any(_lacking(method, other, layer, card)) and not any(one.items() <= options.items() for one in would_do):
+            would_do.append(options)
     return f"; what is there serves with {', or with '.join(map(_as_options, would_do))}" if would_do else ""
 
 

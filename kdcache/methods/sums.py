@@ -6,7 +6,8 @@ The class of a sum is made on demand: its `Settings` has a field for each part, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, create_model
@@ -83,6 +84,15 @@ class Sum(Method[Any]):
         """What the parts run, in the teacher's order."""
         wanted = {module for name, method in cls.parts.items() for module in method.tail_modules(getattr(settings, name), teacher)}
         return sorted(wanted, key=teacher.nodes.index)
+
+    @classmethod
+    def alternatives(cls, settings: Any, teacher: TeacherCard, tail: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        """Those of the parts, alone and together: {part: {field: value}}."""
+        of_parts = [
+            [{}, *({name: fields} for fields in method.alternatives(getattr(settings, name), teacher, tail))] for name, method in cls.parts.items()
+        ]
+        for chosen in product(*of_parts):
+            yield {name: fields for part in chosen for name, fields in part.items()}
 
     @classmethod
     def computes_logits(cls, settings: Any) -> bool:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kdcache.console import say
+from kdcache.console import counted, say
 from kdcache.errors import StoreError, UsageError
 from kdcache.launch import available_cores
 
@@ -143,7 +143,7 @@ class Local:
         if not process.was_killed:
             yield from left.failures(end)
         elif attempt.count > self._retries:
-            yield from left.failures(f"{end}; given up after {attempt.count} attempts")
+            yield from left.failures(f"{end}; given up after {counted(attempt.count, 'attempt')}")
         else:
             say(f"{name}: {', '.join(left.ids)}: {end}; going on from the last checkpoint, attempt {attempt.count + 1} of {1 + self._retries}")
             waiting.appendleft(_Attempt(left, attempt.count + 1))

@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kdcache.console import say
+from kdcache.console import counted, say
 from kdcache.errors import StoreError, StudentError, UsageError
 from kdcache.interrupt import Stopped, finishing_first, raise_if_dropped
 
@@ -161,7 +161,7 @@ class OnRay:
             cause = getattr(error, "cause", None)
             what = f"Ray lost its task: {type(error).__name__}: {_one_line(error)}" if cause is None else describe_error(cause)
             is_final = cause is not None and not isinstance(cause, JobDied)
-            yield from job.failures(what if is_final else f"{what}; given up after {1 + self._retries} attempts")
+            yield from job.failures(what if is_final else f"{what}; given up after {counted(1 + self._retries, 'attempt')}")
             return
         yield from result["entries"]
         if result["problem"] is not None:
@@ -191,7 +191,7 @@ class OnRay:
         self._is_ours = True
         nodes = self._nodes()
         cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
-        say(f"Ray at {context.address_info['address']}: {len(nodes)} node{'' if len(nodes) == 1 else 's'}, {cpus:.0f} CPUs, {gpus:.0f} GPUs")
+        say(f"Ray at {context.address_info['address']}: {counted(len(nodes), 'node')}, {counted(round(cpus), 'CPU')}, {counted(round(gpus), 'GPU')}")
 
     def _disconnect(self) -> None:
         if self._is_ours:
@@ -320,7 +320,7 @@ def train_on_node(body: Mapping[str, Any], number: int, there: Mapping[str, Any]
     before, attempts = _count_attempt(place, node), 1 + there["retries"]
     attempt, names = 1 + len(before), ", ".join(job.ids)
     if attempt > attempts:
-        return {"entries": [], "problem": f"its process, worker or node died {attempts} times, here is node {node}: given up"}
+        return {"entries": [], "problem": f"its process, worker or node died {counted(attempts, 'time')}, here is node {node}: given up"}
     if before:
         _tell(place, f"node {node}: {names}: goes on, attempt {attempt} of {attempts}; its process, worker or node died (node {before[-1]})")
         _wait_for_runs(job, node)

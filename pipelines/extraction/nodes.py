@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdcache.console import aligned, human_bytes
+from kdcache.console import aligned, counted, human_bytes
 from kdcache.encodings import TargetShape, build_encoding, default_encoding
 from kdcache.nodes import list_nodes
 from kdcache.teacher import load_teacher
@@ -55,7 +55,7 @@ def nodes_as_text(facts: Mapping[str, Any]) -> str:
     """For the person at the terminal: a line on the model, then one line a node."""
     logits = facts["logits"]
     head = (
-        f"{logits['classes']} classes: logits:{logits['encoding']} takes {human_bytes(logits['bytes_per_view'])} a view"
+        f"{counted(logits['classes'], 'class')}: logits:{logits['encoding']} takes {human_bytes(logits['bytes_per_view'])} a view"
         if logits
         else "no classifier"
     )

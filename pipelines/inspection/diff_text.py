@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdcache.console import one_line
+from kdcache.console import counted, one_line
 
 from ..diff import MAX_EXAMPLES
 
@@ -38,7 +38,7 @@ def diff_as_text(facts: Mapping[str, Any]) -> str:
 
 
 def _cache_in_words(side: str, one: Mapping[str, Any]) -> str:
-    return f"{side}  {one['path']}: root {one['root']}, {one['rows']:,} rows x {one['views']} views in {one['shards']} shards"
+    return f"{side}  {one['path']}: root {one['root']}, {counted(one['rows'], 'row')} x {counted(one['views'], 'view')} in {counted(one['shards'], 'shard')}"
 
 
 def _section(title: str, texts: Sequence[str]) -> list[str]:

@@ -21,14 +21,14 @@ def cache_as_text(facts: Mapping[str, Any], path: str) -> str:
     """A page for people."""
     facts, path = one_line(facts), one_line(path)
     plan, shards, stored = facts["plan"], facts["shards"], facts["stored_views"]
-    done = f"{shards['done']} of {shards['total']} shards"
+    done = f"{shards['done']} of {counted(shards['total'], 'shard')}"
     lines = [
         f"{path}: {'complete' if facts['complete'] else 'UNFINISHED'}",
         f"  root         {facts['root']}",
         f"  plan         {facts['fingerprint']}: dataset {plan['dataset']!r}, {plan['size']} px, seed {plan['seed']}, decoder {plan['decoder']}"
         + (f", resizer {plan['resizer']}" if plan["resizer"] != plan["decoder"] else ""),
         *_block("policy", [f"{facts['policy']['name']}:", *facts["policy"]["words"]], joined=True),
-        f"  rows         {facts['rows']:,} x {facts['views']} views in {done}",
+        f"  rows         {facts['rows']:,} x {counted(facts['views'], 'view')} in {done}",
         *_block("unfinished", _unfinished_in_words(facts["unfinished"])),
         f"  skipped      {sum(facts['skipped'].values())}",
         *(f"               {count:5d}  {reason}" for reason, count in facts["skipped"].items()),
@@ -78,8 +78,8 @@ def _labels_in_words(facts: Mapping[str, Any]) -> list[str]:
     labels = facts["labels"]
     if not labels["classes"]:
         return ["none"]
-    some = f"{labels['labelled']:,} of {facts['rows']:,} rows" if labels["labelled"] != facts["rows"] else "every row"
-    spread, classes = labels["per_class"], f"{labels['classes']:,} classes" if labels["classes"] != 1 else "one class"
+    some = f"{labels['labelled']:,} of {counted(facts['rows'], 'row')}" if labels["labelled"] != facts["rows"] else "every row"
+    spread, classes = labels["per_class"], counted(labels["classes"], "class")
     unused = labels["highest"] + 1 - labels["classes"]
     lines = [
         f"{some} labelled, {classes}, labels up to {labels['highest']}" + (f" ({unused:,} of them on no row)" if unused else ""),
@@ -135,14 +135,14 @@ def _teacher_in_words(name: str, teacher: Mapping[str, Any], *, mixes: bool) -> 
     if made:
         lines.append(f"  run on       {' and '.join(made.get('device', ['?']))}, batch size {' and '.join(made.get('batch_size', ['?']))}")
     if teacher["top1"] is not None:
-        which = f"its {teacher['labelled']:,} unmixed views" if mixes else f"its own {teacher['labelled']:,} views"
+        which = f"its {counted(teacher['labelled'], 'unmixed view')}" if mixes else f"its own {counted(teacher['labelled'], 'view')}"
         lines.append(f"  accuracy     {teacher['top1']:.2f} % top-1 on {which}")
     if (logits := teacher["logits"]) is not None and logits["rows"]:
         e, c = logits["entropy"], logits["confidence"]
         lines += [
             f"  entropy      mean {e['mean']:.4g} nats of at most {e['most']:.4g}; 5 % below {e['q05']:.4g}, half below {e['q50']:.4g}, 95 % below {e['q95']:.4g}",
             f"  confidence   mean {100 * c['mean']:.1f} % for the likeliest class; 5 % below {100 * c['q05']:.1f}, half below {100 * c['q50']:.1f} %",
-            f"               (softmax of {logits['rows']:,} of {logits['of_rows']:,} rows, view {logits['view']}, from {counted(logits['shards'], 'shard')})",
+            f"               (softmax of {logits['rows']:,} of {counted(logits['of_rows'], 'row')}, view {logits['view']}, from {counted(logits['shards'], 'shard')})",
         ]
     if (tail := teacher["tail"]) is not None:
         through = " → ".join([*tail["modules"], *([f"head ({', '.join(tail['head'])})"] if tail["head"] else [])])
@@ -192,7 +192,7 @@ def shard_as_text(facts: Mapping[str, Any]) -> str:
     lines = [
         f"shard {facts['shard']}",
         f"  tar          {facts['source'].get('path')}, {facts['source'].get('size')} bytes, member table {facts['member_table']}",
-        f"  samples      {facts['samples']}: {facts['rows']} rows, {len(facts['skipped'])} skipped",
+        f"  samples      {facts['samples']:,}: {counted(facts['rows'], 'row')}, {len(facts['skipped'])} skipped",
         f"  views        {views}",
         f"  first keys   {', '.join(facts['keys'])}",
     ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdcache.console import counted
 from kdcache.errors import KDCacheError, UsageError
 from kdcache.join import EpochBatches
 from kdcache.model_cost import ModelCost, cost_of
@@ -131,7 +132,7 @@ def _open(sweep: Sweep) -> Iterator[tuple[SweepRun, Run]]:
         more = f"\n  and {len(places) - _TOLD} more errors" if len(places) > _TOLD else ""
         kind = UsageError if isinstance(first, UsageError) else KDCacheError
         raise kind(
-            f"sweep file {sweep.path}: {len(errors)} of its {len(sweep.runs)} runs can't be trained; nothing was begun:{told}{more}"
+            f"sweep file {sweep.path}: {len(errors)} of its {counted(len(sweep.runs), 'run')} can't be trained; nothing was begun:{told}{more}"
         ) from first
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from kdcache.cache import Cache
 from kdcache.checkpoint import load_checkpoint, save_checkpoint
-from kdcache.console import say
+from kdcache.console import counted, say
 from kdcache.errors import CorruptError, MismatchError, StoreError
 from kdcache.store.local import sync_folder
 
@@ -138,7 +138,7 @@ class RunCheckpoints:
 
 def describe(state: Mapping[str, Any]) -> str:
     """Where in its run a checkpoint is, for messages: 'epoch 3, step 120' is after that many of each."""
-    return f"after {state['epoch']} epochs" + (f" and {state['step']} steps" if state.get("step") else "")
+    return f"after {counted(state['epoch'], 'epoch')}" + (f" and {counted(state['step'], 'step')}" if state.get("step") else "")
 
 
 def describe_plan_differences(plan: Mapping[str, Any] | None, cache: Cache) -> str:

@@ -33,9 +33,10 @@ _METHOD_OPTIONS = {
 """Options that stand for a field of the method."""
 
 NOT_OF_DATA = (
-    "students", "pretrained", "model_kwargs", "epochs", "opt", "lr", "weight_decay", "momentum", "opt_betas", "clip_grad", "sched", "warmup_epochs",
-    "min_lr", "amp", "amp_dtype", "model_ema", "model_ema_decay", "model_ema_warmup", "val_interval", "val_crop_pct", "channels_last",
-    "log_interval", "log_tensorboard", "log_wandb", "wandb_project", "recovery_interval", "out", "resume", "allow_other_cache",
+    "students", "pretrained", "model_kwargs", "epochs", "grad_accum_steps", "opt", "lr", "weight_decay", "momentum", "opt_betas", "clip_grad", "sched",
+    "warmup_epochs", "min_lr", "amp", "amp_dtype", "sync_bn", "torchcompile", "model_ema", "model_ema_decay", "model_ema_warmup", "val_interval",
+    "val_crop_pct", "check_views", "workers", "prefetch_bytes", "device", "channels_last", "log_interval", "log_tensorboard", "log_wandb",
+    "wandb_project", "recovery_interval", "out", "resume", "allow_other_cache",
 )  # fmt: skip
 """Fields of TrainConfig that `open_data` does not look at: configs that differ in these alone have the same TrainingData."""
 
@@ -79,7 +80,7 @@ class TrainingData:
         measured = f"measured on {counted(images, 'image')}" if self.val else "no --val, so no accuracy is measured"
         return (
             f"training on {counted(len(self.row_numbers), 'row')} x {counted(self.num_views, 'view')} of {self.cache.store.url}:"
-            f" {taught}; {self.num_classes} classes; {measured}"
+            f" {taught}; {counted(self.num_classes, 'class')}; {measured}"
         )
 
 
@@ -127,7 +128,7 @@ def open_data(config: TrainConfig, opened: Opened | None = None) -> TrainingData
     chosen = np.array([shard in wanted for shard in rows.shards], dtype=bool)
     row_numbers = np.nonzero(chosen[rows.shard])[0].astype(np.int64)
     if len(row_numbers) == 0:
-        raise MissingError(f"{cache.store.url}: its {len(shards)} shards have no rows; every sample was skipped when the cache was made")
+        raise MissingError(f"{cache.store.url}: no rows in its {counted(len(shards), 'shard')}; every sample was skipped when the cache was made")
     cache.require_decoder()
     for shard in shards if cache.plan.stored_views is None else ():
         cache.check_source(shard)  # raises for a shard that --data lacks, a tar that is gone or one of another size and other members
@@ -199,7 +200,7 @@ def _choose_shards(cache: Cache, limit: int | None) -> list[str]:
         )
     if limit is not None:
         if limit > len(shards):
-            raise UsageError(f"--limit-shards {limit}: the cache has {len(shards)} shards; expected at most that")
+            raise UsageError(f"--limit-shards {limit}: the cache has {counted(len(shards), 'shard')}; expected at most that")
         return shards[:limit]
     if len(shards) < len(wanted):
         first = next(shard for shard in wanted if shard not in set(shards))
@@ -219,7 +220,7 @@ def _choose_views(cache: Cache, targets: Mapping[str, Sequence[str]], shards: Se
         return usable
     if wanted > usable:
         raise MissingError(
-            f"--views {wanted}: the cache has {usable} views of all that is trained on; expected at most that, or run 'kdcache extract' again with"
+            f"--views {wanted}: the cache has {counted(usable, 'view')} of all that is trained on; expected at most that, or run 'kdcache extract' again with"
             f" --views {wanted} to add them"
         )
     return wanted
@@ -232,7 +233,7 @@ def _num_classes(config: TrainConfig, cache: Cache, targets: Mapping[str, Sequen
         of_teacher = cache.layer(teacher).document.identity.num_classes
         if config.num_classes not in (None, of_teacher):
             raise UsageError(
-                f"--num-classes {config.num_classes}: teacher {teacher!r} has {of_teacher} classes and method {config.method!r} matches its logits;"
+                f"--num-classes {config.num_classes}: teacher {teacher!r} has {counted(of_teacher, 'class')} and method {config.method!r} matches its logits;"
                 f" leave the option out"
             )
         return of_teacher
@@ -263,7 +264,7 @@ def check_labels(data: TrainingData, config: TrainConfig) -> None:
             f"{where} has no label ({without} of {len(labels)} rows have none), and method {config.method!r} learns from labels; {remedy}"
         )
     raise ShardError(
-        f"{where} has label {labels[bad[0]]}, the student has {data.num_classes} classes (0 to {data.num_classes - 1});"
+        f"{where} has label {labels[bad[0]]}, the student has {counted(data.num_classes, 'class')} (0 to {data.num_classes - 1});"
         + (
             f" the teacher's classes are not the dataset's: {without_labels}"
             if teachers_of_logits(config.method, data.settings, data.targets)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdcache.compiled import compile_student, naming_failed_compilation
-from kdcache.console import say
+from kdcache.console import counted, say
 from kdcache.device import autocast, generator_states, set_generator_states
 from kdcache.distributed import ALONE, Processes
 from kdcache.errors import StudentError, UsageError
@@ -318,7 +318,9 @@ class StudentLoop:
 
     def _say_skipped(self, evaluation: Evaluation) -> None:
         if self.processes.is_first and evaluation.skipped and not any("eval_top1" in row for row in self.history):
-            say(f"--val: {len(evaluation.skipped)} images can't be read and are left out; first: {evaluation.skipped[0]}")
+            say(
+                f"--val: {counted(len(evaluation.skipped), 'image')} can't be read and {'is' if len(evaluation.skipped) == 1 else 'are'} left out; first: {evaluation.skipped[0]}"
+            )
 
     # --- state ---
 

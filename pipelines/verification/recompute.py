@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from kdcache.augment import Q16
 from kdcache.cache import Cache, TeacherLayer
+from kdcache.console import counted
 from kdcache.device import resolve_device
 from kdcache.errors import CacheError, DriftError, KDCacheError, MismatchError, ShardError
 from kdcache.index import rows_of_table
@@ -164,7 +165,7 @@ class _Recomputation:
                 lost.append(str(error))
         if lost:
             is_gone = any("can't be read" in text for text in lost)
-            detail = f"{len(lost)} views can't be shown to the teacher again: {lost[0]}"
+            detail = f"{counted(len(lost), 'view')} can't be shown to the teacher again: {lost[0]}"
             if not any(problem.shard == shard and problem.kind in ("pixels", "source", "corrupt", "missing") for problem in self.verdict.problems):
                 self.verdict.problems.append(Problem("source" if is_gone else "pixels", shard, "", detail))
 

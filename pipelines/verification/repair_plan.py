@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any
 
 from kdcache.cache import Cache
-from kdcache.console import human_bytes, view_range
+from kdcache.console import counted, human_bytes, view_range
 from kdcache.digests import find_changed
 from kdcache.errors import CacheError, KDCacheError
 from kdcache.format import (
@@ -101,14 +101,14 @@ class RepairPlan:
         for path, size in listed[:MAX_LISTED]:
             yield f"{'delete':>13}  {human_bytes(size):>8}  {path}"
         if len(listed) > MAX_LISTED:
-            yield f"{'':>13}  and {len(listed) - MAX_LISTED} more files, {human_bytes(sum(size for _, size in listed[MAX_LISTED:]))}"
+            yield f"{'':>13}  and {counted(len(listed) - MAX_LISTED, 'more file')}, {human_bytes(sum(size for _, size in listed[MAX_LISTED:]))}"
         for path in self.restore:
             yield f"{'put back':>13}  {'':>8}  {path}, from the index"
         if self.rewrite_sources:
             yield f"{'write':>13}  {'':>8}  sources/, from the shards that are there"
         for segment in self.segments:
             needs = "its teacher and its views" if segment.targets else "its tar"
-            files = "all files" if not segment.bad_files else "1 file" if len(segment.bad_files) == 1 else f"{len(segment.bad_files)} files"
+            files = counted(len(segment.bad_files), "file") if segment.bad_files else "all files"
             yield f"{'make again':>13}  {'':>8}  {segment.words} ({files}; needs {needs})"
         for teacher, target in self.calibrations:
             yield f"{'make again':>13}  {'':>8}  calibration of {target} of teacher {teacher} (needs the teacher and the first views)"

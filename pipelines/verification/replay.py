@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from kdcache import drift
 from kdcache.cache import Cache
+from kdcache.console import counted
 from kdcache.errors import CacheError, KDCacheError, UsageError
 from kdcache.images import Decoded, decode_image, require_decoder
 from kdcache.index import rows_of_table
@@ -250,7 +251,7 @@ class _Replay:
         for cause, count in counts.items():
             self.verdict.notes.append(f"{cause}: {count} of {self.verdict.views_replayed} compared views differ")
         for shard, more in self._unlisted.items():
-            self.verdict.problems.append(Problem(kind, shard, "", f"{more} more views of this shard differ"))
+            self.verdict.problems.append(Problem(kind, shard, "", f"{counted(more, 'more view')} of this shard differ{'s' if more == 1 else ''}"))
 
     def _cause(self, source: ShardSource) -> tuple[drift.Cause, str]:
         try:

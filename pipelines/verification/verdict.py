@@ -31,6 +31,14 @@ NEXT_STEPS: dict[tuple[Kind, str], str] = {
 }
 """Kind of problem and its cause ('' where there is none of its own) → what to do next."""
 
+REPAIR = "kdcache verify CACHE --repair"
+"""What a hint is told by that advises a repair."""
+REPAIR_STEPS = {
+    "planned": "see below what the repair does about it",
+    "done": "the repair did not mend it: 'failed' above says why; if nothing failed, look at the disk",
+}
+"""How far a repair is → what to do next, in place of a hint that advises one."""
+
 CAUSES = ("decoder drift", "source drift", "teacher drift")
 
 
@@ -101,15 +109,19 @@ class Verdict:
         }
 
 
-def as_lines(verdict: Verdict, path: str) -> Iterator[str]:
-    """The verdict for people: problems, notes, a table of what to do next, what was read, and the one line."""
+def as_lines(verdict: Verdict, path: str, *, repair: Literal["planned", "done"] | None = None) -> Iterator[str]:
+    """The verdict for people: problems, notes, a table of what to do next, what was read, and the one line.
+
+    repair: how far one is that was asked for; it is not advised then.
+    """
     counts = Counter(problem.kind for problem in verdict.problems)
     listed: Counter[str] = Counter()
     for problem in verdict.problems:
         listed[problem.kind] += 1
         if listed[problem.kind] <= 5 * MAX_LISTED:
             place = " ".join(part for part in (problem.shard, problem.key) if part)
-            yield f"{problem.kind:>11}  {place}  {problem.detail}" if place else f"{problem.kind:>11}  {problem.detail}"
+            detail = problem.detail.removesuffix(f"; run '{REPAIR}'") if repair else problem.detail
+            yield f"{problem.kind:>11}  {place}  {detail}" if place else f"{problem.kind:>11}  {detail}"
         elif listed[problem.kind] == counts[problem.kind]:
             yield f"{'':>11}  and {counts[problem.kind] - 5 * MAX_LISTED} more of this kind; --json lists all"
     for note in verdict.notes:
@@ -119,6 +131,7 @@ def as_lines(verdict: Verdict, path: str) -> Iterator[str]:
         yield f"{'what':>11}  {'cause':<13}  {'count':>5}  what to do next"
         for (kind, cause), count in Counter((problem.kind, problem.cause) for problem in verdict.problems).items():
             step = NEXT_STEPS.get((kind, cause)) or NEXT_STEPS[kind, ""]
+            step = REPAIR_STEPS[repair] if repair and REPAIR in step else step
             yield f"{kind:>11}  {cause:<13}  {count:>5}  {step}"
         yield ""
     read = (
@@ -126,9 +139,9 @@ def as_lines(verdict: Verdict, path: str) -> Iterator[str]:
     )
     if verdict.views_replayed:
         drift = any(problem.kind in ("pixels", "source") for problem in verdict.problems)
-        read += f", {verdict.views_replayed:,} views compared{'' if drift else ': no drift'}"
+        read += f", {counted(verdict.views_replayed, 'view')} compared{'' if drift else ': no drift'}"
     if verdict.rows_recomputed:
         drift = any(problem.kind == "teacher" for problem in verdict.problems)
-        read += f", {verdict.rows_recomputed:,} views seen again by their teacher{'' if drift else ': no drift'}"
+        read += f", {counted(verdict.rows_recomputed, 'view')} seen again by the teacher{'' if drift else ': no drift'}"
     yield read
     yield verdict.line
