@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from threading import RLock
 from typing import Any
 
 from tqdm import tqdm
 
 
+class ProgressBar(tqdm):  # type: ignore[type-arg]  # no generic when it runs
+    """tqdm's bar with a lock of this process alone: its own is shared with forked ones, and one that is killed while it writes keeps it for ever."""
+
+    _lock = RLock()
+
+
+os.register_at_fork(after_in_child=lambda: ProgressBar.set_lock(RLock()))  # a thread that held it is not there
+
+
 def say(text: str) -> None:
     """One line (or a few) for the person at the terminal."""
-    tqdm.write(harmless(text), file=sys.stderr)
+    ProgressBar.write(harmless(text), file=sys.stderr)
 
 
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"} | {

@@ -14,11 +14,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.commit import create_document
-from kdcache.console import counted, human_bytes, human_seconds, say
+from kdcache.console import ProgressBar, counted, human_bytes, human_seconds, say
 from kdcache.errors import StoreError, UsageError
 from kdcache.format import DigestField, Document, SourceIdentity
 from kdcache.index import MAX_DOCUMENT_BYTES, drop_index, is_current, load_documents, read_document
@@ -238,7 +236,7 @@ def _copy_segments(cache: Cache, parts: Sequence[Part], dest: Store, *, progress
     total = sum(part.source_bytes for part in parts)
     added = 0
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="copy", disable=not progress) as bar,
+        ProgressBar(total=total, unit="B", unit_scale=True, desc="copy", disable=not progress) as bar,
         ThreadPoolExecutor(min(4, available_cores())) as pool,
     ):
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from kdcache.cache import Cache, TeacherLayer
+from kdcache.console import ProgressBar
 from kdcache.distance import Distance
 from kdcache.fidelity import combine_fidelity
 from kdcache.format import TargetIdentity
@@ -317,7 +317,7 @@ def _compare_target(pair: _Pair, target: str, sample: Sequence[_SampledShard] | 
     distance = Distance()
     encodings = pair.a.encoding(pair.one.name, target), pair.b.encoding(pair.other.name, target)
     block = max(1, BLOCK_BYTES // (4 * max(1, int(np.prod([side for side in _shape(one) if side], dtype=np.int64)))))
-    for shard in tqdm(sample, unit="shard", desc=f"diff {target}", disable=not progress or not all_views):
+    for shard in ProgressBar(sample, unit="shard", desc=f"diff {target}", disable=not progress or not all_views):
         views = {*views_of(pair.one.segments(shard.shard, target))} & {*views_of(pair.other.segments(shard.shard, target))}
         keys = pair.a.keys(shard.shard)
         for view, rows_a, rows_b in shard.by_view(views, all_views=all_views):

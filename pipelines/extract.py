@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from kdcache.cache import Cache, TeacherLayer
 from kdcache.commit import ChunkPool, create_document
-from kdcache.console import counted, human_bytes, human_seconds, say
+from kdcache.console import ProgressBar, counted, human_bytes, human_seconds, say
 from kdcache.errors import CacheError, KDCacheError, ShardError, TeacherError, UsageError
 from kdcache.format import CacheIdentity, Document, SourceIdentity, TailIdentity, ViewsIdentity
 from kdcache.images import require_decoder
@@ -360,7 +359,7 @@ class _Run:
         self.turns = Turns(self.store, self.sources, self.pending, self.launch, teacher_name=self.teacher_name)
         total = round(sum(samples * self._rendered_views(source.name) for source, samples in self._samples_of(self.turns.own)))
         try:
-            with naming_killed_workers(), tqdm(total=total, unit="view", desc="extract", disable=not self.progress or not self.pending) as bar:
+            with naming_killed_workers(), ProgressBar(total=total, unit="view", desc="extract", disable=not self.progress or not self.pending) as bar:
                 self._work(bar)
                 while self.turns.remaining:
                     self._work(bar, insist=self.turns.wait())

@@ -12,10 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
 from kdcache.cache import Cache
-from kdcache.console import counted, human_bytes, say, view_range
+from kdcache.console import ProgressBar, counted, human_bytes, say, view_range
 from kdcache.errors import CorruptError, StoreError, UsageError
 from kdcache.format import Document
 from kdcache.index import drop_index
@@ -136,7 +134,7 @@ class _Collection:
             return
         drop_index(self.store)  # it must not vouch for a record that goes
         total = sum(change.part.source_bytes if change.part is not None else 0 for change in self.changes)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="gc", disable=not progress or not total) as bar:
+        with ProgressBar(total=total, unit="B", unit_scale=True, desc="gc", disable=not progress or not total) as bar:
             for change in [change for change in self.changes if change.document.kind == "targets"]:
                 self._apply(change, bar)
             for path in self.cards:
@@ -155,7 +153,7 @@ class _Collection:
     def sweep(self, *, progress: bool) -> None:
         """Remove what no record owns now: a group that an attempt left may be what a rewritten segment has just taken up."""
         documents = open_to_write(self.config.cache).documents
-        for one in tqdm(find_garbage(self.store, documents), unit="item", desc="gc", disable=not progress or not self.found.garbage):
+        for one in ProgressBar(find_garbage(self.store, documents), unit="item", desc="gc", disable=not progress or not self.found.garbage):
             for path in one.files:
                 self.store.delete(path)
         self.store.sweep_spools()

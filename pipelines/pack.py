@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from kdcache.console import counted, say
+from kdcache.console import ProgressBar, counted, say
 from kdcache.errors import ShardError, StoreError, UsageError
 from kdcache.images import IMAGE_EXTENSIONS
 from kdcache.shards import printable, split_member
@@ -84,7 +82,7 @@ def pack(config: PackConfig, *, progress: bool = False) -> PackSummary:
     count = -(-len(samples) // config.samples_per_shard)
     width = max(4, len(str(count - 1)))
     total = 0
-    with tqdm(total=len(samples), unit="image", desc="pack", disable=not progress) as bar:
+    with ProgressBar(total=len(samples), unit="image", desc="pack", disable=not progress) as bar:
         for shard in range(count):
             chosen = samples[shard * config.samples_per_shard : (shard + 1) * config.samples_per_shard]
             total += _write_shard(out / f"{name}-{shard:0{width}d}.tar", root, chosen, keys, classes, bar)

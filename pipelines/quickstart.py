@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from kdcache.console import counted, human_bytes, human_seconds, say
+from kdcache.console import ProgressBar, counted, human_bytes, human_seconds, say
 from kdcache.draws import draw
 from kdcache.errors import KDCacheError, StoreError, UsageError
 from kdcache.images import decode_image
@@ -221,7 +220,7 @@ def train_teacher(
     scheduler = CosineLRScheduler(optimizer, t_initial=steps, warmup_t=steps // 10, warmup_prefix=True, t_in_epochs=False)
     loss_fn = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
     step = 0
-    with tqdm(total=steps, unit="step", desc="teacher", disable=not progress) as bar:
+    with ProgressBar(total=steps, unit="step", desc="teacher", disable=not progress) as bar:
         for epoch in range(epochs):
             views, labels = render_all(plan, train_images, view=epoch)
             model.train()

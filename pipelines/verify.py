@@ -11,10 +11,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from kdcache.cache import Cache
-from kdcache.console import counted
+from kdcache.console import ProgressBar, counted
 from kdcache.digests import find_changed
 from kdcache.errors import CacheError, CorruptError, FormatVersionError, KDCacheError, MisplacedError, MissingError, NotACacheError
 from kdcache.format import (
@@ -133,7 +132,7 @@ def _check_files(store: Store, documents: Mapping[str, Document[Any]], verdict: 
         if path not in found:
             verdict.problems.append(Problem("missing", shard, "", f"{path} is not there; the segment's record names it", path))
     total = sum(field.size for _, field in present)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify bytes", disable=not progress) as bar:
+    with ProgressBar(total=total, unit="B", unit_scale=True, desc="verify bytes", disable=not progress) as bar:
         for path, detail in find_changed(store, present, bar.update):
             verdict.problems.append(Problem("corrupt", expected[path][1], "", detail, path))
     verdict.checked = set(expected)

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from kdcache.console import counted, say
+from kdcache.console import ProgressBar, counted, say
 from kdcache.device import fitting_threads, resolve_device, torch_threads
 from kdcache.errors import StudentError
 from kdcache.join import Batch, BatchLoader
@@ -77,7 +76,7 @@ def predict(runs: Sequence[PlannedRun], *, time_steps: int, cores: int | None = 
             of_student.setdefault(_key(planned.run, method=False), replace(pace, basis=f"measured: {planned.run.id}, another method"))
     waiting = [planned for planned in runs if not planned.run.is_finished and planned.run.id not in own and _key(planned.run) not in alike]
     distinct = {_key(planned.run): planned for planned in reversed(waiting)} if time_steps > 0 else {}
-    for key, planned in tqdm(list(distinct.items())[::-1], desc="timing", unit="run", disable=not (progress and distinct)):
+    for key, planned in ProgressBar(list(distinct.items())[::-1], desc="timing", unit="run", disable=not (progress and distinct)):
         try:
             alike[key] = time_run(planned.run, time_steps, cores=cores)
         except (StudentError, torch.OutOfMemoryError) as error:

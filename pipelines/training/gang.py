@@ -23,9 +23,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from kdcache.console import say
+from kdcache.console import ProgressBar, say
 from kdcache.device import fitting_threads, generator_states, release_memory, set_generator_states
 from kdcache.errors import KDCacheError, StoreError, StudentError
 from kdcache.evaluate import Evaluator
@@ -425,7 +424,7 @@ class _Bar:
         self._epochs = max(run.config.epochs for run in runs)
         self._shown: dict[str, dict[str, str]] = {run.id: {} for run in runs}
         self._top1: dict[str, str] = {}
-        self._bar: tqdm[Any] | None = None
+        self._bar: ProgressBar | None = None
         self._images = self._epoch = 0
 
     def move(self, epoch: int, step: int, steps: int, images: int) -> None:
@@ -434,7 +433,7 @@ class _Bar:
         if self._bar is None:
             desc = self._runs[0].id if len(self._runs) == 1 else f"gang of {len(self._runs)}"
             total = self._epochs * steps * images
-            self._bar = tqdm(total=total, initial=place, unit="img", unit_scale=True, desc=desc, disable=not self._enabled)
+            self._bar = ProgressBar(total=total, initial=place, unit="img", unit_scale=True, desc=desc, disable=not self._enabled)
             for run in self._runs:
                 if run.loop is not None:
                     self.note_top1(run, run.loop.history)

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from kdcache.augment import Q16
 from kdcache.cache import Cache, TeacherLayer
-from kdcache.console import counted
+from kdcache.console import ProgressBar, counted
 from kdcache.device import resolve_device
 from kdcache.errors import CacheError, DriftError, KDCacheError, MismatchError, ShardError
 from kdcache.index import rows_of_table
@@ -124,7 +123,7 @@ class _Recomputation:
     def run(self, *, progress: bool) -> None:
         shards = [shard for shard in self.cache.shards if self.layer.records.get(shard)]
         before = len(self.verdict.problems)
-        with tqdm(total=len(shards) * self.how.rows, unit="view", desc=f"verify {self.layer.name}", disable=not progress) as bar:
+        with ProgressBar(total=len(shards) * self.how.rows, unit="view", desc=f"verify {self.layer.name}", disable=not progress) as bar:
             for shard in shards:
                 self._shard(shard)
                 bar.update(self.how.rows)

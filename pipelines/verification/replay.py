@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from kdcache import drift
 from kdcache.cache import Cache
-from kdcache.console import counted
+from kdcache.console import ProgressBar, counted
 from kdcache.errors import CacheError, KDCacheError, UsageError
 from kdcache.images import Decoded, decode_image, require_decoder
 from kdcache.index import rows_of_table
@@ -42,7 +41,7 @@ def replay(cache: Cache, views: int | Literal["all"], verdict: Verdict, *, worke
     plan = _Replay(cache, views, verdict)
     total = sum(plan.count(shard) for shard in cache.shards)
     num_workers = workers if workers is not None else default_workers(available_cores())
-    with tqdm(total=total, unit="view", desc="verify views", disable=not progress) as bar:
+    with ProgressBar(total=total, unit="view", desc="verify views", disable=not progress) as bar:
         for block in rendered_blocks(cache.plan, plan.tasks(), num_workers=num_workers, cache=cache):
             if isinstance(block, FailedTask):
                 if not plan.is_known_corrupt(block.task):
