@@ -287,6 +287,7 @@ def test_a_job_whose_gpu_is_gone_fails_and_is_not_trained_on_the_cpu(folder: Pat
 
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # of Ray's own files and processes
+@pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning")  # of 2.50
 def test_ray_trains_what_one_process_trains_whoever_is_killed(
     folder: Path, alone: list[Entry], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
