@@ -169,7 +169,7 @@ class Processes:
         if _outlives_ranks():
             return
         if self.is_first:
-            dist.destroy_process_group()
+            _leave_group()
             deadline = time.monotonic() + PATIENCE_S
             with suppress(KeyboardInterrupt):
                 while time.monotonic() < deadline and self.store.add(_HEARD, 0) < self.world - 1:
@@ -226,14 +226,19 @@ def joined(device_name: str | None) -> Iterator[Processes]:
             is_told = isinstance(error, ToldError) or not processes._is_first_to_tell()
             processes._end_in_turn()
         if is_told:
+            _leave_group()  # while the others are there: the one that speaks ends at once
             _be_silent()
             raise ToldError(str(error)) from error
         if isinstance(error, KDCacheError) and not processes.is_first:
             error.args = (f"rank {launch.rank}: {error}",)
         raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _leave_group()
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _be_silent() -> None:

@@ -84,3 +84,35 @@ def test_every_command_is_in_the_readme(name: str) -> None:
 def test_an_unknown_command_is_a_usage_error() -> None:
     assert CliRunner().invoke(main, ["extrct"]).exit_code == 2
     assert CliRunner().invoke(main, ["--version"]).output.startswith("kdcache ")
+
+
+LEAVING = """
+import atexit, gc, sys, threading, time
+from cli.main import run
+
+class Freed:
+    def __del__(self):
+        print("freed", flush=True)
+
+Freed.held = Freed()
+atexit.register(print, "before the command")
+main = sys.modules["cli.main"].main
+
+def command():
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+    atexit.register(print, "within it")
+    main()
+
+sys.modules["cli.main"].main = command
+sys.argv = ["kdcache", sys.argv[1]]
+run()
+"""
+"""A command with a thread and things to do at exit, in a process that holds what Python would free."""
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--version", 0), ("extrct", 2)])
+def test_a_command_frees_nothing_at_its_end_but_waits_for_threads_and_does_what_is_left_to_exit(argument: str, status: int) -> None:
+    result = subprocess.run([sys.executable, "-c", LEAVING, argument], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == status, result.stderr
+    assert [line for line in result.stdout.splitlines() if not line.startswith("kdcache ")] == ["thread", "within it"]
+    assert 'kdcache = "cli.main:run"' in (ROOT / "pyproject.toml").read_text()

@@ -26,11 +26,11 @@ import pipelines.training.lock
 from cli.main import main
 from kdcache.checkpoint import load_checkpoint
 from kdcache.errors import StoreError, StudentError, UsageError
-from kdcache.interrupt import stopping_cleanly
+from kdcache.interrupt import Stopped, stopping_cleanly
 from pipelines.engines import Entry, InProcess, Job, open_runs, plan_jobs
 from pipelines.engines.job_process import JobProcess, close_all, environ_of_child, with_share_of
 from pipelines.engines.local import Local, local_engine, visible_gpus
-from pipelines.engines.ray import OnRay, train_on_node
+from pipelines.engines.ray import OnRay, _make_meeting, train_on_node
 from pipelines.train import TrainConfig, train
 from pipelines.training.lock import RunLock
 
@@ -287,6 +287,7 @@ def test_a_job_whose_gpu_is_gone_fails_and_is_not_trained_on_the_cpu(folder: Pat
 
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # of Ray's own files and processes
+@pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning")  # of 2.50
 def test_ray_trains_what_one_process_trains_whoever_is_killed(
     folder: Path, alone: list[Entry], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -444,6 +445,40 @@ def test_a_task_that_did_not_hear_its_cancellation_ends_by_a_file(folder: Path, 
     (checkpoint,) = tmp_path.glob("runs/*/last/checkpoint.pt")
     assert _holder(checkpoint.parents[1]) == "" and load_checkpoint(checkpoint)["step"] + load_checkpoint(checkpoint)["epoch"] > 0
     assert train_on_node(endless.to_json(), 0, there) == result  # Ray's second attempt, if it makes one
+
+
+def test_a_signal_while_ray_begins_is_told_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's handler of SIGTERM ends the process with 15, without a word."""
+    engine = OnRay()
+    monkeypatch.setattr(engine._ray, "init", lambda *_given, **_options: sys.exit(signal.SIGTERM))
+    with pytest.raises(Stopped, match="SIGTERM"):
+        engine.connect()
+
+
+def test_the_next_sweep_removes_the_meeting_of_a_driver_that_was_killed_and_of_no_other(folder: Path, tmp_path: Path) -> None:
+    (job,) = jobs_of(folder, tmp_path / "runs", GOOD[0])
+
+    def drive() -> None:
+        _kept = _make_meeting(job)
+        signal.pause()
+
+    drivers: list[Forked] = []
+    try:
+        for number in (1, 2):
+            drivers.append(Forked(drive, tmp_path / f"log-{number}"))
+            wait_for(lambda number=number: len(list(tmp_path.glob("runs/logs/.ray-*/owner"))) == number)
+        for left in (1, 0):
+            drivers[left].kill()
+            drivers[left].wait()
+            meeting, owned = _make_meeting(job)
+            assert len(list((tmp_path / "runs" / "logs").iterdir())) == left + 1
+            assert [path.name for path in meeting.iterdir()] == ["owner"]
+            owned.close()
+            shutil.rmtree(meeting)
+    finally:
+        for driver in drivers:
+            with suppress(ProcessLookupError):
+                driver.kill(group=True)
 
 
 def test_a_node_that_does_not_see_what_the_driver_sees_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ The cache and OUT must be the same files on every node. Nothing else of the driv
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib
 import os
 import shutil
@@ -21,9 +22,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kdcache.console import counted, say
 from kdcache.errors import StoreError, StudentError, UsageError
@@ -44,6 +46,8 @@ _HEARD_S = 3.0
 """How long tasks have to hear Ray's cancellation, an exception in their main thread: Python drops one that comes while a destructor runs."""
 _END = "end"
 """A file that tells them then."""
+_OWNER = "owner"
+"""A file that the driver has locked for as long as it lives."""
 _UNWANTED = "the command was told to end"
 _MAX_CPUS = 9
 """Of a job by default: eight loading processes and the one that they feed."""
@@ -104,7 +108,7 @@ class OnRay:
         absolute = [_with_absolute_places(with_share_of(job, max(1, cpus - 1))) for job in jobs]
         if gpus > 0:
             absolute = [on_gpu(job) for job in absolute]
-        meeting = _make_meeting(absolute[0])
+        meeting, owned = _make_meeting(absolute[0])
         there = {
             "meeting": str(meeting), "cwd": os.getcwd(), "version": version("kdcache"), "gpus": gpus, "cpus": cpus, "retries": self._retries,
             "progress": progress,
@@ -140,6 +144,7 @@ class OnRay:
                     left = self._ray.wait(left, num_returns=len(left), timeout=_WAIT_S)[1]
                     if time.monotonic() > unheard_at:
                         (meeting / _END).touch()
+            owned.close()
             shutil.rmtree(meeting, ignore_errors=True)
             self._disconnect()
 
@@ -177,6 +182,8 @@ class OnRay:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             context = self._ray.init(self._address, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        except SystemExit as error:  # Ray's own handler, which is in place for its last steps
+            raise Stopped("SIGTERM") from error
         except (ConnectionError, ValueError, RuntimeError, OSError, self._ray.exceptions.RayError) as error:
             where = self._address or "this machine"
             if (refusal := describe_refusal(error)) is not None:
@@ -220,7 +227,7 @@ class OnRay:
             say(f"Ray: no node has the {cpus} CPUs and {gpus:g} GPUs of a job now; waiting for one (--cpus-per-job, --gpus-per-job ask for less)")
 
     def _say_busy(self, meeting: Path) -> None:
-        if not any(meeting.iterdir()):
+        if not any(meeting.glob("[0-9]*")):
             have, free = self._ray.cluster_resources(), self._ray.available_resources()
             told = ", ".join(f"{free.get(kind, 0):g} of {have[kind]:g} {kind}s" for kind in ("CPU", "GPU") if kind in have)
             say(f"Ray: no job has begun yet; waiting for its workers, or for others to leave the cluster: {told} are free")
@@ -274,14 +281,26 @@ def _with_absolute_places(job: Job) -> Job:
     return Job(tuple(configs), job.ids)
 
 
-def _make_meeting(job: Job) -> Path:
-    """A folder below OUT where tasks prove that they see the driver's files, and count their attempts."""
-    folder = log_of(job).parent / f".ray-{uuid.uuid4().hex[:12]}"
+def _make_meeting(job: Job) -> tuple[Path, IO[bytes]]:
+    """A folder below OUT where tasks prove that they see the driver's files, and count their attempts; and its lock, to be kept open.
+
+    Those of drivers that were killed are removed: nobody has locked them.
+    """
+    logs = log_of(job).parent
+    for left in logs.glob(".ray-*"):
+        with suppress(OSError), open(left / _OWNER, "r+b") as its_lock:  # another driver's, being made or removed, or not to be known here
+            fcntl.lockf(its_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    folder = logs / f".ray-{uuid.uuid4().hex[:12]}"
     try:
         folder.mkdir(parents=True)
+        lock = open(folder / "new", "wb")  # noqa: SIM115
     except OSError as error:
         raise StoreError(f"{folder}: can't be made: {error.strerror}; expected a writable folder") from error
-    return folder
+    with suppress(OSError):  # of a file system without locks: it stays after a kill
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / "new").rename(folder / _OWNER)  # that nobody sees without its lock
+    return folder, lock
 
 
 def _one_line(error: BaseException) -> str:
