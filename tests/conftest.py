@@ -16,7 +16,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from helpers import make_shards, make_teacher_dir
 from hypothesis import settings
 
 torch.set_num_threads(1)
@@ -108,6 +107,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def setup(tmp_path: Path) -> Path:
     """Two shards of six samples and a teacher."""
+    from helpers import make_shards, make_teacher_dir
+
     make_shards(tmp_path / "shards", num_shards=2, num_samples=6)
     make_teacher_dir(tmp_path / "teacher")
     return tmp_path

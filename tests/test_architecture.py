@@ -95,7 +95,8 @@ class Freed:
         print("freed", flush=True)
 
 Freed.held = Freed()
-atexit.register(print, "before the command")
+if sys.argv[2:]:
+    atexit.register(print, "before it")
 main = sys.modules["cli.main"].main
 
 def command():
@@ -104,7 +105,7 @@ def command():
     main()
 
 sys.modules["cli.main"].main = command
-sys.argv = ["kdcache", sys.argv[1]]
+sys.argv[2:] = []
 run()
 """
 """A command with a thread and things to do at exit, in a process that holds what Python would free."""
@@ -116,3 +117,8 @@ def test_a_command_frees_nothing_at_its_end_but_waits_for_threads_and_does_what_
     assert result.returncode == status, result.stderr
     assert [line for line in result.stdout.splitlines() if not line.startswith("kdcache ")] == ["thread", "within it"]
     assert 'kdcache = "cli.main:run"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_what_was_to_be_done_at_exit_before_a_command_began_is_done() -> None:
+    result = subprocess.run([sys.executable, "-c", LEAVING, "--version", "and before"], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.splitlines()[1:] == ["thread", "within it", "before it", "freed"], result.stderr

@@ -183,6 +183,8 @@ class OnRay:
         try:
             context = self._ray.init(self._address, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
         except SystemExit as error:  # Ray's own handler, which is in place for its last steps
+            if error.code != signal.SIGTERM:
+                raise
             raise Stopped("SIGTERM") from error
         except (ConnectionError, ValueError, RuntimeError, OSError, self._ray.exceptions.RayError) as error:
             where = self._address or "this machine"
