@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from .main import run_command
-from .options import as_rows, json_option, number_or_all, print_json
+from .options import as_rows, json_option, number_or_all, print_json, show
 
 
 @click.command(no_args_is_help=True)
@@ -51,7 +51,7 @@ def command(a: str, b: str, rows: int | str | None, teachers: tuple[str, ...], a
         if as_json:
             print_json(facts)
         else:
-            click.echo(visible(diff_as_text(facts)))
+            show(visible(diff_as_text(facts)))
         return 0 if facts["identical"] else 1
 
     raise SystemExit(run_command(action))

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .main import run_command
-from .options import device_option, json_option, parse_settings, print_json, workers_option
+from .options import device_option, json_option, parse_settings, print_json, show, workers_option
 
 
 @click.command(no_args_is_help=True)
@@ -157,4 +157,4 @@ def _list_nodes(teacher: str, checkpoint: Any, model_args: Mapping[str, Any], *,
     if as_json:
         print_json(facts)
     else:
-        click.echo(nodes_as_text(facts))
+        show(nodes_as_text(facts))

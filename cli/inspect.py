@@ -7,7 +7,7 @@ import sys
 import click
 
 from .main import run_command
-from .options import as_rows, json_option, number_or_all, print_json
+from .options import as_rows, json_option, number_or_all, print_json, show
 
 
 @click.command(no_args_is_help=True)
@@ -102,6 +102,6 @@ def command(
         if as_json:
             print_json(facts)
         else:
-            click.echo(visible(text))
+            show(visible(text))
 
     run_command(action)

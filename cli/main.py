@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -69,6 +70,18 @@ def main() -> None:
 
     Exit codes: 0 done and sound, 1 ran and found or hit a problem, 2 usage.
     """
+    _make_streams_usable()
+
+
+def _make_streams_usable() -> None:
+    """Lead streams that were closed to nowhere, or files of a cache would get their numbers; escape on stdout, as on stderr, what its encoding lacks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def run_command(action: Callable[[], Any], *, resume: str = "nothing that was there before is lost") -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .main import run_command
-from .options import json_option, print_json
+from .options import json_option, print_json, show
 
 
 @click.command()
@@ -33,10 +33,10 @@ def command(name: str | None, as_json: bool) -> None:
         if as_json:
             print_json({"methods": {one["name"]: one for one in facts}})
         elif name is not None:
-            click.echo(_in_full(facts[0]))
+            show(_in_full(facts[0]))
         else:
-            click.echo("\n".join(_in_short(one) for one in facts))
-            click.echo(
+            show("\n".join(_in_short(one) for one in facts))
+            show(
                 "\nEvery method but ce adds the labels' cross-entropy (distill_loss_weight, task_loss_weight, smoothing); nkd+vitkd is the sum of two.\n"
                 "'kdcache extract --for NAME' records what a method needs, 'kdcache methods NAME' explains its constants."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -54,9 +55,19 @@ def as_rows(given: int | str | None, default: int) -> int | None:
     return None if given == "all" else int(given) if given is not None else default
 
 
+def show(text: str) -> None:
+    """Text on stdout: what was asked for. A disk that is full is an error like any other; who no longer reads is click's affair."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        raise click.ClickException(f"stdout can't be written: {error.strerror}; what it was to show is lost, nothing else") from error
+
+
 def print_json(body: Mapping[str, Any]) -> None:
     """The one JSON object on stdout."""
-    click.echo(json.dumps(body, indent=1))
+    show(json.dumps(body, indent=1))
 
 
 def parse_settings(settings: Sequence[str], *, option: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers import TINY_VIT, TINY_VIT_ARGS, assert_same_state, load_golden, make_cache, perturb, state_of, tiny_model
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -236,10 +236,13 @@ def test_every_coefficient_is_in_one_band(rows: int, columns: int) -> None:
     assert band_mask((rows, columns), ("dc",)).nonzero().tolist() == [[0, 0]]
 
 
+@example((3, 1, 2, 1))
 @given(st.tuples(*[st.integers(1, 9)] * 4))
 def test_resizing_is_torchs_bilinear_with_antialias(sides: tuple[int, int, int, int]) -> None:
     x = torch.randn(2, 3, *sides[:2], dtype=torch.float64)
-    expected = F.interpolate(x, size=sides[2:], mode="bilinear", antialias=True, align_corners=False)
+    turned = x.mT if sides[3] == 1 else x  # torch's own maps of one column are wrong: all its values are the first
+    expected = F.interpolate(turned, size=sides[:1:-1] if sides[3] == 1 else sides[2:], mode="bilinear", antialias=True, align_corners=False)
+    expected = expected.mT if sides[3] == 1 else expected
     torch.testing.assert_close(resize_map(x, sides[2:]), expected)
     torch.testing.assert_close(resize_map(torch.ones_like(x), sides[2:]), torch.ones_like(expected))
     assert resize_map(x, (sides[0], sides[1])) is x
