@@ -70,7 +70,6 @@ def main() -> None:
 
     Exit codes: 0 done and sound, 1 ran and found or hit a problem, 2 usage.
     """
-    _make_streams_usable()
 
 
 def _make_streams_usable() -> None:
@@ -106,15 +105,20 @@ def run_command(action: Callable[[], Any], *, resume: str = "nothing that was th
         raise click.ClickException(harmless(str(error))) from error
 
 
+_LOADED_FIRST = {"LD_PRELOAD", "CUDA_INJECTION64_PATH"}
+"""Variables of libraries that may have something to do at exit: profilers, such as Nsight Systems."""
+
+
 def run() -> None:
     """`main` as all that this process does: it is gone when the command is.
 
     Left to itself Python would first free the modules of torch and timm, 400 000 objects in four collections: 2 s of a core, which the processes of
     a run that torchrun has told to end, within 30 s, may have to share. Threads are waited for, and what was registered with `atexit` within is done.
-    What was registered before, by a measurement of coverage say, would not be: then all is left to Python.
+    What was registered before, by a measurement of coverage say, or outside Python, by a profiler that was loaded first, would not be: then all is left to Python.
     """
+    _make_streams_usable()
     ends: list[SystemExit] = []
-    if atexit._ncallbacks() == 0:  # the first to be registered is the last to be called
+    if atexit._ncallbacks() == 0 and not _LOADED_FIRST & os.environ.keys():  # the first to be registered is the last to be called
         atexit.register(_leave, ends)
     try:
         main()
@@ -126,7 +130,7 @@ def run() -> None:
 def _leave(ends: list[SystemExit]) -> None:
     """What is no plain end is left to Python."""
     if ends and isinstance(ends[0].code, int):
-        with suppress(OSError):  # Python tells what can't be written, and ends with 120
+        with suppress(OSError, ValueError):  # Python tells what can't be written, and ends with 120
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(ends[0].code)

@@ -633,7 +633,7 @@ class Cache:
         if shard in self._given_sources:
             return self.with_labels(self._given_sources[shard])
         if self._given_sources:
-            raise UsageError(f"shard {shard}: not among the {counted(len(self._given_sources), 'tar')} given with --data")
+            raise UsageError(f"shard {shard}: not given with --data, which has {counted(len(self._given_sources), 'tar')}")
         documents = self.views.get(shard) or []
         if not documents:
             raise MissingError(f"{self.store.url}: no shard {shard!r}")

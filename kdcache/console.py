@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from threading import RLock
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 from tqdm import tqdm
 
@@ -15,6 +16,7 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]  # no generic when it runs
     """tqdm's bar with a lock of this process alone: its own is shared with forked ones, and one that is killed while it writes keeps it for ever."""
 
     _lock = RLock()
+    _instances: ClassVar[WeakSet[Any]] = WeakSet()  # which the lock guards
 
 
 os.register_at_fork(after_in_child=lambda: ProgressBar.set_lock(RLock()))  # a thread that held it is not there

@@ -27,6 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from .console import counted
 from .errors import UsageError
 from .paths import name_on_disk
 from .shards import ShardSource, printable
@@ -384,7 +385,7 @@ def _choose_split(folder: str, split: str | None, splits: Mapping[str, Any]) -> 
 
 def _count(body: Any) -> str:
     files = body.get("filenames") if isinstance(body, dict) else None
-    return f"{len(files)} tars" if isinstance(files, list) else "no tars"
+    return counted(len(files), "tar") if isinstance(files, list) else "no tars"
 
 
 def _listed(folder: str, split: str, body: Any) -> tuple[list[str], list[int] | None]:

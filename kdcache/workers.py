@@ -62,9 +62,10 @@ def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
             raise_if_dropped()
         except StopIteration:
             return
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StoreError):
             if isinstance(items, _MultiProcessingDataLoaderIter):  # its traceback would keep the workers alive
                 items._shutdown_workers()
+                loader._iterator = None
             raise
         if isinstance(item, KDCacheError):
             raise item

@@ -276,6 +276,6 @@ def _teachers_in_words(summary: CopySummary) -> str:
 def _segments_in_words(summary: CopySummary) -> Iterator[str]:
     if summary.cut_segments:
         others = "; the others are the same to the byte" if summary.cut_segments < summary.segments else ""
-        yield f"{summary.cut_segments} of {counted(summary.segments, 'segment')} are cut out of larger ones{others}"
+        yield f"{summary.cut_segments:,} of {counted(summary.segments, 'segment')}: cut out of larger ones{others}"
     if summary.resumed_segments:
-        yield f"{summary.resumed_segments} of {counted(summary.segments, 'segment')} were there already"
+        yield f"{summary.resumed_segments:,} of {counted(summary.segments, 'segment')}: there already"

@@ -185,7 +185,7 @@ class _Collection:
         found = self.found
         if not found.garbage and not found.dropped:
             return "nothing to remove: records own every file"
-        things = f"{len(found.garbage)} things that no record owns"
+        things = f"{counted(len(found.garbage), 'thing')} that no record owns"
         if found.removed_records:
             things += f", {counted(found.removed_records, 'segment')}"
         if found.rewritten_records:

@@ -87,7 +87,9 @@ def test_an_unknown_command_is_a_usage_error() -> None:
 
 
 LEAVING = """
-import atexit, gc, sys, threading, time
+import atexit, gc, os, sys, threading, time
+atexit._clear()  # what this machine's Python registers by itself
+os.environ.pop("LD_PRELOAD", None)
 from cli.main import run
 
 class Freed:

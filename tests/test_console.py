@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Forked, make_cache
+from tqdm import tqdm
 
 from kdcache.console import ProgressBar, say
 
@@ -61,6 +62,14 @@ def test_a_process_forked_while_a_thread_speaks_can_speak(tmp_path: Path) -> Non
         done.set()
         thread.join()
     assert "heard" in other.output()
+
+
+def test_bars_of_other_libraries_are_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their threads change the set of them under a lock of their own."""
+    with tqdm(total=1, file=sys.stderr) as theirs:
+        monkeypatch.setattr(theirs, "clear", lambda **_options: pytest.fail("cleared"))
+        speak()
+        monkeypatch.undo()
 
 
 @pytest.fixture(scope="module")

@@ -402,7 +402,7 @@ def test_runs_of_a_node_that_is_lost_go_on_on_another(folder: Path, alone: list[
     finally:
         sweep.kill()
     assert sweep.returncode == 0, told.read_text()
-    assert "no node has the 1 CPUs and 0 GPUs of a job now; waiting for one" in told.read_text()
+    assert "no node has what a job takes now (1 CPU, GPUs: 0); waiting for one" in told.read_text()
     assert_same_runs(json.loads(output)["runs"], alone)
     assert told.read_text().count("goes on, attempt 2 of 2; its process, worker or node died (node ") == 1
     (log,) = (tmp_path / "runs" / "logs").iterdir()
@@ -471,6 +471,10 @@ def test_the_next_sweep_removes_the_meeting_of_a_driver_that_was_killed_and_of_n
             drivers[left].kill()
             drivers[left].wait()
             meeting, owned = _make_meeting(job)
+            other, also_owned = _make_meeting(job)
+            assert meeting.exists()
+            also_owned.close()
+            shutil.rmtree(other)
             assert len(list((tmp_path / "runs" / "logs").iterdir())) == left + 1
             assert [path.name for path in meeting.iterdir()] == ["owner"]
             owned.close()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import pickle
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.cache import Cache
-from kdcache.errors import CorruptError, DriftError, MissingError, ShardError
+from kdcache.errors import CorruptError, DriftError, MissingError, ShardError, StoreError
 from kdcache.join import BatchLoader, CachedViews, EpochBatches, epoch_order, is_checked, usable_views
 from kdcache.opening import open_cache
 
@@ -170,6 +172,18 @@ def test_a_loader_that_was_closed_begins_anew(cache: Cache, num_workers: int) ->
     torch.testing.assert_close(again["views"], first["views"], rtol=0, atol=0)
     loader.close()
     assert not multiprocessing.active_children()
+
+
+def test_a_loader_whose_worker_was_killed_begins_anew(cache: Cache) -> None:
+    loader = BatchLoader(CachedViews(cache), EpochBatches(np.arange(8), batch_size=4, num_views=3, seed=5), num_workers=1)
+    first, _ = loader.epoch(0)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(StoreError, match="a worker process was killed"):
+        list(itertools.chain.from_iterable(map(loader.epoch, range(9))))  # of a few batches it had made some
+    again, _ = loader.epoch(0)
+    torch.testing.assert_close(again["views"], first["views"], rtol=0, atol=0)
+    loader.close()
 
 
 def test_the_next_epochs_batches_are_made_while_one_ends(cache: Cache) -> None:

@@ -606,7 +606,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed_and_it_ends_with_the_s
     result = subprocess.run([*launcher, sys.executable, "-c", KILLED_ONCE, *arguments], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert ("(exitcode: -9) local_rank: 1" in result.stderr, result.stderr.count("Error: ")) == (True, 1), result.stderr
-    assert re.search("Error: (another process of this run is gone|stopped by SIGTERM)", result.stderr)
+    assert re.search("Error: (another process of this run is gone|stopped by SIGTERM)", result.stderr), result.stderr
     assert_same_run(the_run(tmp_path / "runs"), undisturbed)
 
 

@@ -98,7 +98,7 @@ def test_imagenet_as_timm_names_it(tmp_path: Path) -> None:
     assert default_dataset_id(resolve_shards(f"{tmp_path}/*.tar")) == "imagenet1k"
     assert len(locate_shards(tmp_path)) == 1088
     write_info(tmp_path, {"train": split_of("train", training, 0), "validation": split_of("validation", validation, 0)})
-    with pytest.raises(UsageError, match=r"2 splits: train \(1024 tars\), validation \(64 tars\); say which, for example '.*:train'"):
+    with pytest.raises(UsageError, match=r"2 splits: train \(1,024 tars\), validation \(64 tars\); say which, for example '.*:train'"):
         resolve_shards(tmp_path)
     assert {split: names_of(f"{tmp_path}:{split}") for split in wanted} == wanted
     assert names_of(f"{tmp_path}:validation::{tmp_path}:train") == wanted["validation"] + wanted["train"]

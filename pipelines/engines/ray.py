@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import glob
 import importlib
 import os
 import shutil
@@ -226,7 +227,9 @@ class OnRay:
     def _say_waiting(self, gpus: float, cpus: int) -> None:
         """A task that fits no node waits for ever; a cluster that scales may get one that it fits."""
         if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in self._nodes()):
-            say(f"Ray: no node has the {cpus} CPUs and {gpus:g} GPUs of a job now; waiting for one (--cpus-per-job, --gpus-per-job ask for less)")
+            say(
+                f"Ray: no node has what a job takes now ({counted(cpus, 'CPU')}, GPUs: {gpus:g}); waiting for one (--cpus-per-job, --gpus-per-job ask for less)"
+            )
 
     def _say_busy(self, meeting: Path) -> None:
         if not any(meeting.glob("[0-9]*")):
@@ -289,18 +292,19 @@ def _make_meeting(job: Job) -> tuple[Path, IO[bytes]]:
     Those of drivers that were killed are removed: nobody has locked them.
     """
     logs = log_of(job).parent
-    for left in logs.glob(".ray-*"):
+    here = f".ray-{socket.gethostname()}-"
+    for left in logs.glob(f"{glob.escape(here)}*"):  # of this machine alone: not every file system knows of the locks of another
         with suppress(OSError), open(left / _OWNER, "r+b") as its_lock:  # another driver's, being made or removed, or not to be known here
-            fcntl.lockf(its_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(its_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left)
-    folder = logs / f".ray-{uuid.uuid4().hex[:12]}"
+    folder = logs / f"{here}{uuid.uuid4().hex[:12]}"
     try:
         folder.mkdir(parents=True)
         lock = open(folder / "new", "wb")  # noqa: SIM115
     except OSError as error:
         raise StoreError(f"{folder}: can't be made: {error.strerror}; expected a writable folder") from error
     with suppress(OSError):  # of a file system without locks: it stays after a kill
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (folder / "new").rename(folder / _OWNER)  # that nobody sees without its lock
     return folder, lock
 

@@ -195,7 +195,7 @@ def _choose_shards(cache: Cache, limit: int | None) -> list[str]:
     shards, wanted = cache.shards, cache.all_shards
     if not shards:
         raise MissingError(
-            f"{cache.store.url}: the cache is empty: none of its {len(wanted)} shards is done; run 'kdcache extract' again with the same arguments"
+            f"{cache.store.url}: the cache is empty: no shard of {len(wanted)} is done; run 'kdcache extract' again with the same arguments"
             f" to fill it"
         )
     if limit is not None:
