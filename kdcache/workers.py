@@ -54,10 +54,12 @@ def is_killed_worker(error: BaseException | None) -> bool:
 
 def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
     """The loader's items. Raises an item that is a KDCacheError, and StoreError if a worker process was killed while it waited for one."""
-    items = iter(loader)
+    items: Iterator[Any] | None = None
     while True:
         try:
             with naming_killed_workers():
+                if items is None:
+                    items = iter(loader)
                 item = next(items)
             raise_if_dropped()
         except StopIteration:
@@ -65,7 +67,7 @@ def iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
         except (KeyboardInterrupt, StoreError):
             if isinstance(items, _MultiProcessingDataLoaderIter):  # its traceback would keep the workers alive
                 items._shutdown_workers()
-                loader._iterator = None
+            end_workers(loader)  # those that it would go on with
             raise
         if isinstance(item, KDCacheError):
             raise item
