@@ -19,8 +19,10 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
-for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "JOB_COMPLETION_INDEX", "KDCACHE_RANK", "KDCACHE_WORLD_SIZE"):
-    os.environ.pop(name, None)  # of what launched the tests
+OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "JOB_COMPLETION_INDEX", "KDCACHE_RANK", "KDCACHE_WORLD_SIZE")
+for name in list(os.environ):  # of what launched the tests
+    if name in OF_LAUNCHERS or name.startswith(("MASTER_", "RAY_", "SLURM_", "TORCHELASTIC_")):
+        del os.environ[name]
 os.fsync = lambda _descriptor: None  # half of the suite's time; a killed process loses nothing that the kernel has
 settings.register_profile("kdcache", deadline=None, derandomize=True, max_examples=30, print_blob=False)
 settings.load_profile("kdcache")
