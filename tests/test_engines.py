@@ -254,6 +254,21 @@ def test_a_lock_is_free_when_its_process_is_dead(tmp_path: Path) -> None:
         RunLock(tmp_path / "absent")
 
 
+def test_a_signal_leaves_no_lock_released_by_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends a run releases it again: its descriptor may be another file's by then, and the file another process's lock."""
+    lock, close = RunLock(tmp_path), os.close
+
+    def close_and_signal(descriptor: int) -> None:
+        close(descriptor)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped), stopping_cleanly(), monkeypatch.context() as patch:
+        patch.setattr(os, "close", close_and_signal)
+        lock.release()
+    lock.release()
+    assert not (tmp_path / ".lock").exists()
+
+
 def test_each_process_has_its_gpu_and_its_share_of_the_cores(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, 5,7,-1")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kdcache.console import say
 from kdcache.errors import StoreError, StudentError
+from kdcache.interrupt import finishing_first
 
 PATIENCE_S = 10.0
 """How long a lock is waited for: a process that was told to end has had its time by then."""
@@ -76,10 +77,11 @@ class RunLock:
         """Let others have it, and remove its file. More than once does no more."""
         if self._descriptor is None:
             return
-        with contextlib.suppress(OSError):  # the folder is gone or read-only by now
-            self._path.unlink()
-        os.close(self._descriptor)
-        self._descriptor = None
+        with finishing_first():  # done by half, and again on the way out, it would take what is another's by then
+            with contextlib.suppress(OSError):  # the folder is gone or read-only by now
+                self._path.unlink()
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
