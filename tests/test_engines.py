@@ -262,9 +262,10 @@ def test_a_signal_leaves_no_lock_released_by_half(tmp_path: Path, monkeypatch: p
         close(descriptor)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Stopped), stopping_cleanly(), monkeypatch.context() as patch:
-        patch.setattr(os, "close", close_and_signal)
+    monkeypatch.setattr(os, "close", close_and_signal)
+    with stopping_cleanly(), pytest.raises(Stopped):
         lock.release()
+    monkeypatch.undo()
     lock.release()
     assert not (tmp_path / ".lock").exists()
 
