@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -62,6 +64,7 @@ def show(text: str) -> None:
     except OSError as error:
         if error.errno == errno.EPIPE:
             raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it in Python's buffer would fail again at exit
         raise click.ClickException(f"stdout can't be written: {error.strerror}; what it was to show is lost, nothing else") from error
 
 
